@@ -1,0 +1,206 @@
+"""WKV-6, the recurrence at the heart of RWKV-6, in three forms with one interface.
+
+Per batch element and head (head size N, 64 in every published model), decay d_t = exp(-exp(w_t)) per key channel:
+
+    y_t = S_{t-1}^T r_t + ((u * k_t) . r_t) v_t          S: (N key, N value); S_{-1} is the given state, or 0
+    S_t = diag(d_t) S_{t-1} + k_t v_t^T
+
+For t = 0, 1, 2 from an empty state, which shows that a token is seen with its own bonus u once, and decayed ever after:
+
+    y_0 = (r_0 . u k_0) v_0
+    y_1 = (r_1 . u k_1) v_1 + (r_1 . k_0) v_0
+    y_2 = (r_2 . u k_2) v_2 + (r_2 . k_1) v_1 + (r_2 . d_1 k_0) v_0
+
+`reference`  the loop, as above. Any device, any dtype; computes in float64. The judge of the others.
+`chunked`    matrix products over chunks of the sequence, plain PyTorch: any device, no compiler.
+`compiled`   wkv6_op.cpp, built with the machine's C++ compiler when first needed and kept.
+`auto`       compiled where it can be had, else chunked, after one line that says why.
+
+All three are exact and finite for decays from 1e-8 to 1 - 1e-8, in the gradients too, which flow into and out of the state.
+Source: Peng et al., "Eagle and Finch" (arXiv 2404.05892), section 4; the chunked form halves a chunk again and again instead
+of scaling by inverse decays as usual (those overflow).
+"""
+
+import functools
+import hashlib
+import os
+import pathlib
+import sys
+
+import torch
+import torch.nn.functional as F
+
+HERE = pathlib.Path(__file__).parent
+COMPILED_HEAD_SIZES = (32, 64, 128)
+
+
+def wkv6(r, k, v, w, u, state=None, impl="auto"):
+    """Run WKV-6 over T tokens.
+
+    r, k, v: (B, T, H, N), one dtype; w: (B, T, H, N), the log of minus the log of the decay; u: (H, N), the bonus of the
+    current token; state: (B, H, N, N) float32, or None for zeros. Returns y (B, T, H, N) in the dtype of r, and the
+    state after the last token, float32 (float64 where r is). Gradients flow to every argument.
+    RuntimeError where impl is `compiled` and the kernel cannot be built, with the reason.
+    """
+    B, T, H, N = r.shape
+    if state is None:
+        state = torch.zeros(B, H, N, N, device=r.device, dtype=torch.promote_types(r.dtype, torch.float32))
+    if impl == "auto":
+        fits = r.device.type == "cpu" and N in COMPILED_HEAD_SIZES and r.dtype in (torch.float32, torch.bfloat16)
+        impl = "compiled" if fits and not kernel_problem() else "chunked"
+    if impl == "compiled" and kernel_problem():
+        raise RuntimeError(kernel_problem())
+    return {"reference": _reference, "chunked": _chunked, "compiled": _compiled}[impl](r, k, v, w, u, state)
+
+
+def _reference(r, k, v, w, u, state):
+    dtypes = r.dtype, state.dtype
+    r, k, v, w, u, S = (x.double() for x in (r, k, v, w, u, state))
+    d = torch.exp(-torch.exp(w))
+    y = []
+    for t in range(r.shape[1]):
+        kv = k[:, t, :, :, None] * v[:, t, :, None, :]                    # (B, H, N, N)
+        y.append(torch.einsum("bhi,bhij->bhj", r[:, t], S + u[..., None] * kv))
+        S = d[:, t, :, :, None] * S + kv
+    return torch.stack(y, 1).to(dtypes[0]), S.to(dtypes[1])
+
+
+def _before(x):
+    """Sum of the rows before each row, along dim -2, by adding only: y_t = x_0 + ... + x_{t-1}."""
+    return F.pad(x[..., :-1, :], (0, 0, 1, 0)).cumsum(-2)
+
+
+def _after(x):
+    """Sum of the rows after each row, along dim -2, by adding only: y_t = x_{t+1} + ... + x_{T-1}."""
+    return F.pad(x[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
+
+
+def _chunked(r, k, v, w, u, state, chunk=64):
+    """Token t sees an earlier token s through the decays of s+1 .. t-1. That product is written as exp(before t) * exp(after s),
+    taken from a border between s and t: both exponents are sums of logs <= 0, so nothing overflows, nothing is divided, and
+    nothing cancels. Inside a chunk the border is the middle of the smallest half-half split that has s left and t right;
+    all pairs of one split size are one batched matrix product. From chunk to chunk the state carries the rest."""
+    B, T, H, N = r.shape
+    dtypes = r.dtype, state.dtype
+    compute = torch.promote_types(r.dtype, torch.float32)
+    chunk = min(chunk, 1 << (T - 1).bit_length())
+    n_chunks = -(-T // chunk)
+
+    def cut(x):                                                           # (B, T, H, N) -> (B, H, chunks, chunk, N), zeros at the end
+        x = F.pad(x.to(compute).transpose(1, 2), (0, 0, 0, n_chunks * chunk - T))
+        return x.reshape(B, H, n_chunks, chunk, N)
+
+    log_d = cut(-torch.exp(w.to(compute)))                                # 0, that is decay 1, in the padding
+    r, k, v, S = cut(r), cut(k), cut(v), state.to(compute)
+
+    y = (r * k * u.to(compute)[:, None, None]).sum(-1, keepdim=True) * v
+    half = 1
+    while half < chunk:
+        (_, r2), (k1, _), (v1, _), (log_d1, log_d2) = (x.unflatten(3, (-1, 2, half)).unbind(4) for x in (r, k, v, log_d))
+        seen = (r2 * torch.exp(_before(log_d2))) @ (k1 * torch.exp(_after(log_d1))).mT        # (..., half, half)
+        y = y + F.pad(seen @ v1, (0, 0, half, 0)).reshape(y.shape)
+        half *= 2
+
+    kv = (k * torch.exp(_after(log_d))).mT @ v                            # what each chunk adds to the state
+    decay = torch.exp(log_d.sum(-2))[..., None]
+    states = []
+    for c in range(n_chunks):
+        states.append(S)
+        S = decay[:, :, c] * S + kv[:, :, c]
+    y = y + (r * torch.exp(_before(log_d))) @ torch.stack(states, 2)
+    y = y.reshape(B, H, -1, N)[:, :, :T].transpose(1, 2)
+    return y.to(dtypes[0]), S.to(dtypes[1])
+
+
+def _compiled(r, k, v, w, u, state):
+    return torch.ops.wkv6.forward(r, k, v, w, u, state)
+
+
+# ---- the compiled kernel: built once, kept, and never in the way --------------------------------------------------------------
+
+@torch.compiler.assume_constant_result
+def kernel_problem():
+    """Load the compiled kernel, building it first where needed. Returns "" or, in one line, why it cannot be had."""
+    return _load_kernel()
+
+
+@functools.cache
+def _load_kernel():
+    import filelock
+    from torch.utils import cpp_extension
+
+    flags = ["-O3", "-std=c++20", *_vector_flags(), *(["-fopenmp"] if sys.platform == "linux" else [])]  # at::parallel_for needs it
+    source = HERE / "wkv6_op.cpp"
+    key = hashlib.sha256(f"{source.read_text()}{torch.__version__}{sys.version}{flags}".encode()).hexdigest()[:16]
+    folder = pathlib.Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "wkv6"
+    library, log = folder / f"wkv6_{key}.so", folder / f"wkv6_{key}.log"
+    problem = ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not library.exists():
+            # The lock belongs to the living process and goes with it: one that was killed while building leaves nothing to wait for.
+            with filelock.FileLock(folder / f"wkv6_{key}.lock", timeout=600):
+                if not library.exists():
+                    _build(source, flags, library, log)
+        torch.ops.load_library(library)
+    except filelock.Timeout:
+        problem = "another process has been building it for 10 minutes"
+    except _Unbuildable as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"{error.filename or library}: {error.strerror or str(error).splitlines()[0]}"
+    if problem:
+        problem = f"the compiled WKV-6 kernel is not to be had: {problem}"
+        print(f"note: {problem}. Going on with the chunked form, which is slower.", file=sys.stderr)
+        return problem
+    torch.library.register_fake("wkv6::forward", lambda r, k, v, w, u, state: (torch.empty_like(r, memory_format=torch.contiguous_format), torch.empty_like(state)))
+    torch.library.register_fake("wkv6::backward", lambda r, k, v, w, u, state, gy, gstate: tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (r, k, v, w, u, state)))
+    torch.library.register_autograd("wkv6::forward", _backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    return ""
+
+
+def _backward(ctx, gy, gstate):
+    return torch.ops.wkv6.backward(*ctx.saved_tensors, gy, gstate)
+
+
+class _Unbuildable(Exception):
+    pass
+
+
+def _vector_flags():
+    """Compiler flags for the vector units that PyTorch itself found here. Not -march=native: the cache may be shared by machines."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    units = {"AVX512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c", "AVX2": "-mavx2 -mfma -mf16c"}
+    if capability not in units:
+        return ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"]
+    return [*units[capability].split(), f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+
+
+def _build(source, flags, library, log):
+    """Compile `source` into `library`, which appears only when it is whole. _Unbuildable, with what would mend it, otherwise."""
+    import shutil
+    import subprocess
+    import tempfile
+
+    from torch.utils import cpp_extension
+
+    try:
+        import ninja
+    except ImportError:
+        raise _Unbuildable("ninja is missing; pip install ninja") from None
+    compiler = os.environ.get("CXX", "c++")
+    if not shutil.which(compiler):
+        raise _Unbuildable(f"no C++ compiler ({compiler}) found; install one (Debian, Ubuntu: apt install g++)")
+    print("compiling the WKV-6 kernel (once, about half a minute) ...", file=sys.stderr, flush=True)
+    path = os.environ.get("PATH", "")
+    os.environ["PATH"] = f"{ninja.BIN_DIR}{os.pathsep}{path}"  # a venv's ninja is not on the PATH when the venv is not activated
+    try:
+        with tempfile.TemporaryDirectory(dir=library.parent) as build:
+            cpp_extension.load("wkv6", [str(source)], extra_cflags=flags, build_directory=build, is_python_module=False)
+            os.replace(next(pathlib.Path(build).glob("*.so")), library)
+    except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
+        log.write_text(str(error))
+        raise _Unbuildable(f"the build failed; the compiler's words are in {log}") from error
+    finally:
+        os.environ["PATH"] = path
