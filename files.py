@@ -1,0 +1,81 @@
+"""What every program here shares with the file system and the shell.
+
+Reading a .pth file never executes anything and maps it instead of copying it; what is written appears under its name only
+when it is complete; and whatever a user got wrong ends in one line on stderr and exit code 2.
+"""
+
+import contextlib
+import os
+import pickle
+import sys
+import tempfile
+
+import torch
+
+
+def read_checkpoint(path):
+    """The dict {name: tensor} in a .pth file, memory-mapped (private: writing to a tensor does not change the file).
+
+    ValueError or OSError, in one line, for anything that is not a plain dict of floating tensors. Never runs code of a pickle.
+    """
+    with open(path, "rb") as f:  # missing, a folder, not readable: OSError says which
+        is_zip = f.read(4) == b"PK\x03\x04"
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise ValueError(f"{path}: holds more than tensors (code that would run on loading); refused, nothing was executed") from error
+        raise ValueError(f"{path}: not a PyTorch checkpoint; a .pth file of tensors is needed") from error
+    except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        what = "a cut or damaged PyTorch checkpoint; download or copy it again" if is_zip else "not a PyTorch checkpoint; a .pth file of tensors is needed"
+        raise ValueError(f"{path}: {what}") from error
+    if not isinstance(checkpoint, dict) or not checkpoint or not all(
+            isinstance(k, str) and isinstance(v, torch.Tensor) and v.is_floating_point() for k, v in checkpoint.items()):
+        raise ValueError(f"{path}: not a model checkpoint; a dict of names and floating tensors is needed")
+    return checkpoint
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """A temporary path in the folder of `path`; renamed to `path` when the block ends well, removed when it does not."""
+    folder = os.path.dirname(os.path.abspath(path))
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.")
+    os.close(handle)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_checkpoint(checkpoint, path):
+    """Write a dict of tensors to `path`, whole or not at all."""
+    with atomic_path(path) as temporary:
+        torch.save(checkpoint, temporary)
+
+
+def run_cli(main):
+    """Run a program's main(): a ValueError or OSError becomes `error: ...` on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        main()
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except ValueError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
