@@ -1,0 +1,200 @@
+"""Bone (Block Affine): fine-tune a frozen linear layer through one small square block per block column.
+
+A frozen layer y = W x, W of shape (out, in), is cut into r x r blocks W_ab (a: block row, b: block column). Two modes:
+
+`bat`, block affine, the default. One trainable tensor `bone` of shape (in/r, r, r), zero at the start. Its block B_b
+belongs to block column b and is shared by all block rows:
+
+    W'_ab = W_ab + W_ab B_b + B_b              (what merging writes)
+
+The straightforward way builds W' (out x in) in every step and its gradient (out x in) in every backward pass. Neither is
+needed. Multiply W' by x, cut into segments x_b of length r, and take the sums apart:
+
+    z_b = B_b x_b                              r x r per segment: small
+    y   = W (x + z) + tile(s),  s = sum_b z_b  the frozen product, once; s, of length r, repeated out/r times
+
+and going back, with gy = dL/dy:
+
+    gs   = fold(gy)                            the transpose of tile: gy cut into segments of length r, added up
+    gu   = W^T gy                              the frozen product, once: no gradient of the shape of W
+    gz_b = gu_b + gs
+    gB_b = gz_b x_b^T                          summed over tokens
+    gx_b = gu_b + B_b^T gz_b
+
+`bone`, shard sharing: `bone` of shape (r, out), y = W x + bone^T (sum_b x_b), with x padded by zeros to a multiple of r.
+Later papers, and PEFT, call this one Bone, then MiSS.
+
+Source: Jiale Kang, "Bone: Block-Affine Adaptation of Large Language Models" (arXiv 2409.15371), and its implementation in
+RWKV-PEFT, whose names and shapes are kept. The rearrangement above is exact; test_bone.py holds it against W'.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from files import read_checkpoint
+
+
+def segments(x, r):
+    """(tokens, n * r) -> (n, tokens, r): a view that has segment b of every token as matrix b of a batch."""
+    return x.view(x.shape[0], -1, r).transpose(0, 1)
+
+
+class Bat(torch.autograd.Function):
+    """y = W' x of the `bat` mode for x (tokens, in), W (out, in), bone (in/r, r, r), without W'. Products run in `dtype`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bone, dtype):
+        r = bone.shape[1]
+        W, B = weight.to(dtype), bone.to(dtype)
+        x_b = torch.empty(bone.shape[0], len(x), r, dtype=dtype, device=x.device).copy_(segments(x, r))  # cast and regroup at once
+        z = torch.empty(x.shape, dtype=dtype, device=x.device)
+        torch.bmm(x_b, B.transpose(1, 2), out=segments(z, r))
+        s = z.view(len(x), -1, r).sum(1)
+        # z joins x before x is rounded: a float32 x keeps even a z far below one bfloat16 step of x, on average.
+        y = F.linear(z.add_(x), W)
+        y.view(len(x), -1, r).add_(s[:, None])
+        ctx.save_for_backward(x_b, weight, bone)
+        ctx.x_dtype = x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, gy):
+        x_b, weight, bone = ctx.saved_tensors
+        r = bone.shape[1]
+        W, B = weight.to(gy.dtype), bone.to(gy.dtype)
+        gs = gy.view(len(gy), -1, r).sum(1)
+        gu = gy @ W
+        gz = segments(gu, r).contiguous().add_(gs)
+        gB = torch.bmm(gz.transpose(1, 2), x_b)
+        gx = gu  # W^T gy becomes the gradient of x in its own place
+        segments(gx, r).baddbmm_(gz, B)
+        return gx.to(ctx.x_dtype), None, gB.to(bone.dtype), None
+
+
+class BoneLinear(nn.Module):
+    """A frozen linear layer with its trainable `bone`.
+
+    weight: (out, in), any floating dtype, kept as it is and frozen; r: rank, the side of a block; mode: `bat` or `bone`.
+    forward: (..., in) -> (..., out), in the autocast dtype where autocast is on, else in the weight's.
+    """
+
+    def __init__(self, weight, r, mode="bat"):
+        super().__init__()
+        out_features, in_features = weight.shape
+        shape = {"bat": (in_features // r, r, r), "bone": (r, out_features)}[mode]
+        self.r, self.mode = r, mode
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bone = nn.Parameter(torch.zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device))
+
+    def forward(self, x):
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        if self.mode == "bat":
+            y = Bat.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bone, dtype)
+            return y.view(*x.shape[:-1], -1)
+        x = x.to(dtype)
+        shards = F.pad(x, (0, -x.shape[-1] % self.r)).unflatten(-1, (-1, self.r))
+        return F.linear(x, self.weight.to(dtype)) + shards.sum(-2) @ self.bone.to(dtype)
+
+    def extra_repr(self):
+        return f"in={self.weight.shape[1]}, out={self.weight.shape[0]}, r={self.r}, mode={self.mode}"
+
+
+def add_bone(model, r, mode="bat"):
+    """Freeze `model` and give every linear layer inside its blocks a bone of rank r. Returns the model, changed in place.
+
+    A layer is inside a block when its name has a dot (blocks.0.att.key); the output head stays as it is.
+    Only the bones require gradients afterwards. ValueError if r does not divide a layer (mode bat needs it to).
+    """
+    if mode not in ("bat", "bone"):
+        raise ValueError(f"bone mode {mode!r} is unknown: use bat (block affine) or bone (shard sharing)")
+    if r < 1:
+        raise ValueError(f"bone_r {r} must be at least 1; 64 is the usual choice")
+    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and "." in name]
+    for name, linear in linears:
+        out_features, in_features = linear.weight.shape
+        if mode == "bat" and (in_features % r or out_features % r):
+            fitting = [n for n in (8, 16, 32, 64, 128, 256) if all(s % n == 0 for _, m in linears for s in m.weight.shape)]
+            raise ValueError(f"bone_r {r} does not divide {name} ({out_features} x {in_features}); this model takes {fitting}, "
+                             f"or any rank with mode bone")
+    model.requires_grad_(False)
+    for name, linear in linears:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, BoneLinear(linear.weight, r, mode))
+    return model
+
+
+def rank_and_mode(checkpoint, path):
+    """Rank and mode of a Bone checkpoint (dict of tensors), read off the shapes. ValueError where it holds no bone or several ranks."""
+    bones = {name: tensor.shape for name, tensor in checkpoint.items() if name.endswith(".bone")}
+    if not bones:
+        raise ValueError(f"{path}: holds no tensor named *.bone; it is not a Bone checkpoint (a base model, or another method's?)")
+    found = {("bat", s[1]) if len(s) == 3 else ("bone", s[0]) for s in bones.values()}
+    if len(found) > 1:
+        raise ValueError(f"{path}: mixes {' and '.join(f'{mode} r {r}' for mode, r in sorted(found))}; one rank and one mode are needed")
+    mode, r = found.pop()
+    return r, mode
+
+
+@torch.no_grad()
+def load_bone(model, path):
+    """Put Bone layers into `model` and load a checkpoint: rank and mode from the file, bones and trained parts into place.
+
+    Returns the model. ValueError, with the model unchanged, where a tensor of the file has no counterpart of its shape.
+    """
+    checkpoint = read_checkpoint(path)
+    r, mode = rank_and_mode(checkpoint, path)
+    check_fits(checkpoint, {name: p.shape for name, p in model.named_parameters()}, path)
+    add_bone(model, r, mode)
+    parameters = dict(model.named_parameters())
+    for name, tensor in checkpoint.items():
+        parameters[name].copy_(tensor)
+    return model
+
+
+def check_fits(checkpoint, shapes, path):
+    """ValueError unless every tensor of a Bone checkpoint fits the base model whose {name: shape} is given."""
+    for name, tensor in checkpoint.items():
+        if name.endswith(".bone"):
+            linear = name.removesuffix(".bone") + ".weight"
+            expected = shapes.get(linear)
+            if expected is not None:
+                out_features, in_features = expected
+                r = tensor.shape[1] if tensor.ndim == 3 else tensor.shape[0]
+                expected = (in_features // r, r, r) if tensor.ndim == 3 else (r, out_features)
+                if tensor.ndim == 3 and (in_features % r or out_features % r):
+                    raise ValueError(f"{path}: r {r} of {name} does not divide {linear} ({out_features} x {in_features}); "
+                                     f"it was trained on another model")
+        else:
+            expected = shapes.get(name)
+        if expected is None:
+            raise ValueError(f"{path}: {name} has no counterpart in the base model; it was trained on another model")
+        if tuple(tensor.shape) != tuple(expected):
+            raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, but this base model needs {tuple(expected)}; "
+                             f"it was trained on another model")
+
+
+@torch.no_grad()
+def merge_weight(weight, bone):
+    """The merged weight W' (out, in), in the dtype of `weight`, from W (out, in) and bone (in/r, r, r) or (r, out).
+
+    Computes in float32 (float64 for float64) and rounds once, some block rows at a time: the temporaries stay below 64 MB.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    bone, bat = bone.to(dtype), bone.ndim == 3
+    out_features, in_features = weight.shape
+    r = bone.shape[1] if bat else 1
+    merged = torch.empty_like(weight)
+    step = r * max(1, 4_000_000 // (r * in_features))
+    for rows in torch.arange(out_features).split(step):
+        rows = slice(int(rows[0]), int(rows[-1]) + 1)
+        w = weight[rows].to(dtype)
+        if bat:
+            w_b = w.view(-1, bone.shape[0], r)                                    # (rows, b, r)
+            B = bone.transpose(0, 1).repeat(len(w) // r, 1, 1)                    # row o of every B_b, for o = 0 .. r - 1, again and again
+            merged[rows] = (w_b + torch.einsum("obj,bjk->obk", w_b, bone) + B).view(w.shape)
+        else:
+            shards = -(-in_features // bone.shape[0])
+            merged[rows] = w + bone[:, rows].t().repeat(1, shards)[:, :in_features]
+    return merged
