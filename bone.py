@@ -51,9 +51,9 @@ class Bat(torch.autograd.Function):
         z = torch.empty(x.shape, dtype=dtype, device=x.device)
         torch.bmm(x_b, B.transpose(1, 2), out=segments(z, r))
         s = z.view(len(x), -1, r).sum(1)
-        # z joins x before x is rounded: a float32 x keeps even a z far below one bfloat16 step of x, on average.
-        y = F.linear(z.add_(x), W)
-        y.view(len(x), -1, r).add_(s[:, None])
+        # z meets x before x is rounded, and s meets y inside the product's float32 sums: a bone too small to move a bfloat16
+        # number by a step still counts, on average. Added to rounded numbers, it would vanish.
+        y = s.repeat(1, len(W) // r).addmm_(z.add_(x), W.t())
         ctx.save_for_backward(x_b, weight, bone)
         ctx.x_dtype = x.dtype
         return y
@@ -65,7 +65,7 @@ class Bat(torch.autograd.Function):
         W, B = weight.to(gy.dtype), bone.to(gy.dtype)
         gs = gy.view(len(gy), -1, r).sum(1)
         gu = gy @ W
-        gz = segments(gu, r).contiguous().add_(gs)
+        gz = segments(gu, r).clone(memory_format=torch.contiguous_format).add_(gs)
         gB = torch.bmm(gz.transpose(1, 2), x_b)
         gx = gu  # W^T gy becomes the gradient of x in its own place
         segments(gx, r).baddbmm_(gz, B)
