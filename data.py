@@ -1,0 +1,299 @@
+"""From text to batches: jsonl -> tokens -> binidx files -> (idx, targets, mask).
+
+A data set is a pair of binidx files (from Megatron-LM), mapped and never read whole: it may be larger than memory. x.bin
+holds the tokens of all documents, each ended by token 0, and nothing else; x.idx (little-endian) says where each one lies:
+
+    offset      type             what
+    0           9 bytes          magic, MMIDIDX\\0\\0
+    9           uint64           version, 1
+    17          uint8            type of a token: 1 u8, 2 i8, 3 i16, 4 i32, 5 i64, 8 u16 (6 and 7, floats, are refused)
+    18          uint64           n, number of documents
+    26          uint64           length of the doc index, n + 1
+    34          n * int32        sizes: tokens in each document
+    34 +  4n    n * int64        pointers: byte offset of each document in x.bin
+    34 + 12n    (n + 1) * int64  doc index: 0, 1, ..., n (Megatron's grouping of sentences, of no use here)
+"""
+
+import argparse
+import ast
+import functools
+import json
+import os
+import re
+import struct
+from array import array
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from files import atomic_path, run_cli
+
+MAGIC, HEADER = b"MMIDIDX\0\0", struct.Struct("<9sQBQQ")
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+LIKE = 'each line must look like {"text": "..."}'
+MARKERS = re.compile(b"Assistant:|User:|\xff")  # \xff, a byte that no UTF-8 text holds, stands for token 0
+
+
+@functools.cache
+def _tokenizer():
+    from pyrwkv_tokenizer import RWKVTokenizer  # here, since training on binidx files needs none
+    return RWKVTokenizer()
+
+
+def encode(text):
+    """The token ids of a text in the RWKV World vocabulary: list of int, without an end-of-document token."""
+    return _tokenizer().encode(text)
+
+
+@functools.cache
+def token_bytes():
+    """List of 65536: the bytes of each token id; b"" for 0, the end of a document; None for an id without an entry."""
+    table = [b""] + [None] * 65535
+    with open(_tokenizer().vocab_filepath, encoding="utf-8", newline="\n") as f:
+        for line in f:  # 261 '\n\n' 2; the literal may hold blanks, and is b'' where a token is not UTF-8
+            number, _, rest = line.partition(" ")
+            token = ast.literal_eval(rest.rpartition(" ")[0])
+            table[int(number)] = token if isinstance(token, bytes) else token.encode()
+    return table
+
+
+def decode_bytes(ids):
+    """The bytes of token ids; a character may be cut at either end. An id without an entry gives none."""
+    table = token_bytes()
+    return b"".join(table[i] or b"" for i in ids if 0 <= i < len(table))
+
+
+def _document(line, where):
+    """The tokens of one line of a .jsonl; none for a blank line or an empty text. `where` begins every error."""
+    try:
+        line = line.decode("utf-8-sig").strip()  # -sig: without a byte order mark
+        text = json.loads(line)["text"] if line else ""
+        return [] if text == "" else encode(text) + [0]  # encode raises TypeError where text is no string
+    except UnicodeError as error:  # in the bytes of the line, or half a surrogate pair as an escape
+        raise ValueError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f'{where}: has no "text" that is a string; {LIKE}') from error
+    except (ValueError, RecursionError) as error:  # JSON would call every line "line 1"
+        raise ValueError(f"{where}: not JSON ({str(error).replace('line 1 column', 'column')}); {LIKE}") from error
+
+
+def jsonl_to_binidx(jsonl, prefix, ctx_len=None, dtype=np.uint16):
+    """Tokenize a .jsonl, line by line, into prefix.bin and prefix.idx. ValueError names the line that is wrong.
+
+    Returns a dict: documents, tokens, longest (tokens of the longest document), skipped (blank lines and empty texts),
+    too_long (documents of more than ctx_len + 1 tokens, which training cuts; None without ctx_len).
+    """
+    sizes = array("i")  # of every line
+
+    def documents():
+        for number, line in enumerate(f, 1):
+            document = _document(line, f"{jsonl}, line {number}")
+            sizes.append(len(document))
+            bar.update(len(line))
+            if document:
+                yield document
+        if not any(sizes):
+            raise ValueError(f"{jsonl}: holds no document; {LIKE}")
+
+    # no bar where stderr is a file, and none left behind: an error is the only line there
+    with open(jsonl, "rb") as f, tqdm(total=os.path.getsize(jsonl), desc=str(jsonl), unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        n, tokens = write_binidx(prefix, documents(), dtype)
+    too_long = ctx_len and sum(size > ctx_len + 1 for size in sizes)
+    return dict(documents=n, tokens=tokens, longest=max(sizes), skipped=len(sizes) - n, too_long=too_long)
+
+
+def _prefix(path):
+    return re.sub(r"\.(bin|idx)$", "", os.fspath(path))
+
+
+def _pointers(sizes, dtype):
+    return (np.cumsum(sizes, dtype=np.int64) - sizes) * dtype.itemsize
+
+
+def _check_size(path, need, who):
+    if (size := os.path.getsize(path)) != need:
+        what = "the file is cut off; copy or convert it again" if size < need else "the .bin and .idx are no pair; copy or convert both again"
+        raise ValueError(f"{path}: {size} bytes, but {who} needs {need}: {what}")
+
+
+class Binidx:
+    """The documents of prefix.bin and prefix.idx, mapped. A damaged pair is a ValueError in one line, before memory is taken.
+
+    len(data): documents; data[i]: (size of document i) int64, a copy; data.sizes: (documents) int32; data.tokens: all tokens.
+    """
+
+    def __init__(self, prefix):
+        self.prefix = _prefix(prefix)
+        bin_path, idx_path = self.prefix + ".bin", self.prefix + ".idx"
+        if missing := [path for path in (bin_path, idx_path) if not os.path.exists(path)]:
+            raise FileNotFoundError(f"{missing[0]}: no such file; a data set is the pair {bin_path} and {idx_path}")
+        header = np.fromfile(idx_path, np.uint8, HEADER.size).tobytes()
+        if len(header) < HEADER.size or not header.startswith(MAGIC):
+            raise ValueError(f"{idx_path}: not a binidx index, or cut off within its first {HEADER.size} bytes; copy or convert it again")
+        _, version, code, n, doc_count = HEADER.unpack(header)
+        if version != 1 or code not in DTYPES:
+            what = f"version {version}, tokens of type {code}{' (float)' * (code in (6, 7))}"
+            raise ValueError(f"{idx_path}: {what}; only version 1 and integers are read: convert it again")
+        _check_size(idx_path, HEADER.size + 12 * n + 8 * doc_count, "its header")
+        index, dtype = np.memmap(idx_path, mode="r"), np.dtype(DTYPES[code])
+        self.sizes = np.frombuffer(index, np.int32, n, HEADER.size)
+        self.pointers = np.frombuffer(index, np.int64, n, HEADER.size + 4 * n)
+        if (wrong := (self.sizes < 0) | (self.pointers != _pointers(self.sizes, dtype))).any():
+            i = wrong.argmax()
+            raise ValueError(f"{idx_path}: document {i} cannot have size {self.sizes[i]} and pointer {self.pointers[i]}; copy or convert it again")
+        if not self.sizes.any():
+            raise ValueError(f"{idx_path}: holds no {'tokens' if n else 'documents'}; convert a .jsonl that has some")
+        _check_size(bin_path, int(self.sizes.sum(dtype=np.int64)) * dtype.itemsize, "the index")
+        self.tokens = np.frombuffer(np.memmap(bin_path, mode="r"), dtype)
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, i):
+        start = self.pointers[i] // self.tokens.itemsize
+        return self.tokens[start:start + self.sizes[i]].astype(np.int64)
+
+
+def write_binidx(prefix, documents, dtype=np.uint16):
+    """Write an iterable of documents (sequences of token ids), one at a time, to prefix.bin and prefix.idx, whole or not at all.
+
+    Returns (number of documents, number of tokens). ValueError for a token that dtype cannot hold.
+    """
+    prefix, dtype, sizes = _prefix(prefix), np.dtype(dtype), array("i")
+    if not os.access(folder := os.path.join(os.path.dirname(prefix) or ".", ""), os.W_OK):
+        raise ValueError(f"{prefix}.bin: no folder to write in, {folder} is missing or read-only; make it, or give data.py another prefix")
+    with atomic_path(prefix + ".idx") as idx_path, atomic_path(prefix + ".bin") as bin_path:  # the .bin takes its name first
+        with open(bin_path, "wb") as f:
+            for document in documents:
+                tokens = np.asarray(document, np.int64)
+                stored = tokens.astype(dtype)
+                if (lost := stored != tokens).any():
+                    raise ValueError(f"{prefix}.bin: document {len(sizes)} holds token {tokens[lost][0]}, which {dtype} cannot hold; write int32")
+                f.write(stored)
+                sizes.append(len(stored))
+        n, sizes = len(sizes), np.array(sizes, np.int32)
+        with open(idx_path, "wb") as f:
+            code = next(code for code in DTYPES if DTYPES[code] == dtype)
+            f.write(b"".join((HEADER.pack(MAGIC, 1, code, n, n + 1), sizes, _pointers(sizes, dtype), np.arange(n + 1, dtype=np.int64))))
+    return n, int(sizes.sum(dtype=np.int64))
+
+
+def open_data(path, vocab_size=None):
+    """The Binidx of a prefix, or of a .jsonl, which is converted beside itself (x.jsonl.bin, x.jsonl.idx) when new or changed.
+
+    With vocab_size, a token outside 0 ... vocab_size - 1 is a ValueError that names its document, counted from 0 as in data[i].
+    """
+    prefix, exists = _prefix(path), os.path.exists
+    jsonl = prefix.removesuffix(".jsonl") + ".jsonl"
+    pair = [end for end in (".bin", ".idx") if exists(prefix + end)]
+    if not pair and not exists(jsonl):
+        raise FileNotFoundError(f"{path}: no {prefix}.bin and {prefix}.idx, and no {jsonl}; give a .jsonl, or the prefix of a .bin and .idx")
+    if exists(jsonl) and (prefix == jsonl or not pair):
+        prefix = jsonl
+        if not exists(prefix + ".bin") or not exists(prefix + ".idx") or os.stat(jsonl).st_mtime_ns >= os.stat(prefix + ".idx").st_mtime_ns:
+            jsonl_to_binidx(jsonl, prefix)
+            print(f"{jsonl}: tokenized into {prefix}.bin and {prefix}.idx")
+    data = Binidx(prefix)
+    limits, tokens = np.iinfo(data.tokens.dtype), data.tokens
+    if vocab_size is not None and (limits.min < 0 or limits.max >= vocab_size):  # uint16 always fits in 65536
+        for at in (tokens.argmin(), tokens.argmax()):  # these read the mapped file through, and take no memory
+            if not 0 <= tokens[at] < vocab_size:
+                i = np.searchsorted(data.pointers, at * tokens.itemsize, side="right") - 1
+                raise ValueError(f"{prefix}: document {i} holds token {tokens[at]}, but the model's vocabulary is {vocab_size}")
+    return data
+
+
+def qa_mask(tokens):
+    """1 where a token counts as a target: in an answer, after "Assistant:", before the next "User:". (n) ints -> (n) float32.
+
+    Markers are looked for in the bytes, as the tokenizer may join a part of one to its neighbours: a token that touches a
+    marker belongs to it. The end-of-document token after an answer counts, and ends the answer.
+    """
+    pieces = [b"\xff" if token == 0 else decode_bytes([token]) or b"?" for token in np.asarray(tokens).tolist()]
+    bounds = np.cumsum([0] + [len(piece) for piece in pieces])  # token t has the bytes from bounds[t] up to bounds[t + 1]
+    turns = [(0, 0)]  # (byte, whether it and those after it count), up to the next turn
+    for marker in MARKERS.finditer(b"".join(pieces)):
+        turns.append((marker.end() if marker[0] == b"\xff" else marker.start(), 0))
+        if marker[0] == b"Assistant:":
+            turns.append((marker.end(), 1))
+    begins, counts = np.array(turns).T
+    first, last = (counts[np.searchsorted(begins, at, side="right") - 1] for at in (bounds[:-1], bounds[1:] - 1))
+    return (first & last).astype(np.float32)
+
+
+def check_mask(data, ctx_len, loss_mask):
+    """How many of the first 1000 documents have no token that counts; ValueError where that is all of them."""
+    n = min(1000, len(data)) if loss_mask == "qa" else 0
+    silent = sum(not collate([data[i]], ctx_len, "qa")[2].any() for i in range(n))
+    if silent == n > 0:
+        raise ValueError(f"{data.prefix}: no answer in {n} documents, cut at --ctx_len; use --loss_mask pad, or the form User: ... Assistant: ...")
+    return silent
+
+
+def collate(documents, ctx_len, loss_mask="pad"):
+    """B documents, arrays of token ids -> idx, targets (B, T) int64 and mask (B, T) float32; T <= ctx_len.
+
+    Shorter rows end with 0s. loss_mask: "pad", the documents count; "none", the padding too; "qa", only the answers.
+    """
+    # Padding at the end of a row cannot reach the tokens before it, as the model is causal, and with a mask it has no
+    # cross-entropy of its own: whole columns of it would be computed for nothing. Without a mask it counts, and stays.
+    width = ctx_len + 1 if loss_mask == "none" else min(ctx_len + 1, max(2, *map(len, documents)))  # 2: a lone token is an idx too
+    rows = torch.zeros(len(documents), width, dtype=torch.int64)
+    mask = torch.full(rows.shape, float(loss_mask == "none"))
+    for row, counts, document in zip(rows, mask, documents):
+        n = min(width, len(document))
+        row[:n] = torch.from_numpy(document[:n])
+        counts[:n] = 1
+        if loss_mask == "qa":  # with some tokens more, as a marker that the cut goes through is still one
+            counts[:n] = torch.from_numpy(qa_mask(document[:n + len("Assistant:")])[:n])
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), mask[:, 1:].contiguous()
+
+
+@functools.lru_cache(maxsize=2)  # a batch lies in one epoch or on the border of two
+def _permutation(seed, epoch, n):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def batch(data, step, micro_bsz, ctx_len, dataload="pad", loss_mask="pad", seed=0):
+    """Micro batch number `step`: idx, targets (B, T) int64 and mask (B, T) float32, a function of nothing but its arguments.
+
+    "pad", "only" (B = 1): the next B = micro_bsz documents of an endless stream, in which each epoch is a permutation of all.
+    "get": B windows of T = ctx_len at random places of the whole token stream.
+    """
+    if dataload not in ("pad", "only", "get") or loss_mask not in ("pad", "none", "qa"):
+        raise ValueError(f"--dataload {dataload} --loss_mask {loss_mask}: there are pad, only, get and pad, none, qa")
+    if dataload == "get":
+        n, width = len(data.tokens), ctx_len + 1  # the last token of a window is a target only
+        if n < width:
+            raise ValueError(f"{data.prefix}: {n} tokens, but --dataload get with --ctx_len {ctx_len} needs {width}; use --ctx_len {n - 1} or less")
+        starts = np.random.default_rng([seed, step, 1]).integers(n - width + 1, size=micro_bsz)  # the 1: apart from the permutations
+        return collate([data.tokens[start:start + width].astype(np.int64) for start in starts], ctx_len, loss_mask)
+    if dataload == "only" and micro_bsz != 1:
+        raise ValueError(f"--dataload only takes one document at a time, but --micro_bsz is {micro_bsz}; use --dataload only --micro_bsz 1")
+    loss_mask = "pad" if (dataload, loss_mask) == ("only", "none") else loss_mask  # the same, where nothing is padded
+    places = [divmod(step * micro_bsz + b, len(data)) for b in range(micro_bsz)]
+    return collate([data[_permutation(seed, epoch, len(data))[i]] for epoch, i in places], ctx_len, loss_mask)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="data.py", allow_abbrev=False, description="Tokenize a .jsonl into binidx files (RWKV World, uint16).",
+                                     epilog="Example: python data.py data.jsonl data --ctx_len 1024   writes data.bin and data.idx.")
+    parser.add_argument("jsonl", help='{"text": "..."} on each line, UTF-8; train.py takes such a file as it is, too')
+    parser.add_argument("prefix", nargs="?", help="of the .bin and .idx to write (default: the .jsonl's name without .jsonl)")
+    parser.add_argument("--ctx_len", type=int, metavar="INT", help="also count the documents that training with this --ctx_len would cut")
+    args = parser.parse_args(argv)
+    if args.ctx_len is not None and args.ctx_len < 1:
+        raise ValueError(f"--ctx_len {args.ctx_len} must be at least 1")
+    prefix = _prefix(args.prefix or os.path.splitext(args.jsonl)[0])
+    for path in filter(os.path.exists, (prefix + ".bin", prefix + ".idx")):
+        raise ValueError(f"{path}: already there; delete it, or give another prefix")
+    summary = jsonl_to_binidx(args.jsonl, prefix, args.ctx_len)
+    summary |= {f"bytes in {prefix}{end}": os.path.getsize(prefix + end) for end in (".bin", ".idx")}
+    for name, count in summary.items():
+        if count is not None:
+            print(f"{count:>15,}  {name.replace('too_long', f'too long, cut at --ctx_len {args.ctx_len}')}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

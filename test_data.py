@@ -1,0 +1,490 @@
+"""data.py: files as the reference tool writes them, one clear line for every wrong input, batches that depend on nothing hidden."""
+
+import json
+import os
+import pathlib
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import Binidx, batch, check_mask, collate, decode_bytes, encode, jsonl_to_binidx, open_data, qa_mask, run_cli, token_bytes, write_binidx
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # so that messages name short paths
+
+
+def write_jsonl(path, *texts):
+    pathlib.Path(path).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def make(*documents, dtype=np.uint16):
+    write_binidx("x", documents, dtype)
+    return Binidx("x")
+
+
+def counting(text, extra=()):
+    """The text of the tokens that count under the qa mask."""
+    tokens = encode(text) + list(extra)
+    return decode_bytes(token for token, counts in zip(tokens, qa_mask(tokens)) if counts).decode()
+
+
+# ---- tokens ------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text", ["", "Hello\r\n  World\t", "你好,有什么可以帮你?", "🙂 é \u2028 \x85 \x00 \ufeff", "-" * 200])
+def test_tokens_decode_to_the_bytes_of_their_text(text):
+    assert decode_bytes(encode(text)) == text.encode()
+
+
+def test_every_byte_is_a_token_and_every_token_is_its_own_entry():
+    table = token_bytes()
+    assert len(table) == 65536 and table[0] == b"" and [table[i + 1] for i in range(256)] == [bytes([i]) for i in range(256)]
+    assert table[65530:] == [None] * 6 and len(set(table[:65530])) == 65530
+
+
+def test_decoding_survives_cut_characters_and_unknown_ids():
+    assert decode_bytes([1 + 0xE4, 1 + 0xBD]) == b"\xe4\xbd"
+    assert decode_bytes(np.array([0, 65530, 65535, 99999, -10, 66])) == b"A"
+
+
+# ---- binidx ------------------------------------------------------------------------------------------------------------------
+
+def test_files_are_byte_for_byte_those_of_the_reference_tool():
+    jsonl_to_binidx(FIXTURES / "sample.jsonl", "sample", dtype=np.int32)
+    for end in (".bin", ".idx"):
+        assert pathlib.Path("sample" + end).read_bytes() == (FIXTURES / ("sample_text_document" + end)).read_bytes()
+
+
+def test_the_files_of_the_reference_tool_are_read():
+    documents = Binidx(FIXTURES / "sample_text_document")
+    texts = [json.loads(line)["text"] for line in (FIXTURES / "sample.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [decode_bytes(document).decode() for document in documents] == [text for text in texts if text]
+    assert all(document[-1] == 0 for document in documents) and len(documents) == 5 and len(documents.tokens) == 83
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.int64])
+@pytest.mark.parametrize("name", ["x", "x.bin", "x.idx"])
+def test_what_is_written_is_read_again(dtype, name):
+    written = [[1, 2, 127], [], [0], np.array([5, 0])]
+    assert write_binidx(name, iter(written), dtype) == (4, 6)
+    documents = Binidx(name)
+    assert [document.tolist() for document in documents] == [[1, 2, 127], [], [0], [5, 0]]
+    assert documents.tokens.dtype == dtype and documents.sizes.tolist() == [3, 0, 1, 2] and documents.sizes.dtype == np.int32
+    assert documents[0].dtype == np.int64 and documents[-1].tolist() == [5, 0]
+    documents[0][:] = 9  # a copy: the file is not touched
+    assert documents[0].tolist() == [1, 2, 127]
+    assert sorted(os.listdir()) == ["x.bin", "x.idx"]
+
+
+def test_nothing_is_left_when_writing_fails():
+    def documents():
+        yield [1, 2, 3]
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_binidx("x", documents())
+    with pytest.raises(ValueError, match="^x.bin: document 1 holds token 70000, which uint16 cannot hold; write int32$"):
+        write_binidx("x", [[1], [2, 70000]])
+    with pytest.raises(ValueError, match="^x.bin: document 0 holds token -1, which uint16"):
+        write_binidx("x", [[-1]])
+    with pytest.raises(ValueError, match="^missing/x.bin: no folder to write in, missing/ is missing"):
+        write_binidx("missing/x", [[1]])
+    assert os.listdir() == []
+
+
+def header(magic=b"MMIDIDX\0\0", version=1, code=8, n=3, doc_count=4):
+    return lambda idx: struct.pack("<9sQBQQ", magic, version, code, n, doc_count) + idx[34:]
+
+
+def patched(offset, form, value):
+    return lambda idx: idx[:offset] + struct.pack(form, value) + idx[offset + struct.calcsize(form):]
+
+
+@pytest.mark.parametrize("end, damage, message", [
+    (".bin", lambda b: b[:8], r"x.bin: 8 bytes, but the index needs 12: the file is cut off; copy or convert it again"),
+    (".bin", lambda b: b"", r"x.bin: 0 bytes, but the index needs 12: the file is cut off"),
+    (".bin", lambda b: b + b"\0", r"x.bin: 13 bytes, but the index needs 12: the .bin and .idx are no pair"),
+    (".bin", None, r"x.bin: no such file; a data set is the pair x.bin and x.idx"),
+    (".idx", None, r"x.idx: no such file; a data set is the pair x.bin and x.idx"),
+    (".idx", lambda b: b[:-1], r"x.idx: 101 bytes, but its header needs 102: the file is cut off; copy or convert it again"),
+    (".idx", lambda b: b[:20], r"x.idx: not a binidx index, or cut off within its first 34 bytes; copy"),
+    (".idx", lambda b: b"", r"x.idx: not a binidx index, or cut off"),
+    (".idx", lambda b: b + b"\0" * 8, r"x.idx: 110 bytes, but its header needs 102: the .bin and .idx are no pair"),
+    (".idx", header(magic=b"PK\3\4     "), r"x.idx: not a binidx index"),
+    (".idx", header(version=2), r"x.idx: version 2, tokens of type 8; only version 1 and integers are read: convert it again"),
+    (".idx", header(code=6), r"x.idx: version 1, tokens of type 6 \(float\); only version 1 and integers are read"),
+    (".idx", header(code=99), r"x.idx: version 1, tokens of type 99; only"),
+    (".idx", header(n=2**60), r"x.idx: 102 bytes, but its header needs \d{20}: the file is cut off"),
+    (".idx", header(n=2**64 - 1, doc_count=2**64 - 1), r"x.idx: 102 bytes, but its header needs \d+: the file is cut off"),
+    (".idx", lambda b: header(n=0, doc_count=1)(b)[:42], r"x.idx: holds no documents; convert"),
+    (".idx", patched(34, "<i", -3), r"x.idx: document 0 cannot have size -3 and pointer 0; copy or convert it again"),
+    (".idx", patched(46, "<q", 2), r"x.idx: document 0 cannot have size 3 and pointer 2"),
+    (".idx", patched(54, "<q", -6), r"x.idx: document 1 cannot have size 1 and pointer -6"),
+    (".idx", patched(62, "<q", 10**15), r"x.idx: document 2 cannot have size 2 and pointer 1000000000000000"),
+    (".idx", patched(42, "<i", 2**31 - 1), r"x.bin: 12 bytes, but the index needs 4294967302: the file is cut off"),
+])
+def test_a_damaged_pair_is_refused_in_one_line_that_names_the_file(end, damage, message):
+    make([1, 2, 3], [4], [5, 0])
+    path = pathlib.Path("x" + end)
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises((ValueError, FileNotFoundError), match=f"^{message}") as error:
+        open_data("x")
+    assert "\n" not in str(error.value) and "; " in str(error.value)
+
+
+def test_a_pair_without_a_token_is_refused():
+    with pytest.raises(ValueError, match="^x.idx: holds no tokens; convert a .jsonl that has some$"):
+        make([], [])
+
+
+# ---- jsonl -------------------------------------------------------------------------------------------------------------------
+
+def test_blank_lines_and_empty_texts_are_skipped_and_counted_and_marks_of_byte_order_dropped():
+    pathlib.Path("a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "Hi"}\r\n\n   \n{"text": ""}\n{"id": 1, "text": "Hello World, this is long"}')
+    long = len(encode("Hello World, this is long")) + 1
+    assert jsonl_to_binidx("a.jsonl", "a") == dict(documents=2, tokens=2 + long, longest=long, skipped=3, too_long=None)
+    assert [decode_bytes(document) for document in Binidx("a")] == [b"Hi", b"Hello World, this is long"]
+
+
+def test_a_document_is_too_long_when_training_would_cut_it():
+    write_jsonl("a.jsonl", "Hello World, this is long")
+    n = jsonl_to_binidx("a.jsonl", "a")["tokens"]
+    for ctx_len, too_long in ((n - 2, 1), (n - 1, 0)):  # ctx_len positions take ctx_len + 1 tokens
+        assert jsonl_to_binidx("a.jsonl", "a", ctx_len)["too_long"] == too_long
+        idx, targets, _ = batch(Binidx("a"), 0, 1, ctx_len)
+        assert (targets[0, -1] != 0) == too_long
+
+
+@pytest.mark.parametrize("line, message", [
+    (b'{"text": "a"', "not JSON (Expecting ',' delimiter: column 13 (char 12)); each line must look like {\"text\": \"...\"}"),
+    (b"just words", "not JSON (Expecting value: column 1 (char 0)); each line must look like"),
+    (b"[" * 100000, "not JSON (maximum recursion depth exceeded"),
+    (b'{"text": ' + b"9" * 5000 + b"}", "not JSON (Exceeds the limit"),
+    (b'{"prompt": "a"}', 'has no "text" that is a string; each line must look like {"text": "..."}'),
+    (b'{"text": 5}', 'has no "text" that is a string'),
+    (b'{"text": null}', 'has no "text" that is a string'),
+    (b'{"text": []}', 'has no "text" that is a string'),
+    (b'["text"]', 'has no "text" that is a string'),
+    (b'"text"', 'has no "text" that is a string'),
+    (b'{"text": "caf\xe9"}', "not UTF-8 (invalid continuation byte); save the file as UTF-8"),
+    (b'{"text": "\\ud83d"}', "not UTF-8 (surrogates not allowed)"),
+])
+def test_a_bad_line_is_named_by_its_number_and_leaves_nothing_behind(line, message, capsys):
+    pathlib.Path("data.jsonl").write_bytes(b'{"text": "good"}\n\n' + line + b'\n{"text": "good"}\n')
+    assert run(["data.jsonl"], capsys).startswith(f"error: data.jsonl, line 3: {message}")
+    assert os.listdir() == ["data.jsonl"]
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n'])
+def test_a_jsonl_without_a_document_is_refused(content, capsys):
+    pathlib.Path("data.jsonl").write_text(content)
+    assert run(["data.jsonl"], capsys) == 'error: data.jsonl: holds no document; each line must look like {"text": "..."}\n'
+    assert os.listdir() == ["data.jsonl"]
+
+
+# ---- opening -----------------------------------------------------------------------------------------------------------------
+
+def test_a_jsonl_is_converted_beside_itself_once_and_again_when_it_changes():
+    write_jsonl("a.jsonl", "one")
+    assert [decode_bytes(document) for document in open_data("a.jsonl")] == [b"one"]
+    assert sorted(os.listdir()) == ["a.jsonl", "a.jsonl.bin", "a.jsonl.idx"]
+
+    write_jsonl("a.jsonl", "two")
+    written = os.stat("a.jsonl.idx").st_mtime_ns
+    for age, text in ((-1, b"one"), (0, b"two")):  # older than the index; as old as it
+        os.utime("a.jsonl", ns=(written + age,) * 2)
+        os.utime("a.jsonl.idx", ns=(written,) * 2)
+        assert decode_bytes(open_data("a.jsonl")[0]) == text
+
+    write_jsonl("a.jsonl", "three")
+    os.utime("a.jsonl", ns=(1, 1))
+    for end in (".bin", ".idx"):
+        os.unlink("a.jsonl" + end)
+        assert decode_bytes(open_data("a.jsonl")[0]) == b"three"
+        write_jsonl("a.jsonl", "three")
+        os.utime("a.jsonl", ns=(1, 1))
+
+
+def test_a_name_without_ending_stands_for_the_pair_or_else_for_the_jsonl():
+    write_jsonl("a.jsonl", "one")
+    assert decode_bytes(open_data("a")[0]) == b"one"
+    write_binidx("a", [encode("pair")])
+    assert decode_bytes(open_data("a")[0]) == b"pair"
+
+
+@pytest.mark.parametrize("path, message", [
+    ("d/x", "d/x: no d/x.bin and d/x.idx, and no d/x.jsonl; give a .jsonl, or the prefix of a .bin and .idx"),
+    ("d/x.jsonl", "d/x.jsonl: no d/x.jsonl.bin and d/x.jsonl.idx, and no d/x.jsonl; give"),
+    ("x.bin", "x.bin: no x.bin and x.idx, and no x.jsonl; give"),
+])
+def test_a_missing_path_says_what_was_looked_for(path, message):
+    with pytest.raises(FileNotFoundError) as error:
+        open_data(path)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("token, dtype", [(70000, np.int32), (65536, np.int32), (-1, np.int32), (-7, np.int64), (-1, np.int16)])
+def test_a_token_outside_the_vocabulary_is_refused_with_its_document(token, dtype):
+    make([1, 2], [3], [], [token, 5], [6], dtype=dtype)
+    with pytest.raises(ValueError, match=f"^x: document 3 holds token {token}, but the model's vocabulary is 65536$"):
+        open_data("x", vocab_size=65536)
+    assert len(open_data("x")) == 5
+
+
+def test_the_last_token_of_the_vocabulary_is_accepted_and_the_next_is_not():
+    make([1, 99, 0])
+    assert len(open_data("x", vocab_size=100)) == 1
+    with pytest.raises(ValueError, match="^x: document 0 holds token 99, but the model's vocabulary is 99$"):
+        open_data("x", vocab_size=99)
+
+
+# ---- batches -----------------------------------------------------------------------------------------------------------------
+
+def numbered(n, length=4):
+    """Documents of which each names itself in its first token."""
+    return make(*([i + 1] + [7] * (length - 2) + [0] for i in range(n)))
+
+
+def order(documents, steps, micro_bsz, seed=0):
+    return [i for step in steps for i in (batch(documents, step, micro_bsz, 8, seed=seed)[0][:, 0] - 1).tolist()]
+
+
+@pytest.mark.parametrize("dataload, micro_bsz", [("pad", 3), ("only", 1), ("get", 3)])
+def test_a_batch_is_a_function_of_seed_and_step(dataload, micro_bsz):
+    documents = make(*np.random.default_rng(0).integers(1, 999, (50, 9)))
+
+    def batches(steps, seed):
+        return {step: [x.tolist() for x in batch(documents, step, micro_bsz, 8, dataload, seed=seed)] for step in steps}
+
+    steps = [0, 1, 2, 30, 31]
+    once = batches(steps, seed=0)
+    assert batches(steps[::-1], seed=0) == once  # whatever was asked for before
+    assert batches(steps, seed=1) != once
+    assert len({str(rows) for rows in once.values()}) == len(steps)
+    torch.manual_seed(5), np.random.seed(5)
+    assert batches(steps, seed=0) == once
+
+
+@pytest.mark.parametrize("n, micro_bsz", [(12, 1), (12, 4), (12, 5), (2, 7), (1, 3)])
+def test_each_epoch_sees_every_document_exactly_once(n, micro_bsz):
+    seen = order(numbered(n), range(5 * n), micro_bsz)
+    epochs = [seen[start:start + n] for start in range(0, len(seen), n)]
+    assert len(epochs) == 5 * micro_bsz and all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    if n == 12:
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs)  # each in its own order
+
+
+def test_the_order_of_documents_does_not_depend_on_the_batch_size():
+    documents = numbered(12)
+    assert order(documents, range(24), 1) == order(documents, range(6), 4) == order(documents, range(3), 8)
+    assert order(documents, range(24), 1, seed=1) != order(documents, range(24), 1)
+
+
+def test_rows_are_cut_to_ctx_len_and_padded_to_the_longest_and_only_documents_count():
+    idx, targets, mask = collate([np.array([1, 2, 0]), np.array([3, 4, 5, 6, 0])], ctx_len=8)
+    assert idx.tolist() == [[1, 2, 0, 0], [3, 4, 5, 6]]
+    assert targets.tolist() == [[2, 0, 0, 0], [4, 5, 6, 0]]
+    assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert (idx.dtype, targets.dtype, mask.dtype) == (torch.int64, torch.int64, torch.float32)
+    idx, targets, mask = collate([np.array([1, 2, 0]), np.array([3, 4, 5, 6, 0])], ctx_len=3)
+    assert idx.tolist() == [[1, 2, 0], [3, 4, 5]] and targets.tolist() == [[2, 0, 0], [4, 5, 6]] and mask.tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
+def test_without_a_mask_rows_are_padded_to_ctx_len_and_the_padding_counts():
+    idx, targets, mask = batch(make([1, 2, 0]), 0, 2, 6, loss_mask="none")
+    assert idx.tolist() == [[1, 2, 0, 0, 0, 0]] * 2 and targets.tolist() == [[2, 0, 0, 0, 0, 0]] * 2 and mask.tolist() == [[1] * 6] * 2
+
+
+@pytest.mark.parametrize("loss_mask", ["pad", "none"])
+def test_only_gives_one_document_without_padding(loss_mask):
+    idx, targets, mask = batch(make([1, 2, 0]), 0, 1, 6, "only", loss_mask)
+    assert idx.tolist() == [[1, 2]] and targets.tolist() == [[2, 0]] and mask.tolist() == [[1, 1]]
+    with pytest.raises(ValueError, match="--dataload only --micro_bsz 1$"):
+        batch(make([1, 2, 0]), 0, 2, 6, "only", loss_mask)
+
+
+@pytest.mark.parametrize("document", [[0], [5], []])
+@pytest.mark.parametrize("dataload, loss_mask", [("pad", "pad"), ("pad", "qa"), ("only", "pad"), ("only", "qa"), ("only", "none")])
+def test_a_document_of_one_token_gives_a_position_that_does_not_count(document, dataload, loss_mask):
+    write_binidx("x", [document, document + [5]])
+    data_set = Binidx("x")
+    for documents in (collate([np.array(document, np.int64)], 6, "qa"), *(batch(data_set, s, 1, 6, dataload, loss_mask) for s in (0, 1))):
+        idx, targets, mask = documents
+        assert idx.shape == targets.shape == mask.shape == (1, 1)
+        assert mask.sum() == (loss_mask != "qa" and len(document) == 1 and targets.item() == 5)
+    idx, _, mask = batch(make([0], [0]), 0, 2, 3, loss_mask="none")
+    assert idx.shape == (2, 3) and mask.min() == 1
+
+
+def test_get_takes_windows_from_anywhere_in_the_stream():
+    documents = make(range(5), range(5, 12))
+    starts = set()
+    for step in range(100):
+        idx, targets, mask = batch(documents, step, 2, 8, "get")
+        assert idx.shape == (2, 8) and mask.min() == 1
+        assert (targets == idx + 1).all() and (idx[:, 1:] == idx[:, :-1] + 1).all()
+        starts |= set(idx[:, 0].tolist())
+    assert starts == {0, 1, 2, 3}  # 12 tokens, windows of 9
+    assert batch(documents, 0, 1, 11, "get")[1].tolist() == [list(range(1, 12))]
+    with pytest.raises(ValueError, match="^x: 12 tokens, but --dataload get with --ctx_len 12 needs 13; use --ctx_len 11 or less$"):
+        batch(documents, 0, 1, 12, "get")
+
+
+@pytest.mark.parametrize("words", [dict(dataload="onyl"), dict(loss_mask="pda")])
+def test_an_unknown_way_of_loading_or_masking_is_refused(words):
+    with pytest.raises(ValueError, match="there are pad, only, get and pad, none, qa"):
+        batch(make([1, 2]), 0, 1, 4, **words)
+
+
+# ---- the qa mask -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, answers", [
+    ("User: 1+1?\n\nAssistant: 2", " 2"),
+    ("User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d\n\n", " b\n\n d\n\n"),  # several turns
+    ("User: 你是谁?\n\nAssistant: 我是助手。\n\nUser: 好\n\nAssistant: 嗯", " 我是助手。\n\n 嗯"),
+    ("User: hi\n\nAssistant:你好", "你好"),  # nothing between the marker and the answer
+    ("User: hi\n\nAssistant:\nHello", "\nHello"),
+    ("User: hi\n\nAssistant:\n\nHello", "\n\nHello"),
+    ("User: hi\n\nAssistant:“你”", "你”"),  # ':“' is one token: it belongs to the marker
+    ("User: hi\n\nAssistant:) yes", " yes"),
+    ("Assistant: a Assistant: b User: c", " a b"),  # ' Assistant' and ' User' are tokens, and the markers' own
+    ("Assistant:User: a", ""),
+    ("Assistant: I", " I"),
+    ("User: a\n\nAssistant:", ""),
+    ("User: a question, cut in the", ""),
+    ("no markers at all", ""),
+    ("assistant: a, Assistant : b, Users: c", ""),
+    ("", ""),
+])
+def test_what_follows_assistant_up_to_user_counts(text, answers):
+    assert counting(text) == answers
+
+
+def test_the_mask_is_that_of_a_plain_walk_over_the_bytes():
+    rng, pieces = np.random.default_rng(0), ["User:", "Assistant:", "你好", " ", "\n\n", ":", "“", "Assist", "a", "ant", "User", ")"]
+    for _ in range(200):
+        tokens = encode("".join(rng.choice(pieces, 12)))
+        rest, on, answer = decode_bytes(tokens), False, []  # answer: for each byte, whether it belongs to one
+        while rest:
+            marker = next((m for m in (b"User:", b"Assistant:") if rest.startswith(m)), b"")
+            on = marker == b"Assistant:" if marker else on
+            answer += [False] * len(marker) or [on]
+            rest = rest[len(marker) or 1:]
+        for token, counts in zip(tokens, qa_mask(tokens)):
+            size = len(decode_bytes([token]))
+            assert counts == all(answer[:size]), decode_bytes(tokens)
+            del answer[:size]
+
+
+def test_the_end_of_a_document_counts_after_an_answer_and_ends_it():
+    first, second = encode("User: a\n\nAssistant: b") + [0], encode("plain text") + [0]
+    question, answered = encode("User: a") + [0], encode("Assistant: b") + [0]
+    assert qa_mask(first)[-2:].tolist() == [1, 1]
+    assert qa_mask(question).sum() == 0
+    assert qa_mask(first + second).tolist() == qa_mask(first).tolist() + [0] * len(second)
+    assert qa_mask(first + question).tolist() == qa_mask(first).tolist() + [0] * len(question)  # the next "User:" takes nothing back
+    assert qa_mask(encode("Assistant:") + [0])[-1] == 1
+    assert qa_mask(encode("Assist") + [0] + encode("ant: b")).sum() == 0
+    assert qa_mask(answered[:-1] + [65535, 70000, 66]).tolist()[-4:] == [1, 1, 1, 1]  # ids without an entry are as good as others
+
+
+def test_twenty_thousand_turns_take_linear_time():
+    tokens, started = np.tile(encode("User: a\n\nAssistant: b\n\n"), 20000), time.perf_counter()
+    assert qa_mask(tokens).sum() == 2 * 20000  # " b" and "\n\n"
+    assert time.perf_counter() - started < 5  # 0.2 s; minutes if each token looked through all turns
+
+
+@pytest.mark.parametrize("dataload", ["pad", "only", "get"])
+def test_batches_mask_the_target_not_the_input(dataload):
+    tokens = encode("User: a\n\nAssistant: b") + [0]
+    idx, targets, mask = batch(make(tokens), 0, 1, len(tokens) - 1, dataload, "qa")
+    assert [t for t, m in zip(targets[0].tolist(), mask[0].tolist()) if m] == encode(" b") + [0]
+
+
+def test_a_document_cut_in_its_question_counts_for_nothing():
+    tokens = np.array(encode("User: a long question\n\nAssistant: b") + [0])
+    answer = len(tokens) - 2
+    for ctx_len in range(1, len(tokens) + 2):
+        assert collate([tokens], ctx_len, "qa")[2].sum() == max(0, min(2, ctx_len + 1 - answer))
+
+
+def test_a_marker_that_the_cut_goes_through_is_still_a_marker():
+    tokens = np.array(encode("Assistant: b\n\nUser: c"))
+    at_user = encode("Assistant: b\n\nUser: c").index(encode("User")[0])
+    idx, targets, mask = collate([tokens], at_user, "qa")
+    assert targets[0, -1] == encode("User")[0] and mask[0, -1] == 0 and mask.sum() == 2
+
+
+def test_check_mask_refuses_data_without_an_answer_and_counts_documents_without_one():
+    silent, answered = encode("plain") + [0], encode("User: a\n\nAssistant: b") + [0]
+    with pytest.raises(ValueError, match="^x: no answer in 2 documents, cut at --ctx_len; use --loss_mask pad, or the form User: ... Assistant: ..."):
+        check_mask(make(silent, silent), 64, "qa")
+    with pytest.raises(ValueError, match="no answer in 1 documents"):
+        check_mask(make(answered), 3, "qa")  # the answer lies beyond ctx_len
+    assert check_mask(make(silent, answered, silent), 64, "qa") == 2
+    assert check_mask(make(silent), 64, "pad") == check_mask(make(silent), 64, "none") == 0
+    assert check_mask(make(*[silent] * 999, answered, *[silent] * 50), 64, "qa") == 999
+    with pytest.raises(ValueError, match="no answer in 1000 documents"):
+        check_mask(make(*[silent] * 1000, answered), 64, "qa")
+
+
+# ---- command line ------------------------------------------------------------------------------------------------------------
+
+def run(argv, capsys):
+    """Run the program, which must fail with exit code 2 and one line on stderr. Returns that line."""
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda: data.main(argv))
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1 and captured.err.endswith("\n")
+    return captured.err
+
+
+def test_the_command_line_writes_uint16_and_closes_with_a_summary(capsys):
+    write_jsonl("a.jsonl", "Hi", "", "Hello World, this is long")
+    data.main(["a.jsonl", "out", "--ctx_len", "5"])
+    assert Binidx("out").tokens.dtype == np.uint16 and sorted(os.listdir()) == ["a.jsonl", "out.bin", "out.idx"]
+    numbers = {line.split("  ")[-1]: int(line.split()[0].replace(",", "")) for line in capsys.readouterr().out.splitlines()}
+    tokens = len(encode("Hi") + encode("Hello World, this is long")) + 2
+    assert numbers == {"documents": 2, "tokens": tokens, "longest": tokens - 2, "skipped": 1, "too long, cut at --ctx_len 5": 1,
+                       "bytes in out.bin": 2 * tokens, "bytes in out.idx": os.path.getsize("out.idx")}
+
+
+def test_the_prefix_is_the_name_of_the_jsonl_and_what_is_there_is_kept(capsys):
+    write_jsonl("a.jsonl", "Hi")
+    data.main(["a.jsonl"])
+    assert sorted(os.listdir()) == ["a.bin", "a.idx", "a.jsonl"] and "ctx_len" not in capsys.readouterr().out
+    assert run(["a.jsonl"], capsys) == "error: a.bin: already there; delete it, or give another prefix\n"
+    os.unlink("a.bin")
+    assert run(["a.jsonl", "a.bin"], capsys) == "error: a.idx: already there; delete it, or give another prefix\n"
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["none.jsonl"], "none.jsonl: No such file or directory"),
+    (["."], ".: Is a directory"),
+    (["a.jsonl", "no/b"], "no/b.bin: no folder to write in, no/ is missing or read-only; make it, or give data.py another prefix"),
+    (["a.jsonl", "a.jsonl/b"], "a.jsonl/b.bin: no folder to write in, a.jsonl/ is missing"),
+    (["a.jsonl", "b", "--ctx_len", "0"], "--ctx_len 0 must be at least 1"),
+])
+def test_a_wrong_command_ends_in_one_line_and_exit_code_2(argv, message, capsys):
+    write_jsonl("a.jsonl", "Hi")
+    assert run(argv, capsys).startswith(f"error: {message}")
+    assert os.listdir() == ["a.jsonl"]
+
+
+def test_the_program_itself_ends_without_a_traceback():
+    pathlib.Path("a.jsonl").write_text('{"text": "good"}\n{"prompt": "bad"}\n')
+    done = subprocess.run([sys.executable, data.__file__, "a.jsonl"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == 'error: a.jsonl, line 2: has no "text" that is a string; each line must look like {"text": "..."}\n'

@@ -1,0 +1,210 @@
+"""The model against two independent judges: what the reference implementation computed, and the `rwkv` inference package."""
+
+import os
+
+import pytest
+import torch
+
+import bone
+import rwkv6
+import wkv6
+from train import loss_fn, make_optimizer
+from wkv6 import kernel_problem
+
+FORMS = ["reference", "chunked", "compiled"]
+
+
+@pytest.fixture(scope="module")
+def x060(tmp_path_factory):
+    """The reference's tiny model: base.pth and ckpt.pth in a folder, and the numbers computed from them."""
+    folder = tmp_path_factory.mktemp("x060")
+    fixture = torch.load(os.path.join(os.path.dirname(__file__), "fixtures", "x060_bone.pth"), weights_only=True)
+    for name in ("base", "ckpt"):
+        torch.save(fixture[name], folder / f"{name}.pth")
+    return folder, fixture
+
+
+@pytest.fixture(params=FORMS)
+def form(request, monkeypatch):
+    if request.param == "compiled" and kernel_problem():
+        pytest.skip(kernel_problem())
+    monkeypatch.setattr(rwkv6, "wkv6", lambda *a, **k: wkv6.wkv6(*a, **k, impl=request.param))
+
+
+def load(folder, fixture, bone_from="ckpt.pth"):
+    """base + Bone in float32, with what the reference trained requiring gradients."""
+    model = rwkv6.load_model(folder / "base.pth", torch.float32)
+    if bone_from:
+        bone.load_bone(model, folder / bone_from)
+    else:
+        bone.add_bone(model, fixture["config"]["bone_r"])
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in fixture["ckpt"])
+    return model
+
+
+def relative(ours, theirs):
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+def test_logits_loss_and_gradients_are_the_reference_s(x060, form):
+    folder, fixture = x060
+    model, idx = load(folder, fixture), fixture["idx"]
+    assert (model(idx[:, :-1]) - fixture["logits"]).abs().max() < 1e-4
+    for model.grad_cp in (False, True):
+        model.zero_grad()
+        loss = loss_fn(model, idx[:, :-1], idx[:, 1:], fixture["mask"])
+        loss.backward()
+        assert abs(loss.item() / fixture["loss"] - 1) < 1e-5
+        grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        assert grads.keys() == fixture["grad_norms"].keys()
+        for name, norm in fixture["grad_norms"].items():
+            assert grads[name].norm().item() == pytest.approx(norm, rel=1e-4), name
+        for name, grad in fixture["grads"].items():
+            assert relative(grads[name], grad) < 1e-4, name
+
+
+def test_merged_weights_are_the_reference_s(x060):
+    _, fixture = x060
+    for name, merged in fixture["merged"].items():
+        b = fixture["ckpt"][name.removesuffix("weight") + "bone"]
+        assert (bone.merge_weight(fixture["base"][name].float(), b) - merged).abs().max() < 1e-6
+
+
+def test_twenty_steps_of_training_are_the_reference_s(x060):
+    folder, fixture = x060
+    config, idx = fixture["config"], fixture["idx"]
+    model = load(folder, fixture, bone_from=None)
+    optimizer = make_optimizer(model, config["lr"], tuple(config["betas"]), config["eps"])
+    for expected, expected_norm in zip(fixture["traj_losses"], fixture["traj_grad_norms"]):
+        loss = loss_fn(model, idx[:, :-1], idx[:, 1:], fixture["mask"])
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config["grad_clip"])
+        optimizer.step()
+        optimizer.zero_grad()
+        assert loss.item() == pytest.approx(expected, rel=1e-4)
+        assert norm.item() == pytest.approx(expected_norm, rel=1e-3)
+    trained = dict(model.named_parameters())
+    for name, final in fixture["traj_final"].items():
+        assert relative(trained[name], final) < 1e-3, name
+
+
+def test_the_rwkv_package_reads_the_merged_model_and_agrees(x060, tmp_path):
+    folder, fixture = x060
+    import merge
+    # A float32 file: of a bfloat16 one the package rounds the normalized embedding to bfloat16 while loading.
+    torch.save({name: tensor.float() for name, tensor in fixture["base"].items()}, tmp_path / "base.pth")
+    merge.merge(tmp_path / "base.pth", folder / "ckpt.pth", tmp_path / "merged.pth")
+    os.environ["RWKV_JIT_ON"], os.environ["RWKV_CUDA_ON"] = "0", "0"
+    from rwkv.model import RWKV
+    judge = RWKV(model=str(tmp_path / "merged"), strategy="cpu fp32")
+    ours = rwkv6.load_model(tmp_path / "merged.pth", torch.float32)(fixture["idx"][:1])
+    theirs, _ = judge.forward(fixture["idx"][0].tolist(), None, full_output=True)
+    assert (ours[0] - theirs).abs().max() < 1e-3
+
+
+def test_recurrent_mode_is_parallel_mode(x060, form):
+    folder, fixture = x060
+    model, idx = load(folder, fixture), fixture["idx"]
+    state, logits = model.empty_state(), []
+    with torch.no_grad():
+        for part in idx.split([1, 1, 7, 1, 20, 11], dim=1):      # a token at a time and in pieces
+            out, state = model(part, state)
+            logits.append(out)
+        assert (torch.cat(logits, 1) - model(idx)).abs().max() < 1e-5
+
+
+def test_gradients_flow_through_a_carried_state(x060):
+    folder, fixture = x060
+    model, idx = load(folder, fixture), fixture["idx"][:1]
+    model(idx).square().mean().backward()
+    whole = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    for model.grad_cp in (False, True):
+        first, state = model(idx[:, :13], model.empty_state())
+        second, _ = model(idx[:, 13:], state)
+        model.zero_grad()
+        torch.cat([first, second], 1).square().mean().backward()
+        for name, grad in whole.items():
+            assert relative(dict(model.named_parameters())[name].grad, grad) < 1e-4, name
+
+
+def test_matrices_keep_the_dtype_of_the_file_and_the_small_rest_is_float32(x060):
+    model = rwkv6.load_model(x060[0] / "base.pth")
+    assert model.blocks[0].att.key.weight.dtype == model.emb.weight.dtype == torch.bfloat16
+    assert model.blocks[0].att.time_decay.dtype == model.blocks[0].ln1.weight.dtype == torch.float32
+    assert (model(x060[1]["idx"]).float() - load(*x060, bone_from=None)(x060[1]["idx"])).abs().max() < 0.1    # without autocast too
+
+
+def test_a_new_model_is_initialized_as_rwkv_lm_describes():
+    model = rwkv6.init_model(3, 128, 300)
+    att, ffn = model.blocks[1].att, model.blocks[1].ffn
+    assert model.emb.weight.abs().max() <= 1e-4 and ffn.key.weight.shape == (448, 128)
+    for zero in (att.output, ffn.value, ffn.receptance):
+        assert not zero.weight.any()
+    head = model.head.weight                                     # orthogonal columns of length 0.5 sqrt(vocab / n_embd)
+    torch.testing.assert_close(head.T @ head, torch.eye(128) * 0.25 * 300 / 128, rtol=0, atol=1e-4)
+    torch.testing.assert_close(att.key.weight @ att.key.weight.T, torch.eye(128) * 0.01, rtol=0, atol=1e-5)
+    assert att.time_decay[0, 0, 0] == -6 and att.time_decay[0, 0, -1] == -1
+    assert att.ln_x.weight[0].item() == pytest.approx((2 / 3) ** 0.7)
+    assert all(p.isfinite().all() for p in model.parameters()) and model(torch.arange(5)[None]).shape == (1, 5, 300)
+    assert all(p.isfinite().all() for p in rwkv6.init_model(1, 64, 50).parameters())
+
+
+# ---- checkpoints that are not for us --------------------------------------------------------------------------------------------
+
+def refused(tmp_path, checkpoint, words):
+    torch.save(checkpoint, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=words) as error:
+        rwkv6.load_model(tmp_path / "x.pth")
+    assert "\n" not in str(error.value) and "x.pth" in str(error.value)
+
+
+@pytest.mark.parametrize("names, words", [
+    (["blocks.0.att.time_mix_k", "blocks.0.att.time_first"], "RWKV-4"),
+    (["blocks.0.att.time_mix_k", "blocks.0.att.ln_x.weight"], "RWKV-5"),
+    (["blocks.0.att.r_k", "blocks.0.att.x_r"], "RWKV-7"),
+    (["blocks.0.att.key.bone"], "Bone checkpoint"),
+    (["model.layers.0.mlp.weight"], "not an RWKV-6"),
+    (["blocks.0.att.time_maa_x"], "not a complete"),
+])
+def test_other_checkpoints_are_named_for_what_they_are(tmp_path, names, words):
+    refused(tmp_path, {name: torch.ones(4, 4) for name in names}, words)
+
+
+def test_missing_misshapen_and_nan_tensors_are_named(x060, tmp_path):
+    base = x060[1]["base"]
+    name = "blocks.1.att.gate.weight"
+    refused(tmp_path, {k: v for k, v in base.items() if k != name}, f"{name} is missing")
+    refused(tmp_path, {**base, "blocks.1.extra": torch.ones(2)}, "blocks.1.extra is not part of")
+    refused(tmp_path, {**base, name: torch.ones(128, 64)}, f"{name} is .128, 64.")
+    refused(tmp_path, {**base, name: torch.full((128, 128), float("nan"))}, f"{name} holds NaN")
+    refused(tmp_path, {**base, name: torch.full((128, 128), float("inf"))}, f"{name} holds NaN or inf")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(tmp_path, {"emb.weight": Evil()}, "nothing was executed")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 but no zip", b"\x80\x02]q\x00."])
+def test_files_that_are_no_checkpoints_are_refused(tmp_path, content):
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(ValueError, match="checkpoint"):
+        rwkv6.load_model(tmp_path / "x.pth")
+
+
+def test_a_cut_checkpoint_is_refused(x060, tmp_path):
+    whole = (x060[0] / "base.pth").read_bytes()
+    for size in (len(whole) // 2, len(whole) - 10):
+        (tmp_path / "x.pth").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="cut or damaged"):
+            rwkv6.load_model(tmp_path / "x.pth")
+    with pytest.raises(FileNotFoundError):
+        rwkv6.load_model(tmp_path / "none.pth")

@@ -1,0 +1,356 @@
+"""Fine-tune an RWKV-6 model with Bone, or pretrain a small one from scratch. `python train.py --help` lists every flag.
+
+Data flows one way: file -> tokens -> batch -> model -> loss -> step -> checkpoint. A batch is a function of (seed, step),
+so a run is a function of its command line.
+"""
+
+import argparse
+import contextlib
+import csv
+import ctypes
+import functools
+import json
+import math
+import os
+import sys
+import time
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import bone
+import data
+import rwkv6
+from files import atomic_path, read_checkpoint, run_cli, save_checkpoint
+
+EXAMPLE = """example:
+  python train.py --load_model base.pth --data_file data.jsonl --bone_r 64
+  python merge.py base.pth out/rwkv-0.pth tuned.pth"""
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(prog="train.py", description="Fine-tune an RWKV-6 model with Bone, on a GPU or a CPU.", epilog=EXAMPLE,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def group(title, flags):
+        g = parser.add_argument_group(title)
+        for name, kind, default, text in flags:
+            kind = {"nargs": "*"} if kind is list else {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": kind.__name__.upper()}
+            shown = "" if default in (None, "") else f" (default: {' '.join(default) if isinstance(default, list) else default})"
+            g.add_argument(f"--{name}", default=default, help=text.replace("%", "%%") + shown, **kind)
+
+    group("model", [
+        ("load_model", str, "", "base model, a published x060 .pth; without it a new model of --n_layer and --n_embd is pretrained"),
+        ("n_layer", int, None, "number of blocks; read from the base model, where it must agree"),
+        ("n_embd", int, None, "width; likewise"),
+        ("vocab_size", int, 65536, "vocabulary of a new model; a base model brings its own"),
+    ])
+    group("Bone", [
+        ("bone_r", int, 64, "rank: the side of a block; must divide every layer's sizes"),
+        ("bone_mode", ("bat", "bone"), "bat", "bat: block affine; bone: shard sharing, cheaper and weaker"),
+        ("bone_load", str, "", "go on from this Bone checkpoint (rank and mode must agree)"),
+        ("train_parts", list, ["time", "ln"], "also train parameters whose names contain these: time ln emb head, or none"),
+    ])
+    group("data", [
+        ("data_file", str, None, "a .jsonl with a \"text\" per line, or a binidx prefix (x for x.bin and x.idx)"),
+        ("val_file", str, "", "held-out data of the same kind; its loss is measured after every epoch"),
+        ("ctx_len", int, 512, "longest row in tokens; longer documents are cut"),
+        ("dataload", ("pad", "only", "get"), "pad", "pad: one document per row; only: the same without padding, micro_bsz 1; get: random windows"),
+        ("loss_mask", ("pad", "none", "qa"), "pad", "what counts: pad: the documents; none: the padding too; qa: only what follows Assistant:"),
+    ])
+    group("training", [
+        ("proj_dir", str, "out", "folder for checkpoints and logs"),
+        ("epoch_count", int, 1, "number of epochs"),
+        ("epoch_begin", int, 0, "number of the first epoch"),
+        ("epoch_steps", int, 0, "optimizer steps in an epoch; 0: as many as it takes to see the data once"),
+        ("epoch_save", int, 1, "save a checkpoint every this many epochs"),
+        ("micro_bsz", int, 1, "rows in a micro batch: what goes through the model at once"),
+        ("accumulate_grad_batches", int, 1, "micro batches in an optimizer step"),
+        ("random_seed", int, 0, "seed of the data order and of a new model"),
+    ])
+    group("optimizer (Adam)", [
+        ("lr_init", float, 2e-5, "learning rate at the start; 6e-4 suits a new small model"),
+        ("lr_final", float, 2e-5, "and at the end; exponential in between, linear where one is 0"),
+        ("warmup_steps", int, 0, "steps over which the learning rate rises from a fifth to the whole"),
+        ("beta1", float, 0.9, "decay of the mean of gradients"),
+        ("beta2", float, 0.99, "decay of the mean of squared gradients"),
+        ("adam_eps", float, 1e-8, "added to the denominator"),
+    ])
+    group("machine", [
+        ("accelerator", ("auto", "gpu", "cpu"), "auto", "auto: the GPU where there is one"),
+        ("precision", ("bf16", "fp32"), "bf16", "of the matrix products; trained parameters are always float32"),
+        ("grad_cp", int, 1, "1: recompute activations block by block in the backward pass, to save memory; 0: keep them"),
+    ])
+    args = parser.parse_args(argv)
+    args.train_parts = [word for part in args.train_parts for word in part.strip("[]").replace(",", " ").replace('"', " ").split()]
+    check_args(args)
+    return args
+
+
+def check_args(args):
+    if not args.data_file:
+        raise ValueError("--data_file is missing: give a .jsonl or a binidx prefix, as in --data_file data.jsonl")
+    for name, least in dict(ctx_len=1, epoch_count=1, epoch_begin=0, epoch_steps=0, epoch_save=1, micro_bsz=1, accumulate_grad_batches=1,
+                            lr_init=0, lr_final=0, warmup_steps=0, vocab_size=1, random_seed=0).items():
+        if not getattr(args, name) >= least:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
+    if not args.load_model and not (args.n_layer and args.n_embd):
+        raise ValueError("--load_model is missing: give a base model, or --n_layer and --n_embd to pretrain a new one")
+    if not args.load_model and args.bone_load:
+        raise ValueError("--bone_load needs the base model it was trained on: add --load_model")
+    if unknown := set(args.train_parts) - {"time", "ln", "emb", "head"}:
+        raise ValueError(f"--train_parts {unknown.pop()} is unknown: time, ln, emb and head can be trained")
+    if args.accelerator == "gpu" and not torch.cuda.is_available():
+        raise ValueError("--accelerator gpu, but PyTorch sees no GPU here; use --accelerator cpu or leave it out")
+
+
+# ---- loss and optimizer -------------------------------------------------------------------------------------------------------
+
+class HeadLoss(torch.autograd.Function):
+    """Head product, cross-entropy and L2 wrap over chunks of tokens, so that the logits (tokens x vocabulary) never exist whole.
+
+    x: (M, C); head: (vocab, C); targets: (M,); weight: (M,) of each token in the loss; l2: the L2 wrap's factor per position.
+    The gradient is made with the loss, chunk by chunk, and only scaled in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, x, head, targets, weight, l2, dtype):
+        W = head.to(dtype)
+        gx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        ghead = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
+        loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        for start in range(0, len(x), step := max(1, 7_500_000 // len(head))):    # 30 MB of float32 logits: freed and reused, not returned
+            rows = slice(start, start + step)
+            x_rows, t, wt = x[rows].to(dtype), targets[rows, None], weight[rows, None].to(loss.dtype)
+            logits = (x_rows @ W.t()).to(loss.dtype)
+            largest, at = logits.max(-1, keepdim=True)
+            logit_of_target = logits.gather(-1, t)
+            e = logits.sub_(largest).exp_()
+            total = e.sum(-1, keepdim=True)
+            loss += (wt * (total.log() + largest - logit_of_target)).sum()
+            if gx is None and ghead is None:
+                continue
+            g = e.mul_(wt / total)                                                # weight * softmax
+            g.scatter_add_(-1, t, -wt).scatter_add_(-1, at, largest * l2)
+            g = g.to(dtype)
+            if gx is not None:
+                gx[rows] = g @ W
+            if ghead is not None:
+                ghead += g.t() @ x_rows
+        ctx.save_for_backward(gx, ghead)
+        return loss
+
+    @staticmethod
+    def backward(ctx, gloss):
+        gx, ghead = (g if g is None else g.mul_(gloss) for g in ctx.saved_tensors)
+        return gx, ghead, None, None, None, None
+
+
+def loss_fn(model, idx, targets, mask, tokens=None, positions=None):
+    """Mean cross-entropy over the masked tokens; its backward includes the RWKV L2 wrap, + 1e-4 / (B T) * the largest logit.
+
+    idx, targets: (B, T) int64; mask: (B, T), 1 where a token counts. A micro batch of a larger step gives the step's
+    `tokens` (sum of masks) and `positions` (sum of B T), so that the losses and gradients of its micro batches add up.
+    """
+    tokens = mask.sum() if tokens is None else tokens
+    positions = idx.numel() if positions is None else positions
+    x, _ = model.hidden(idx)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.head.weight.dtype
+    weight = mask.reshape(-1) / max(float(tokens), 1.0)
+    return HeadLoss.apply(x.reshape(-1, x.shape[-1]), model.head.weight, targets.reshape(-1), weight, 1e-4 / positions, dtype)
+
+
+def make_optimizer(model, lr, betas=(0.9, 0.99), eps=1e-8):
+    """Adam over the parameters that require gradients; time_decay (not its _w1, _w2) at twice the rate."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    fast = [p for name, p in trained.items() if name.endswith("time_decay")]
+    rest = [p for name, p in trained.items() if not name.endswith("time_decay")]
+    groups = [{"params": params, "lr": lr * scale, "lr_scale": scale} for params, scale in ((rest, 1.0), (fast, 2.0)) if params]
+    return torch.optim.Adam(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def learning_rate(step, total, lr_init, lr_final, warmup_steps):
+    """Learning rate of optimizer step `step` of `total`, as RWKV-LM computes it; the warm-up goes from 0.2 to 1."""
+    progress = min(1.0, max(0.0, (step - warmup_steps + 1) / max(1, total - warmup_steps)))
+    if lr_init == 0 or lr_final == 0:
+        lr = lr_init + (lr_final - lr_init) * progress
+    else:
+        lr = lr_init * math.exp(math.log(lr_final / lr_init) * progress)
+    return lr * (0.2 + 0.8 * step / warmup_steps if step < warmup_steps else 1.0)
+
+
+# ---- what is trained ----------------------------------------------------------------------------------------------------------
+
+def build_model(args, device):
+    """The model with exactly the trained parameters requiring gradients, as float32, and the dtype in which to save them."""
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    if not args.load_model:
+        torch.manual_seed(args.random_seed)
+        return rwkv6.init_model(args.n_layer, args.n_embd, args.vocab_size, device=device), dtype
+    if args.bone_load:
+        r, mode = bone.rank_and_mode(read_checkpoint(args.bone_load), args.bone_load)
+        if (r, mode) != (args.bone_r, args.bone_mode):
+            raise ValueError(f"{args.bone_load}: has r {r} and mode {mode}, but --bone_r is {args.bone_r} and --bone_mode {args.bone_mode}; "
+                             f"use --bone_r {r} --bone_mode {mode}")
+    model = rwkv6.load_model(args.load_model, dtype, device)
+    for name in ("n_layer", "n_embd"):
+        if getattr(args, name) not in (None, getattr(model.config, name)):
+            raise ValueError(f"--{name} {getattr(args, name)}, but {args.load_model} has {getattr(model.config, name)}; drop the flag to use that")
+    bone.load_bone(model, args.bone_load) if args.bone_load else bone.add_bone(model, args.bone_r, args.bone_mode)
+    for name, p in model.named_parameters():
+        if not name.endswith(".bone") and any(part in name for part in args.train_parts):
+            p.data = p.data.float()
+            p.requires_grad_(True)
+    return model, read_checkpoint(args.load_model)["emb.weight"].dtype
+
+
+def step(model, micro, autocast):
+    """Forward and backward of an optimizer step's micro batches. Returns the mean loss over all their counting tokens."""
+    tokens, positions = sum(mask.sum().item() for _, _, mask in micro), sum(idx.numel() for idx, _, _ in micro)
+    total = 0.0
+    for batch in micro:
+        with autocast:
+            loss = loss_fn(model, *(x.to(model.head.weight.device) for x in batch), tokens, positions)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+@torch.no_grad()
+def val_loss(model, documents, args, autocast):
+    """Mean loss over the counting tokens of all documents, each seen once."""
+    total = tokens = 0.0
+    for start in range(0, len(documents), args.micro_bsz):
+        rows = [documents[i] for i in range(start, min(start + args.micro_bsz, len(documents)))]
+        idx, targets, mask = (x.to(model.head.weight.device) for x in data.collate(rows, args.ctx_len, args.loss_mask))
+        with autocast:
+            total += loss_fn(model, idx, targets, mask, tokens=1).item()
+        tokens += mask.sum().item()
+    return total / max(tokens, 1.0)
+
+
+# ---- the loop -----------------------------------------------------------------------------------------------------------------
+
+def train(args):
+    device = torch.device("cuda" if args.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    epochs = range(args.epoch_begin, args.epoch_begin + args.epoch_count)
+    paths = {epoch: os.path.join(args.proj_dir, f"rwkv-{epoch}.pth") for epoch in epochs if (epoch + 1 - epochs[0]) % args.epoch_save == 0 or epoch == epochs[-1]}
+    for path in filter(os.path.exists, paths.values()):
+        raise ValueError(f"{path}: already there, from an earlier run; give another --proj_dir, or move it away")
+
+    keep_freed_memory()
+    model, save_dtype = build_model(args, device)
+    model.grad_cp = bool(args.grad_cp)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = make_optimizer(model, args.lr_init, (args.beta1, args.beta2), args.adam_eps)
+    documents = data.open_data(args.data_file, model.config.vocab_size)
+    silent = data.check_mask(documents, args.ctx_len, args.loss_mask)
+    val_documents = data.open_data(args.val_file, model.config.vocab_size) if args.val_file else None
+    micro_batch = functools.partial(data.batch, documents, micro_bsz=args.micro_bsz, ctx_len=args.ctx_len, dataload=args.dataload,
+                                    loss_mask=args.loss_mask, seed=args.random_seed)
+    micro_batch(0)  # what cannot be batched is refused here
+    N = args.accumulate_grad_batches
+    once = len(documents) if args.dataload != "get" else len(documents.tokens) / args.ctx_len
+    steps = args.epoch_steps or math.ceil(once / (args.micro_bsz * N))
+    print(f"{model.config}\n{f'Bone {args.bone_mode} r {args.bone_r}' if args.load_model else 'from scratch'}: {sum(p.numel() for p in trained.values()):,} of "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters trained, {args.precision} on {device}\n"
+          f"{len(documents):,} documents, {len(documents.tokens):,} tokens; {len(epochs)} x {steps} steps of {args.micro_bsz * N} rows up to {args.ctx_len} tokens")
+    if silent:
+        print(f"note: {silent} of the first {min(1000, len(documents))} documents have nothing after Assistant: within {args.ctx_len} tokens and count for nothing")
+
+    os.makedirs(args.proj_dir, exist_ok=True)
+    with atomic_path(os.path.join(args.proj_dir, "args.json")) as path, open(path, "w") as f:
+        json.dump(vars(args), f, indent=1)
+    log = Log(args.proj_dir)
+    log.line(f"NEW RUN {json.dumps(vars(args))}")
+    if val_documents:
+        print(f"held-out loss before training: {log.point(epochs[0] * steps, val_loss=val_loss(model, val_documents, args, autocast)):.4f}")
+    for epoch in epochs:
+        losses = []
+        with tqdm(total=steps, desc=f"epoch {epoch}", unit="step", dynamic_ncols=True) as bar:
+            for i in range(epoch * steps, (epoch + 1) * steps):
+                started = time.perf_counter()
+                lr = learning_rate(i, (epochs[-1] + 1) * steps, args.lr_init, args.lr_final, args.warmup_steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * group["lr_scale"]
+                micro = [micro_batch(i * N + n) for n in range(N)]
+                losses.append(step(model, micro, autocast))
+                if not math.isfinite(losses[-1]):
+                    raise ValueError(f"the loss is {losses[-1]} at step {i}; what is saved is good. Try a smaller --lr_init, or --precision fp32")
+                nn.utils.clip_grad_norm_(trained.values(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                log.point(i, loss=losses[-1], lr=lr)
+                speed = sum(idx.numel() for idx, _, _ in micro) / (time.perf_counter() - started)
+                bar.set_postfix_str(f"loss {losses[-1]:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s, {memory(device)}")
+                bar.update()
+        summary = f"epoch {epoch}: mean loss {sum(losses) / steps:.4f}"
+        if val_documents:
+            summary += f", held-out loss {log.point((epoch + 1) * steps, val_loss=val_loss(model, val_documents, args, autocast)):.4f}"
+        print(summary)
+        log.line(summary)
+        if epoch in paths:
+            save_checkpoint({name: p.detach().to("cpu", save_dtype) for name, p in trained.items()}, paths[epoch])
+    print(f"wrote {paths[epochs[-1]]}" + (f" and {log.picture}" if log.draw() else ""))
+    if args.load_model:
+        print(f"next: python merge.py {args.load_model} {paths[epochs[-1]]} tuned.pth")
+
+
+class Log:
+    """train_log.txt (a line per epoch), loss.csv (a row per step or held-out loss) and, where matplotlib is, loss.png."""
+
+    def __init__(self, proj_dir):
+        self.text = open(os.path.join(proj_dir, "train_log.txt"), "a", buffering=1)
+        self.curve = os.path.join(proj_dir, "loss.csv")
+        self.picture = os.path.join(proj_dir, "loss.png")
+        self.csv = open(self.curve, "a", buffering=1)
+        if self.csv.tell() == 0:
+            self.csv.write("step,loss,lr,val_loss\n")
+
+    def line(self, text):
+        self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def point(self, step, loss="", lr="", val_loss=""):
+        self.csv.write(f"{step},{loss},{lr},{val_loss}\n")
+        return val_loss
+
+    def draw(self):
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return False
+        figure = Figure(figsize=(8, 4.5))
+        axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
+        with open(self.curve) as f:
+            rows = list(csv.DictReader(f))
+        for column, label, style in (("loss", "training loss", "-"), ("val_loss", "held-out loss", "o-")):
+            if points := [(int(row["step"]), float(row[column])) for row in rows if row[column]]:
+                axes.plot(*zip(*points), style, label=label, linewidth=1)
+        axes.legend()
+        with atomic_path(self.picture) as path:
+            figure.savefig(path, format="png", dpi=120)
+        return True
+
+
+def keep_freed_memory():
+    """Have glibc keep what is freed for the next step. By default it hands the activations back to the system after each step,
+    and every page of them costs a fault in the next: a tenth of the step's time on the CPU."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 32 << 20)      # M_MMAP_THRESHOLD, its largest value
+        libc.mallopt(-1, 1 << 30)       # M_TRIM_THRESHOLD
+
+
+def memory(device):
+    """Peak memory so far, of the GPU or of the process."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+    import resource
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9:.1f} GB"
+
+
+if __name__ == "__main__":
+    run_cli(lambda: train(parse_args()))
