@@ -72,6 +72,11 @@ class Bat(torch.autograd.Function):
         return gx.to(ctx.x_dtype), None, gB.to(bone.dtype), None
 
 
+def bone_shape(weight_shape, r, mode):
+    out_features, in_features = weight_shape
+    return (in_features // r, r, r) if mode == "bat" else (r, out_features)
+
+
 class BoneLinear(nn.Module):
     """A frozen linear layer with its trainable `bone`.
 
@@ -81,11 +86,10 @@ class BoneLinear(nn.Module):
 
     def __init__(self, weight, r, mode="bat"):
         super().__init__()
-        out_features, in_features = weight.shape
-        shape = {"bat": (in_features // r, r, r), "bone": (r, out_features)}[mode]
         self.r, self.mode = r, mode
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        self.bone = nn.Parameter(torch.zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.bone = nn.Parameter(torch.zeros(bone_shape(weight.shape, r, mode), dtype=dtype, device=weight.device))
 
     def forward(self, x):
         device = x.device.type
@@ -156,23 +160,15 @@ def load_bone(model, path):
 def check_fits(checkpoint, shapes, path):
     """ValueError unless every tensor of a Bone checkpoint fits the base model whose {name: shape} is given."""
     for name, tensor in checkpoint.items():
-        if name.endswith(".bone"):
-            linear = name.removesuffix(".bone") + ".weight"
-            expected = shapes.get(linear)
-            if expected is not None:
-                out_features, in_features = expected
-                r = tensor.shape[1] if tensor.ndim == 3 else tensor.shape[0]
-                expected = (in_features // r, r, r) if tensor.ndim == 3 else (r, out_features)
-                if tensor.ndim == 3 and (in_features % r or out_features % r):
-                    raise ValueError(f"{path}: r {r} of {name} does not divide {linear} ({out_features} x {in_features}); "
-                                     f"it was trained on another model")
-        else:
-            expected = shapes.get(name)
+        shape, expected = tuple(tensor.shape), shapes.get(name)
+        if name.endswith(".bone") and (linear := shapes.get(name.removesuffix("bone") + "weight")):
+            expected = bone_shape(linear, shape[1] if len(shape) == 3 else shape[0], "bat" if len(shape) == 3 else "bone")
+            if len(shape) == 3 and any(n % shape[1] for n in linear):
+                raise ValueError(f"{path}: r {shape[1]} of {name} does not divide {tuple(linear)}; it was trained on another model")
         if expected is None:
             raise ValueError(f"{path}: {name} has no counterpart in the base model; it was trained on another model")
-        if tuple(tensor.shape) != tuple(expected):
-            raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, but this base model needs {tuple(expected)}; "
-                             f"it was trained on another model")
+        if shape != tuple(expected):
+            raise ValueError(f"{path}: {name} is {shape}, but this base model needs {tuple(expected)}; it was trained on another model")
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ import contextlib
 import os
 import pickle
 import sys
-import tempfile
 
 import torch
 
@@ -22,12 +21,11 @@ def read_checkpoint(path):
         is_zip = f.read(4) == b"PK\x03\x04"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
-            raise ValueError(f"{path}: holds more than tensors (code that would run on loading); refused, nothing was executed") from error
-        raise ValueError(f"{path}: not a PyTorch checkpoint; a .pth file of tensors is needed") from error
-    except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
-        what = "a cut or damaged PyTorch checkpoint; download or copy it again" if is_zip else "not a PyTorch checkpoint; a .pth file of tensors is needed"
+    except Exception as error:  # a damaged file can fail anywhere in the unpickler
+        if isinstance(error, pickle.UnpicklingError) and ("Unsupported" in str(error) or "GLOBAL" in str(error)):
+            what = "holds more than tensors (code that would run on loading); refused, nothing was executed"
+        else:
+            what = "a cut or damaged PyTorch checkpoint; download or copy it again" if is_zip else "not a PyTorch checkpoint; a .pth of tensors is needed"
         raise ValueError(f"{path}: {what}") from error
     if not isinstance(checkpoint, dict) or not checkpoint or not all(
             isinstance(k, str) and isinstance(v, torch.Tensor) and v.is_floating_point() for k, v in checkpoint.items()):
@@ -38,25 +36,16 @@ def read_checkpoint(path):
 @contextlib.contextmanager
 def atomic_path(path):
     """A temporary path in the folder of `path`; renamed to `path` when the block ends well, removed when it does not."""
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.")
-    os.close(handle)
+    folder, name = os.path.split(os.path.abspath(path))
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}")
     try:
         yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
+    finally:
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        raise
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def save_checkpoint(checkpoint, path):

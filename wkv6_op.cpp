@@ -113,8 +113,8 @@ struct Slice {
 
 // log d = -exp(w) and d = exp(log d) of one head, (T, N) each. A float32 d near 1 is off by up to 3e-8, and thousands of them
 // multiplied drift: so each d takes the rounding error of those before it along, and their product stays right to one rounding.
-template <typename scalar, int N>
-void decays(const Slice<scalar, N>& w, int64_t T, float* log_d, float* d) {
+template <int N>
+void decays(const Slice<float, N>& w, int64_t T, float* log_d, float* d) {
   using Vecd = at::vec::Vectorized<double>;
   double carry[N], exact[N];
   for (auto& c : carry) c = 1;
@@ -131,7 +131,7 @@ void decays(const Slice<scalar, N>& w, int64_t T, float* log_d, float* d) {
   }
 }
 
-template <typename scalar, typename wscalar, int N>
+template <typename scalar, int N>
 void forward_head(int64_t b, int64_t h, const Tensor& r_, const Tensor& k_, const Tensor& v_, const Tensor& w_, const Tensor& u_,
                   const Tensor& y_, const Tensor& state_, float* scratch) {
   const Slice<scalar, N> r(r_, b, h), k(k_, b, h), v(v_, b, h), y(y_, b, h);
@@ -139,7 +139,7 @@ void forward_head(int64_t b, int64_t h, const Tensor& r_, const Tensor& k_, cons
   const float* u = u_.data_ptr<float>() + h * N;
   float* S = state_.data_ptr<float>() + (b * H + h) * N * N;
   float *log_d = scratch, *d = log_d + T * N;
-  decays(Slice<wscalar, N>(w_, b, h), T, log_d, d);
+  decays(Slice<float, N>(w_, b, h), T, log_d, d);
   float rt[N], kt[N], vt[N], yt[N];
   for (int64_t t = 0; t < T; t++) {
     r.read(t, rt), k.read(t, kt), v.read(t, vt);
@@ -150,12 +150,12 @@ void forward_head(int64_t b, int64_t h, const Tensor& r_, const Tensor& k_, cons
   }
 }
 
-template <typename scalar, typename wscalar, int N>
+template <typename scalar, int N>
 void backward_head(int64_t b, int64_t h, const Tensor& r_, const Tensor& k_, const Tensor& v_, const Tensor& w_, const Tensor& u_,
                    const Tensor& state_, const Tensor& gy_, const Tensor& gr_, const Tensor& gk_, const Tensor& gv_,
                    const Tensor& gw_, const Tensor& gu_, const Tensor& gstate_, float* scratch) {
   const Slice<scalar, N> r(r_, b, h), k(k_, b, h), v(v_, b, h), gy(gy_, b, h), gr(gr_, b, h), gk(gk_, b, h), gv(gv_, b, h);
-  const Slice<wscalar, N> w(w_, b, h), gw(gw_, b, h);
+  const Slice<float, N> w(w_, b, h), gw(gw_, b, h);
   const int64_t T = r_.size(1), H = r_.size(2), NN = N * N;
   const float* u = u_.data_ptr<float>() + h * N;
   float* gu = gu_.data_ptr<float>() + (b * H + h) * N;
@@ -206,43 +206,39 @@ void check(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, c
   TORCH_CHECK(r.dim() == 4, "wkv6: r must be (B, T, H, N), not ", r.sizes());
   const auto B = r.size(0), H = r.size(2), N = r.size(3);
   TORCH_CHECK(k.sizes() == r.sizes() && v.sizes() == r.sizes() && w.sizes() == r.sizes(), "wkv6: r, k, v, w must have one shape");
-  TORCH_CHECK(k.scalar_type() == r.scalar_type() && v.scalar_type() == r.scalar_type(), "wkv6: r, k, v must have one dtype");
+  TORCH_CHECK(k.dtype() == r.dtype() && v.dtype() == r.dtype(), "wkv6: r, k, v must have one dtype");
   TORCH_CHECK(u.sizes() == at::IntArrayRef({H, N}), "wkv6: u must be (H, N), not ", u.sizes());
   TORCH_CHECK(state.sizes() == at::IntArrayRef({B, H, N, N}) && state.scalar_type() == at::kFloat, "wkv6: state must be float32 (B, H, N, N)");
 }
 
-// Calls body with (scalar of r, scalar of w, N) as compile-time constants.
+// Calls body(b, h, scalar of r, N, scratch) for every batch element and head, in parallel; scalar and N are compile-time constants.
 template <typename F>
-void dispatch(const Tensor& r, const Tensor& w, F body) {
-  auto with_n = [&](auto s, auto ws) {
+void for_each_head(const Tensor& r, int64_t scratch_size, F body) {
+  auto with_n = [&](auto scalar, auto n) {
+    at::parallel_for(0, r.size(0) * r.size(2), 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> scratch(scratch_size);
+      for (int64_t bh = begin; bh < end; bh++) body(bh / r.size(2), bh % r.size(2), scalar, n, scratch.data());
+    });
+  };
+  auto with_scalar = [&](auto scalar) {
     switch (r.size(3)) {
-      case 32: return body(s, ws, std::integral_constant<int, 32>());
-      case 64: return body(s, ws, std::integral_constant<int, 64>());
-      case 128: return body(s, ws, std::integral_constant<int, 128>());
+      case 32: return with_n(scalar, std::integral_constant<int, 32>());
+      case 64: return with_n(scalar, std::integral_constant<int, 64>());
+      case 128: return with_n(scalar, std::integral_constant<int, 128>());
       default: TORCH_CHECK(false, "wkv6: head size ", r.size(3), " is not compiled in: 32, 64, 128 are");
     }
   };
-  auto with_w = [&](auto s) {
-    if (w.scalar_type() == at::kFloat) return with_n(s, float());
-    TORCH_CHECK(w.scalar_type() == at::kBFloat16, "wkv6: w must be float32 or bfloat16, not ", w.scalar_type());
-    with_n(s, at::BFloat16());
-  };
-  if (r.scalar_type() == at::kFloat) return with_w(float());
+  if (r.scalar_type() == at::kFloat) return with_scalar(float());
   TORCH_CHECK(r.scalar_type() == at::kBFloat16, "wkv6: r must be float32 or bfloat16, not ", r.scalar_type());
-  with_w(at::BFloat16());
+  with_scalar(at::BFloat16());
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& r_, const Tensor& k_, const Tensor& v_, const Tensor& w_, const Tensor& u_, const Tensor& state_) {
   check(r_, k_, v_, w_, u_, state_);
-  const auto r = r_.contiguous(), k = k_.contiguous(), v = v_.contiguous(), w = w_.contiguous(), u = u_.to(at::kFloat).contiguous();
+  const auto r = r_.contiguous(), k = k_.contiguous(), v = v_.contiguous(), w = w_.to(at::kFloat).contiguous(), u = u_.to(at::kFloat).contiguous();
   const auto y = at::empty_like(r), state = state_.clone(at::MemoryFormat::Contiguous);
-  const int64_t H = r.size(2);
-  dispatch(r, w, [&](auto s, auto ws, auto n) {
-    at::parallel_for(0, r.size(0) * H, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(2 * r.size(1) * r.size(3));
-      for (int64_t bh = begin; bh < end; bh++)
-        forward_head<decltype(s), decltype(ws), decltype(n)::value>(bh / H, bh % H, r, k, v, w, u, y, state, scratch.data());
-    });
+  for_each_head(r, 2 * r.size(1) * r.size(3), [&](int64_t b, int64_t h, auto scalar, auto n, float* scratch) {
+    forward_head<decltype(scalar), decltype(n)::value>(b, h, r, k, v, w, u, y, state, scratch);
   });
   return {y, state};
 }
@@ -251,19 +247,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor
                                                                     const Tensor& state_, const Tensor& gy_, const Tensor& gstate_) {
   check(r_, k_, v_, w_, u_, state_);
   TORCH_CHECK(gy_.sizes() == r_.sizes() && gstate_.sizes() == state_.sizes(), "wkv6: a gradient's shape is not its tensor's");
-  const auto r = r_.contiguous(), k = k_.contiguous(), v = v_.contiguous(), w = w_.contiguous(), u = u_.to(at::kFloat).contiguous();
+  const auto r = r_.contiguous(), k = k_.contiguous(), v = v_.contiguous(), w = w_.to(at::kFloat).contiguous(), u = u_.to(at::kFloat).contiguous();
   const auto state = state_.contiguous(), gy = gy_.to(r.scalar_type()).contiguous(), gstate = gstate_.to(at::kFloat).clone(at::MemoryFormat::Contiguous);
   const auto gr = at::empty_like(r), gk = at::empty_like(k), gv = at::empty_like(v), gw = at::empty_like(w);
-  const int64_t B = r.size(0), T = r.size(1), H = r.size(2), N = r.size(3);
-  const auto gu = at::empty({B, H, N}, u.options());
-  dispatch(r, w, [&](auto s, auto ws, auto n) {
-    at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(2 * T * N + (2 + CHUNK + (T + CHUNK - 1) / CHUNK) * N * N);
-      for (int64_t bh = begin; bh < end; bh++)
-        backward_head<decltype(s), decltype(ws), decltype(n)::value>(bh / H, bh % H, r, k, v, w, u, state, gy, gr, gk, gv, gw, gu, gstate, scratch.data());
-    });
+  const int64_t T = r.size(1), N = r.size(3);
+  const auto gu = at::empty({r.size(0), r.size(2), N}, u.options());
+  for_each_head(r, 2 * T * N + (2 + CHUNK + (T + CHUNK - 1) / CHUNK) * N * N, [&](int64_t b, int64_t h, auto scalar, auto n, float* scratch) {
+    backward_head<decltype(scalar), decltype(n)::value>(b, h, r, k, v, w, u, state, gy, gr, gk, gv, gw, gu, gstate, scratch);
   });
-  return {gr, gk, gv, gw, gu.sum(0).to(u_.scalar_type()), gstate};
+  return {gr, gk, gv, gw.to(w_.scalar_type()), gu.sum(0).to(u_.scalar_type()), gstate};
 }
 
 }  // namespace
