@@ -47,9 +47,9 @@ def parse_args(argv=None):
         ("vocab_size", int, 65536, "vocabulary of a new model; a base model brings its own"),
     ])
     group("Bone", [
-        ("bone_r", int, 64, "rank: the side of a block; must divide every layer's sizes"),
-        ("bone_mode", ("bat", "bone"), "bat", "bat: block affine; bone: shard sharing, cheaper and weaker"),
-        ("bone_load", str, "", "go on from this Bone checkpoint (rank and mode must agree)"),
+        ("bone_r", int, None, "rank: the side of a block; must divide every layer's sizes (default: 64, or that of --bone_load)"),
+        ("bone_mode", ("bat", "bone"), None, "bat: block affine; bone: shard sharing (default: bat, or that of --bone_load)"),
+        ("bone_load", str, "", "go on from this Bone checkpoint"),
         ("train_parts", list, ["time", "ln"], "also train parameters whose names contain these: time ln emb head, or none"),
     ])
     group("data", [
@@ -125,15 +125,12 @@ class HeadLoss(torch.autograd.Function):
             x_rows, t, wt = x[rows].to(dtype), targets[rows, None], weight[rows, None].to(loss.dtype)
             logits = (x_rows @ W.t()).to(loss.dtype)
             largest, at = logits.max(-1, keepdim=True)
-            logit_of_target = logits.gather(-1, t)
+            logits_of_targets = logits.gather(-1, t)
             e = logits.sub_(largest).exp_()
             total = e.sum(-1, keepdim=True)
-            loss += (wt * (total.log() + largest - logit_of_target)).sum()
-            if gx is None and ghead is None:
-                continue
-            g = e.mul_(wt / total)                                                # weight * softmax
-            g.scatter_add_(-1, t, -wt).scatter_add_(-1, at, largest * l2)
-            g = g.to(dtype)
+            loss += (wt * (total.log() + largest - logits_of_targets)).sum()
+            if gx is not None or ghead is not None:
+                g = e.mul_(wt / total).scatter_add_(-1, t, -wt).scatter_add_(-1, at, largest * l2).to(dtype)  # softmax - target + L2 wrap
             if gx is not None:
                 gx[rows] = g @ W
             if ghead is not None:
@@ -143,8 +140,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gloss):
-        gx, ghead = (g if g is None else g.mul_(gloss) for g in ctx.saved_tensors)
-        return gx, ghead, None, None, None, None
+        return *(g if g is None else g * gloss for g in ctx.saved_tensors), None, None, None, None
 
 
 def loss_fn(model, idx, targets, mask, tokens=None, positions=None):
@@ -189,11 +185,11 @@ def build_model(args, device):
     if not args.load_model:
         torch.manual_seed(args.random_seed)
         return rwkv6.init_model(args.n_layer, args.n_embd, args.vocab_size, device=device), dtype
-    if args.bone_load:
-        r, mode = bone.rank_and_mode(read_checkpoint(args.bone_load), args.bone_load)
-        if (r, mode) != (args.bone_r, args.bone_mode):
-            raise ValueError(f"{args.bone_load}: has r {r} and mode {mode}, but --bone_r is {args.bone_r} and --bone_mode {args.bone_mode}; "
-                             f"use --bone_r {r} --bone_mode {mode}")
+    r, mode = bone.rank_and_mode(read_checkpoint(args.bone_load), args.bone_load) if args.bone_load else (64, "bat")
+    for flag, value in (("bone_r", r), ("bone_mode", mode)):
+        if args.bone_load and getattr(args, flag) not in (None, value):
+            raise ValueError(f"{args.bone_load}: has {flag} {value}, but --{flag} is {getattr(args, flag)}; drop --{flag} to use {value}")
+        setattr(args, flag, getattr(args, flag) if getattr(args, flag) is not None else value)
     model = rwkv6.load_model(args.load_model, dtype, device)
     for name in ("n_layer", "n_embd"):
         if getattr(args, name) not in (None, getattr(model.config, name)):
@@ -234,9 +230,10 @@ def val_loss(model, documents, args, autocast):
 # ---- the loop -----------------------------------------------------------------------------------------------------------------
 
 def train(args):
+    """A whole run: data and model, then epochs of optimizer steps, with logs, held-out losses and checkpoints in proj_dir."""
     device = torch.device("cuda" if args.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    epochs = range(args.epoch_begin, args.epoch_begin + args.epoch_count)
+    epochs, N = range(args.epoch_begin, args.epoch_begin + args.epoch_count), args.accumulate_grad_batches
     paths = {epoch: os.path.join(args.proj_dir, f"rwkv-{epoch}.pth") for epoch in epochs if (epoch + 1 - epochs[0]) % args.epoch_save == 0 or epoch == epochs[-1]}
     for path in filter(os.path.exists, paths.values()):
         raise ValueError(f"{path}: already there, from an earlier run; give another --proj_dir, or move it away")
@@ -246,13 +243,11 @@ def train(args):
     model.grad_cp = bool(args.grad_cp)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(model, args.lr_init, (args.beta1, args.beta2), args.adam_eps)
-    documents = data.open_data(args.data_file, model.config.vocab_size)
+    documents, held_out = (data.open_data(file, model.config.vocab_size) if file else None for file in (args.data_file, args.val_file))
     silent = data.check_mask(documents, args.ctx_len, args.loss_mask)
-    val_documents = data.open_data(args.val_file, model.config.vocab_size) if args.val_file else None
     micro_batch = functools.partial(data.batch, documents, micro_bsz=args.micro_bsz, ctx_len=args.ctx_len, dataload=args.dataload,
                                     loss_mask=args.loss_mask, seed=args.random_seed)
     micro_batch(0)  # what cannot be batched is refused here
-    N = args.accumulate_grad_batches
     once = len(documents) if args.dataload != "get" else len(documents.tokens) / args.ctx_len
     steps = args.epoch_steps or math.ceil(once / (args.micro_bsz * N))
     print(f"{model.config}\n{f'Bone {args.bone_mode} r {args.bone_r}' if args.load_model else 'from scratch'}: {sum(p.numel() for p in trained.values()):,} of "
@@ -261,13 +256,9 @@ def train(args):
     if silent:
         print(f"note: {silent} of the first {min(1000, len(documents))} documents have nothing after Assistant: within {args.ctx_len} tokens and count for nothing")
 
-    os.makedirs(args.proj_dir, exist_ok=True)
-    with atomic_path(os.path.join(args.proj_dir, "args.json")) as path, open(path, "w") as f:
-        json.dump(vars(args), f, indent=1)
-    log = Log(args.proj_dir)
-    log.line(f"NEW RUN {json.dumps(vars(args))}")
-    if val_documents:
-        print(f"held-out loss before training: {log.point(epochs[0] * steps, val_loss=val_loss(model, val_documents, args, autocast)):.4f}")
+    log = Log(args)
+    if held_out:
+        print(f"held-out loss before training: {log.point(epochs[0] * steps, val_loss=val_loss(model, held_out, args, autocast)):.4f}")
     for epoch in epochs:
         losses = []
         with tqdm(total=steps, desc=f"epoch {epoch}", unit="step", dynamic_ncols=True) as bar:
@@ -287,30 +278,30 @@ def train(args):
                 speed = sum(idx.numel() for idx, _, _ in micro) / (time.perf_counter() - started)
                 bar.set_postfix_str(f"loss {losses[-1]:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s, {memory(device)}")
                 bar.update()
-        summary = f"epoch {epoch}: mean loss {sum(losses) / steps:.4f}"
-        if val_documents:
-            summary += f", held-out loss {log.point((epoch + 1) * steps, val_loss=val_loss(model, val_documents, args, autocast)):.4f}"
-        print(summary)
-        log.line(summary)
+        log.line(f"epoch {epoch}: mean loss {sum(losses) / steps:.4f}" + (
+            f", held-out loss {log.point((epoch + 1) * steps, val_loss=val_loss(model, held_out, args, autocast)):.4f}" if held_out else ""))
         if epoch in paths:
             save_checkpoint({name: p.detach().to("cpu", save_dtype) for name, p in trained.items()}, paths[epoch])
-    print(f"wrote {paths[epochs[-1]]}" + (f" and {log.picture}" if log.draw() else ""))
+    print(f"wrote {paths[epochs[-1]]}{log.draw()}")
     if args.load_model:
         print(f"next: python merge.py {args.load_model} {paths[epochs[-1]]} tuned.pth")
 
 
 class Log:
-    """train_log.txt (a line per epoch), loss.csv (a row per step or held-out loss) and, where matplotlib is, loss.png."""
+    """In proj_dir: args.json, train_log.txt (a line per epoch), loss.csv (a row per step and held-out loss), loss.png."""
 
-    def __init__(self, proj_dir):
-        self.text = open(os.path.join(proj_dir, "train_log.txt"), "a", buffering=1)
-        self.curve = os.path.join(proj_dir, "loss.csv")
-        self.picture = os.path.join(proj_dir, "loss.png")
-        self.csv = open(self.curve, "a", buffering=1)
+    def __init__(self, args):
+        os.makedirs(args.proj_dir, exist_ok=True)
+        self.curve, self.picture = (os.path.join(args.proj_dir, name) for name in ("loss.csv", "loss.png"))
+        with atomic_path(os.path.join(args.proj_dir, "args.json")) as path, open(path, "w") as f:
+            json.dump(vars(args), f, indent=1)
+        self.text, self.csv = open(os.path.join(args.proj_dir, "train_log.txt"), "a", buffering=1), open(self.curve, "a", buffering=1)
+        self.text.write(f"NEW RUN {json.dumps(vars(args))}\n")
         if self.csv.tell() == 0:
             self.csv.write("step,loss,lr,val_loss\n")
 
     def line(self, text):
+        print(text)
         self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def point(self, step, loss="", lr="", val_loss=""):
@@ -318,12 +309,12 @@ class Log:
         return val_loss
 
     def draw(self):
+        """Draw loss.png, where matplotlib is. Returns what to say of it."""
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            return False
-        figure = Figure(figsize=(8, 4.5))
-        axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
+            return ""
+        axes = (figure := Figure(figsize=(8, 4.5))).add_subplot(xlabel="step", ylabel="loss (nats per token)")
         with open(self.curve) as f:
             rows = list(csv.DictReader(f))
         for column, label, style in (("loss", "training loss", "-"), ("val_loss", "held-out loss", "o-")):
@@ -332,7 +323,7 @@ class Log:
         axes.legend()
         with atomic_path(self.picture) as path:
             figure.savefig(path, format="png", dpi=120)
-        return True
+        return f" and {self.picture}"
 
 
 def keep_freed_memory():
