@@ -153,12 +153,12 @@ def load_bone(model, path):
     add_bone(model, r, mode)
     parameters = dict(model.named_parameters())
     for name, tensor in checkpoint.items():
-        parameters[name].copy_(tensor)
+        parameters[name].copy_(tensor.view_as(parameters[name]))
     return model
 
 
 def check_fits(checkpoint, shapes, path):
-    """ValueError unless every tensor of a Bone checkpoint fits the base model whose {name: shape} is given."""
+    """ValueError unless every tensor of a Bone checkpoint is finite and fits the base model whose {name: shape} is given."""
     for name, tensor in checkpoint.items():
         shape, expected = tuple(tensor.shape), shapes.get(name)
         if name.endswith(".bone") and (linear := shapes.get(name.removesuffix("bone") + "weight")):
@@ -167,8 +167,10 @@ def check_fits(checkpoint, shapes, path):
                 raise ValueError(f"{path}: r {shape[1]} of {name} does not divide {tuple(linear)}; it was trained on another model")
         if expected is None:
             raise ValueError(f"{path}: {name} has no counterpart in the base model; it was trained on another model")
-        if shape != tuple(expected):
+        if [n for n in shape if n != 1] != [n for n in expected if n != 1]:  # time_maa_*: (1, 1, C) and (C,) are both about
             raise ValueError(f"{path}: {name} is {shape}, but this base model needs {tuple(expected)}; it was trained on another model")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinite values; its training went wrong, use an earlier checkpoint")
 
 
 @torch.no_grad()

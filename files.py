@@ -8,6 +8,7 @@ import contextlib
 import os
 import pickle
 import sys
+import warnings
 
 import torch
 
@@ -20,12 +21,14 @@ def read_checkpoint(path):
     with open(path, "rb") as f:  # missing, a folder, not readable: OSError says which
         is_zip = f.read(4) == b"PK\x03\x04"
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the pickle protocol: what matters is whether it loads
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged file can fail anywhere in the unpickler
-        if isinstance(error, pickle.UnpicklingError) and ("Unsupported" in str(error) or "GLOBAL" in str(error)):
+        if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
             what = "holds more than tensors (code that would run on loading); refused, nothing was executed"
         else:
-            what = "a cut or damaged PyTorch checkpoint; download or copy it again" if is_zip else "not a PyTorch checkpoint; a .pth of tensors is needed"
+            what = "a cut or damaged PyTorch checkpoint; download or copy it again" if is_zip else "not a PyTorch checkpoint; a .pth of tensors is needed (nothing in it was executed)"
         raise ValueError(f"{path}: {what}") from error
     if not isinstance(checkpoint, dict) or not checkpoint or not all(
             isinstance(k, str) and isinstance(v, torch.Tensor) and v.is_floating_point() for k, v in checkpoint.items()):
@@ -37,6 +40,8 @@ def read_checkpoint(path):
 def atomic_path(path):
     """A temporary path in the folder of `path`; renamed to `path` when the block ends well, removed when it does not."""
     folder, name = os.path.split(os.path.abspath(path))
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise ValueError(f"{path}: cannot be written, {'it is a folder' if os.path.isdir(path) else f'the folder {folder} is missing or read-only'}")
     temporary = os.path.join(folder, f".{name}.{os.getpid()}")
     try:
         yield temporary

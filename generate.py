@@ -6,6 +6,7 @@ Without --prompt it chats, in the `User: ... Assistant: ...` form that fine-tuni
 
 import argparse
 import codecs
+import math
 
 import torch
 
@@ -20,7 +21,7 @@ def sample(logits, temperature, top_p, generator):
     if temperature == 0:
         return int(logits.argmax())
     probability, order = torch.softmax(logits / temperature, -1).sort(descending=True)
-    probability[probability.cumsum(-1) - probability > top_p] = 0
+    probability[probability.cumsum(-1) - probability >= top_p] = 0
     return int(order[torch.multinomial(probability, 1, generator=generator)])
 
 
@@ -72,17 +73,25 @@ def main():
     parser.add_argument("--top_p", type=float, default=0.7, help="sample from the likeliest tokens that together have this probability (default: 0.7)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same text (default: 0)")
     args = parser.parse_args()
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.length < 1:
+    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or args.length < 1:
         raise ValueError(f"--temperature {args.temperature} must be at least 0, --top_p {args.top_p} above 0 and at most 1, --length {args.length} at least 1")
 
     model = rwkv6.load_model(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
     if args.bone:
         bone.load_bone(model, args.bone)
+
+    def read(text):
+        tokens = data.encode(text) or [0]
+        if max(tokens) >= model.config.vocab_size:
+            raise ValueError(f"the prompt has token {max(tokens)}, but the model's vocabulary is {model.config.vocab_size}; it is not an RWKV World model")
+        return tokens
+
     settings = (args.length, args.temperature, args.top_p, torch.Generator().manual_seed(args.seed))
     if args.prompt is not None:
         prompt = args.prompt.replace("\\n", "\n")
+        tokens = read(prompt)
         print(prompt, end="")
-        show(stream(model, model.empty_state(), data.encode(prompt) or [0], *settings))
+        show(stream(model, model.empty_state(), tokens, *settings))
         return
     print("Type a message; an empty line ends the chat.")
     state, unread = model.empty_state(), []
@@ -94,7 +103,7 @@ def main():
         if not message:
             break
         print("Assistant:", end="")
-        state, unread = show(stream(model, state, unread + data.encode(f"User: {message}\n\nAssistant:"), *settings, stop="\n\n"))
+        state, unread = show(stream(model, state, unread + read(f"User: {message}\n\nAssistant:"), *settings, stop="\n\n"))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ parameters take the place of the base's. The result is a complete model for RWKV
 import argparse
 import os
 
+import torch
 from tqdm import tqdm
 
 from bone import check_fits, merge_weight, rank_and_mode
-from files import read_checkpoint, run_cli, save_checkpoint
+from files import atomic_path, read_checkpoint, run_cli
 
 
 def merge(base_path, bone_path, out_path):
@@ -23,15 +24,14 @@ def merge(base_path, bone_path, out_path):
     if any(name.endswith(".bone") for name in base):
         raise ValueError(f"{base_path}: a Bone checkpoint, not a base model; the order is merge.py base checkpoint output")
     check_fits(checkpoint, {name: tensor.shape for name, tensor in base.items()}, bone_path)
-    for name, tensor in tqdm(checkpoint.items(), desc="merging", unit="tensor", dynamic_ncols=True):
-        if not tensor.isfinite().all():
-            raise ValueError(f"{bone_path}: {name} holds NaN or infinite values; its training went wrong, use an earlier checkpoint")
-        if name.endswith(".bone"):
-            weight = base[name.removesuffix(".bone") + ".weight"]
-            weight.copy_(merge_weight(weight, tensor))
-        else:
-            base[name].copy_(tensor)
-    save_checkpoint(base, out_path)
+    with atomic_path(out_path) as temporary:
+        for name, tensor in tqdm(checkpoint.items(), desc="merging", unit="tensor", dynamic_ncols=True):
+            if name.endswith(".bone"):
+                weight = base[name.removesuffix("bone") + "weight"]
+                weight.copy_(merge_weight(weight, tensor))
+            else:
+                base[name].copy_(tensor.view_as(base[name]))
+        torch.save(base, temporary)
     bones = sum(name.endswith(".bone") for name in checkpoint)
     print(f"merged {bones} weights (Bone {mode}, r {r}) and {len(checkpoint) - bones} other trained tensors into {base_path}\n"
           f"wrote {out_path} ({os.path.getsize(out_path) / 1e9:.2f} GB)")

@@ -172,14 +172,14 @@ class RWKV6(nn.Module):
 def config_of(checkpoint, path):
     """Read the sizes off a checkpoint's tensors. ValueError, naming the version, for anything but RWKV-6 x060."""
     names = checkpoint.keys()
+    if any(name.endswith(".bone") for name in names):
+        raise ValueError(f"{path}: a Bone checkpoint, not a base model; give the base here")
     if "blocks.0.att.r_k" in names or "blocks.0.att.x_r" in names:
         raise ValueError(f"{path}: an RWKV-7 checkpoint; only RWKV-6 (x060) is supported here")
     if "blocks.0.att.time_maa_x" not in names:
         if "blocks.0.att.time_mix_k" in names:
             version = 4 if "blocks.0.att.ln_x.weight" not in names else 5
             raise ValueError(f"{path}: an RWKV-{version} checkpoint; only RWKV-6 (x060) is supported here")
-        if any(name.endswith(".bone") for name in names):
-            raise ValueError(f"{path}: a Bone checkpoint, not a base model; give the base here")
         raise ValueError(f"{path}: not an RWKV-6 checkpoint; it has no blocks.0.att.time_maa_x")
     try:
         vocab_size, n_embd = checkpoint["emb.weight"].shape

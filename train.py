@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import os
+import shlex
 import sys
 import time
 
@@ -93,8 +94,8 @@ def check_args(args):
         raise ValueError("--data_file is missing: give a .jsonl or a binidx prefix, as in --data_file data.jsonl")
     for name, least in dict(ctx_len=1, epoch_count=1, epoch_begin=0, epoch_steps=0, epoch_save=1, micro_bsz=1, accumulate_grad_batches=1,
                             lr_init=0, lr_final=0, warmup_steps=0, vocab_size=1, random_seed=0).items():
-        if not getattr(args, name) >= least:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}")
+        if not least <= getattr(args, name) < math.inf:
+            raise ValueError(f"--{name} {getattr(args, name)} must be a number of at least {least}")
     if not args.load_model and not (args.n_layer and args.n_embd):
         raise ValueError("--load_model is missing: give a base model, or --n_layer and --n_embd to pretrain a new one")
     if not args.load_model and args.bone_load:
@@ -180,12 +181,15 @@ def learning_rate(step, total, lr_init, lr_final, warmup_steps):
 # ---- what is trained ----------------------------------------------------------------------------------------------------------
 
 def build_model(args, device):
-    """The model with exactly the trained parameters requiring gradients, as float32, and the dtype in which to save them."""
+    """The model with exactly the trained parameters requiring gradients, as float32; the names to save, and in which dtype.
+    What a --bone_load checkpoint had trained is saved again, even where it is not trained any further: merging needs it."""
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     if not args.load_model:
         torch.manual_seed(args.random_seed)
-        return rwkv6.init_model(args.n_layer, args.n_embd, args.vocab_size, device=device), dtype
-    r, mode = bone.rank_and_mode(read_checkpoint(args.bone_load), args.bone_load) if args.bone_load else (64, "bat")
+        model = rwkv6.init_model(args.n_layer, args.n_embd, args.vocab_size, device=device)
+        return model, set(dict(model.named_parameters())), dtype
+    loaded = read_checkpoint(args.bone_load) if args.bone_load else {}
+    r, mode = bone.rank_and_mode(loaded, args.bone_load) if loaded else (64, "bat")
     for flag, value in (("bone_r", r), ("bone_mode", mode)):
         if args.bone_load and getattr(args, flag) not in (None, value):
             raise ValueError(f"{args.bone_load}: has {flag} {value}, but --{flag} is {getattr(args, flag)}; drop --{flag} to use {value}")
@@ -199,7 +203,8 @@ def build_model(args, device):
         if not name.endswith(".bone") and any(part in name for part in args.train_parts):
             p.data = p.data.float()
             p.requires_grad_(True)
-    return model, read_checkpoint(args.load_model)["emb.weight"].dtype
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    return model, trained | loaded.keys(), read_checkpoint(args.load_model)["emb.weight"].dtype
 
 
 def step(model, micro, autocast):
@@ -239,12 +244,12 @@ def train(args):
         raise ValueError(f"{path}: already there, from an earlier run; give another --proj_dir, or move it away")
 
     keep_freed_memory()
-    model, save_dtype = build_model(args, device)
+    model, saved_names, save_dtype = build_model(args, device)
     model.grad_cp = bool(args.grad_cp)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(model, args.lr_init, (args.beta1, args.beta2), args.adam_eps)
     documents, held_out = (data.open_data(file, model.config.vocab_size) if file else None for file in (args.data_file, args.val_file))
-    silent = data.check_mask(documents, args.ctx_len, args.loss_mask)
+    silent, _ = (data.check_mask(d, args.ctx_len, args.loss_mask) if d else 0 for d in (documents, held_out))
     micro_batch = functools.partial(data.batch, documents, micro_bsz=args.micro_bsz, ctx_len=args.ctx_len, dataload=args.dataload,
                                     loss_mask=args.loss_mask, seed=args.random_seed)
     micro_batch(0)  # what cannot be batched is refused here
@@ -269,9 +274,9 @@ def train(args):
                     group["lr"] = lr * group["lr_scale"]
                 micro = [micro_batch(i * N + n) for n in range(N)]
                 losses.append(step(model, micro, autocast))
-                if not math.isfinite(losses[-1]):
-                    raise ValueError(f"the loss is {losses[-1]} at step {i}; what is saved is good. Try a smaller --lr_init, or --precision fp32")
-                nn.utils.clip_grad_norm_(trained.values(), 1.0)
+                norm = nn.utils.clip_grad_norm_(trained.values(), 1.0).item()
+                if not math.isfinite(losses[-1] + norm):
+                    raise ValueError(f"step {i}: loss {losses[-1]}, gradient norm {norm}; what is saved is good. Try a smaller --lr_init, or --precision fp32")
                 optimizer.step()
                 optimizer.zero_grad()
                 log.point(i, loss=losses[-1], lr=lr)
@@ -281,10 +286,10 @@ def train(args):
         log.line(f"epoch {epoch}: mean loss {sum(losses) / steps:.4f}" + (
             f", held-out loss {log.point((epoch + 1) * steps, val_loss=val_loss(model, held_out, args, autocast)):.4f}" if held_out else ""))
         if epoch in paths:
-            save_checkpoint({name: p.detach().to("cpu", save_dtype) for name, p in trained.items()}, paths[epoch])
+            save_checkpoint({name: p.detach().to("cpu", save_dtype) for name, p in model.named_parameters() if name in saved_names}, paths[epoch])
     print(f"wrote {paths[epochs[-1]]}{log.draw()}")
     if args.load_model:
-        print(f"next: python merge.py {args.load_model} {paths[epochs[-1]]} tuned.pth")
+        print(f"next: python {shlex.join(['merge.py', args.load_model, paths[epochs[-1]], 'tuned.pth'])}")
 
 
 class Log:

@@ -1,0 +1,331 @@
+"""merge.py and generate.py: the merged model is base + bone, made in little memory and never over its sources; text is whole and repeatable."""
+
+import json
+import os
+import pathlib
+import pickle
+import shlex
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import bone
+import data
+import files
+import generate
+import merge
+import rwkv6
+
+HERE = pathlib.Path(__file__).parent
+NAN = float("nan")
+
+
+def tiny(dtype=torch.float32, n_embd=64, vocab_size=300, n_layer=2):
+    """A base model as a dict: initialized, then disturbed, so that no tensor is zero."""
+    torch.manual_seed(0)
+    model = rwkv6.init_model(n_layer, n_embd, vocab_size)
+    return {name: (p.detach() + 0.05 * torch.randn_like(p)).to(dtype) for name, p in model.named_parameters()}
+
+
+def trained(base, mode="bat", r=16):
+    """A checkpoint as training leaves it: bones, and time and ln parts that have moved, in the dtype of the base in the file `base`."""
+    torch.manual_seed(1)
+    dtype, model = torch.load(base, weights_only=True)["emb.weight"].dtype, bone.add_bone(rwkv6.load_model(base), r, mode)
+    parts = {name: p.detach() for name, p in model.named_parameters() if name.endswith(".bone") or "time" in name or "ln" in name}
+    return {name: (p + 0.03 * torch.randn_like(p)).to(dtype) for name, p in parts.items()}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """base.pth and ckpt.pth, small; world.pth and world_ckpt.pth, of one block, with the whole World vocabulary. One thread is enough."""
+    folder, threads = tmp_path_factory.mktemp("models"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    for base, checkpoint, content in (("base", "ckpt", tiny()), ("world", "world_ckpt", tiny(vocab_size=65536, n_layer=1))):
+        torch.save(content, folder / f"{base}.pth")
+        torch.save(trained(folder / f"{base}.pth"), folder / f"{checkpoint}.pth")
+    yield folder
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def folder(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base.pth", "ckpt.pth"):
+        shutil.copy(models / name, name)
+    for name in ("world.pth", "world_ckpt.pth"):
+        os.link(models / name, name)
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def contents():
+    return {path: path.read_bytes() for path in pathlib.Path().rglob("*") if path.is_file()}
+
+
+def refused(capsys, main):
+    """The one line on stderr with which main() ends, with exit code 2 and every file as it was."""
+    before = contents()
+    with pytest.raises(SystemExit) as end:
+        files.run_cli(main)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and contents() == before
+    return error
+
+
+def command(line, **options):
+    program, *args = shlex.split(line)
+    return subprocess.run([sys.executable, HERE / program, *args], capture_output=True, encoding="utf-8", timeout=100, **options)
+
+
+# ---- merge.py -----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode", ["bat", "bone"])
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_merged_model_is_base_and_bone(capsys, mode, dtype, near):
+    torch.save(tiny(dtype), "base.pth")
+    torch.save(trained("base.pth", mode), "ckpt.pth")
+    merge.merge("base.pth", "ckpt.pth", "tuned.pth")
+    base, checkpoint, tuned = read("base.pth"), read("ckpt.pth"), read("tuned.pth")
+    assert {n: (t.shape, t.dtype) for n, t in tuned.items()} == {n: (t.shape, t.dtype) for n, t in base.items()}
+    for name, tensor in tuned.items():
+        bones = name.removesuffix("weight") + "bone" in checkpoint
+        assert bones != tensor.equal(checkpoint.get(name, base[name])), name        # trained parts taken over, the rest untouched
+    idx = torch.randint(300, (2, 40))
+    apart = bone.load_bone(rwkv6.load_model("base.pth", torch.float32), "ckpt.pth")(idx)
+    assert (rwkv6.load_model("tuned.pth", torch.float32)(idx) - apart).norm() <= near * apart.norm()
+    said = capsys.readouterr().out
+    assert f"merged 16 weights (Bone {mode}, r 16) and {len(checkpoint) - 16} other trained tensors into base.pth\nwrote tuned.pth" in said
+
+
+def test_a_base_that_training_takes_merging_takes():
+    flat = {name: tensor.reshape(-1) if "time_maa" in name and tensor.shape[:2] == (1, 1) else tensor for name, tensor in tiny().items()}
+    torch.save(flat, "base.pth")
+    torch.save(trained("base.pth"), "ckpt.pth")                                    # (1, 1, C), as the model has them
+    merge.merge("base.pth", "ckpt.pth", "tuned.pth")
+    assert read("tuned.pth")["blocks.1.att.time_maa_x"].flatten().equal(read("ckpt.pth")["blocks.1.att.time_maa_x"].flatten())
+
+
+def test_merging_again_replaces_the_old_result_and_leaves_nothing_else():
+    before = set(os.listdir())
+    for _ in range(2):
+        merge.merge("base.pth", "ckpt.pth", "tuned.pth")
+    assert set(os.listdir()) == before | {"tuned.pth"}
+
+
+def spoiled(change):
+    """bad.pth, a checkpoint in which something is wrong."""
+    checkpoint = read("ckpt.pth")
+    change(checkpoint)
+    torch.save(checkpoint, "bad.pth")
+
+
+@pytest.mark.parametrize("paths, says, prepare", [
+    ("base.pth ckpt.pth base.pth", "base.pth: would overwrite the base", None),
+    ("base.pth ckpt.pth ckpt.pth", "ckpt.pth: would overwrite the checkpoint", None),
+    ("base.pth ckpt.pth ./base.pth", "would overwrite the base", None),
+    ("base.pth ckpt.pth link.pth", "would overwrite the base", lambda: os.symlink("base.pth", "link.pth")),
+    ("base.pth ckpt.pth hard.pth", "would overwrite the checkpoint", lambda: os.link("ckpt.pth", "hard.pth")),
+    ("gone.pth ckpt.pth tuned.pth", "gone.pth: No such file", None),
+    ("base.pth gone.pth tuned.pth", "gone.pth: No such file", None),
+    ("base.pth ckpt.pth gone/tuned.pth", "gone", None),
+    ("base.pth ckpt.pth taken", "taken: ", lambda: os.mkdir("taken")),
+    ("ckpt.pth base.pth tuned.pth", "base.pth: holds no tensor named *.bone", None),
+    ("ckpt.pth ckpt.pth tuned.pth", "the order is merge.py base checkpoint output", None),
+    ("base.pth bad.pth tuned.pth", "bad.pth: blocks.0.att.key.bone is", lambda: spoiled(lambda c: c.update({"blocks.0.att.key.bone": torch.zeros(8, 16, 16)}))),
+    ("base.pth bad.pth tuned.pth", "bad.pth: blocks.7.ln1.bias has no", lambda: spoiled(lambda c: c.update({"blocks.7.ln1.bias": torch.zeros(64)}))),
+    ("base.pth bad.pth tuned.pth", "bad.pth: mixes", lambda: spoiled(lambda c: c.update({"blocks.0.att.key.bone": torch.zeros(16, 64)}))),
+    ("base.pth bad.pth tuned.pth", "bad.pth: ln_out.bias holds NaN", lambda: spoiled(lambda c: c["ln_out.bias"].fill_(NAN))),
+    ("wide.pth ckpt.pth tuned.pth", "trained on another model", lambda: torch.save(tiny(n_embd=128), "wide.pth")),
+    ("base.pth bad.pth tuned.pth", "bad.pth: not a PyTorch checkpoint", lambda: pathlib.Path("bad.pth").write_text("hello")),
+])
+def test_merging_refuses_what_does_not_belong_together_and_harms_nothing(capsys, paths, says, prepare):
+    prepare and prepare()
+    assert says in refused(capsys, lambda: merge.merge(*paths.split()))
+
+
+MEASURE = """
+import sys, torch, tqdm
+import merge
+def memory(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
+before = memory("VmRSS")
+merge.merge("big.pth", "bones.pth", "tuned.pth")
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak memory from /proc")
+def test_merging_takes_no_more_memory_than_the_base_and_half_a_gigabyte():
+    weight = torch.randn(512).repeat(7168, 4).bfloat16()                             # 29 MB
+    torch.save({f"blocks.{i}.ffn.key.weight": weight + i for i in range(11)}, "big.pth")
+    torch.save({f"blocks.{i}.ffn.key.bone": torch.randn(32, 64, 64) * 0.01 for i in range(11)}, "bones.pth")
+    end = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, encoding="utf-8", env=os.environ | {"PYTHONPATH": str(HERE)})
+    assert end.returncode == 0, end.stderr
+    size, peak = os.path.getsize("big.pth"), int(end.stdout.splitlines()[-1])
+    assert peak < size + 0.4e9, f"{peak / 1e9:.2f} GB for a base of {size / 1e9:.2f} GB"     # a second copy of the base would not fit
+    assert abs(os.path.getsize("tuned.pth") - size) < 10_000
+
+
+# ---- generate.py: text from a model -------------------------------------------------------------------------------------------
+
+class Script:
+    """A stand-in for a model that writes given tokens, then ends the document. Its state is how many it has written."""
+
+    def __init__(self, ids):
+        self.ids, self.read = [*ids, 0], []
+        self.emb = self.head = SimpleNamespace(weight=torch.zeros(1))
+
+    def __call__(self, idx, state):
+        self.read += idx[0].tolist()
+        logits = torch.zeros(1, idx.shape[1], 65536)
+        logits[0, -1, self.ids[state]] = 1
+        return logits, state + 1
+
+
+def in_bytes(text):
+    """One token for each byte: byte b is token b + 1."""
+    return [b + 1 for b in (text.encode() if isinstance(text, str) else text)]
+
+
+def pieces(stream):
+    """What a stream yields, and what it returns."""
+    found = []
+    while True:
+        try:
+            found.append(next(stream))
+        except StopIteration as end:
+            return found, end.value
+
+
+def written(ids, length=1000, stop=None):
+    return pieces(generate.stream(Script(ids), 0, [1], length, 0, 1.0, None, stop))[0]
+
+
+@pytest.mark.parametrize("text", ["你好,世界", "naïve 🙂🙃 ok", "plain"])
+def test_characters_of_many_tokens_are_never_broken(text):
+    found = written(in_bytes(text))
+    assert "".join(found) == text and not any("\ufffd" in piece for piece in found)
+    assert [piece for piece in found if piece] == list(text)
+
+
+@pytest.mark.parametrize("content, shown", [
+    ("你好".encode()[:-1], "你\ufffd"), ("🙂".encode()[:2] + b"a", "\ufffda"), (b"\x80ok", "\ufffdok"), ("你".encode()[:1], "\ufffd"),
+])
+def test_broken_characters_are_shown_as_such_and_end_nothing(content, shown):
+    assert "".join(written(in_bytes(content))) == shown
+
+
+@pytest.mark.parametrize("tokens, stop, shown", [
+    (["hi", "\n", "\n", "User: x"], "\n\n", "hi"),                 # across the border of two tokens
+    (["hi\n", "\nUser: x"], "\n\n", "hi"), (["hi", "\n\n", "x"], "\n\n", "hi"), (["a\nb"], "\n\n", "a\nb"),
+    (["a", "\n"], "\n\n", "a\n"), (["aab", "c"], "abc", "a"), (["a\n", "b\n", "\n", "c"], "\n\n", "a\nb"), (["a\n\nb"], None, "a\n\nb"),
+])
+def test_the_stop_text_is_not_shown_and_nothing_else_is_lost(tokens, stop, shown):
+    ids = [i for token in tokens for i in data.encode(token)]
+    for script in (ids, in_bytes("".join(tokens))):
+        assert "".join(written(script, stop=stop)) == shown
+
+
+def test_the_end_of_the_document_or_the_length_ends_the_text():
+    assert "".join(written(in_bytes("ab") + [0] + in_bytes("cd"))) == "ab"
+    assert "".join(written(in_bytes("abcd"), length=3)) == "abc"
+
+
+def test_greedy_text_is_what_the_model_finds_likeliest_and_its_state_lets_it_go_on():
+    model, prompt, ids = rwkv6.load_model("base.pth"), data.encode("\n\n") + in_bytes("User: hi"), []
+    for _ in range(12):
+        ids.append(int(model(torch.tensor([prompt + ids]))[0, -1].argmax()))
+    assert 0 not in ids
+    found, (state, unread) = pieces(generate.stream(model, model.empty_state(), prompt, 12, 0, 1.0, None))
+    assert "".join(found) == data.decode_bytes(ids).decode(errors="replace")
+    more = in_bytes("and")
+    logits, _ = model(torch.tensor([unread + more]), state)
+    whole = model(torch.tensor([prompt + ids + data.encode("\n\n") + more]))
+    torch.testing.assert_close(logits[0, -1], whole[0, -1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens, stop, ending", [("hi\n\n", "\n\n", "hi\n\n"), ("hi", "\n\n", "hi\n\n"), ("hi", None, "hi\n\n")])
+def test_a_chat_turn_ends_in_a_blank_line_whatever_ended_it(tokens, stop, ending):
+    script = Script(in_bytes(tokens))
+    _, (state, unread) = pieces(generate.stream(script, 0, in_bytes("User: x"), 100, 0, 1.0, None, stop))
+    assert data.decode_bytes(script.read + unread).decode() == "User: x" + ending
+
+
+@pytest.mark.parametrize("temperature, top_p, expected", [
+    (1.0, 1.0, [0.5, 0.25, 0.125, 0.125]), (1.0, 0.7, [2 / 3, 1 / 3, 0, 0]), (1.0, 0.5, [1, 0, 0, 0]), (1.0, 0.01, [1, 0, 0, 0]),
+    (0.5, 1.0, [16 / 22, 4 / 22, 1 / 22, 1 / 22]), (0, 1.0, [1, 0, 0, 0]),
+])
+def test_sampling_has_the_distribution_asked_for(temperature, top_p, expected):
+    logits, generator = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()[[2, 0, 3, 1]], torch.Generator().manual_seed(0)
+    counts = torch.bincount(torch.tensor([generate.sample(logits, temperature, top_p, generator) for _ in range(3000)]), minlength=4)
+    found = (counts / 3000)[[1, 3, 0, 2]]
+    assert found == pytest.approx(torch.tensor(expected), abs=0.03) and not found[torch.tensor(expected) == 0].any()
+
+
+# ---- generate.py and the whole way at the command line ------------------------------------------------------------------------
+
+@pytest.fixture
+def say(monkeypatch, capsys):
+    """generate.py in this process: flags -> what it prints."""
+    def main(flags):
+        monkeypatch.setattr(sys, "argv", ["generate.py", *shlex.split(flags)])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        generate.main()
+        return capsys.readouterr().out
+    return main
+
+
+def test_the_seed_decides_the_text_and_at_temperature_0_there_is_no_choice(say):
+    prompt = "world.pth --prompt 'Hello\\n' --length 12 "
+    text = say(prompt + "--seed 1")
+    assert text.startswith("Hello\n") and text == say(prompt + "--seed 1") != say(prompt + "--seed 2")
+    assert say(prompt + "--temperature 0 --seed 1") == say(prompt + "--temperature 0 --seed 2")
+
+
+def test_a_model_writes_the_same_with_the_bone_beside_it_and_merged_into_it(say):
+    merge.merge("world.pth", "world_ckpt.pth", "tuned.pth")
+    greedy = " --prompt '你好' --length 12 --temperature 0"
+    tuned, apart, base = say("tuned.pth" + greedy), say("world.pth --bone world_ckpt.pth" + greedy), say("world.pth" + greedy)
+    assert tuned.split("\n", 2)[-1] == apart and apart != base               # after what merging said
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("gone.pth --prompt a", "gone.pth: No such file"), ("ckpt.pth --prompt a", "ckpt.pth: a Bone checkpoint"),
+    ("world.pth --bone world.pth --prompt a", "world.pth: holds no tensor named *.bone"), ("world.pth --bone ckpt.pth --prompt a", "another model"),
+    ("world.pth --bone nan.pth --prompt a", "nan.pth: ln_out.bias holds NaN"), ("base.pth --prompt hello", "vocabulary"),
+    *[(f"world.pth --prompt a {flag}", flag) for flag in ("--temperature -1", "--temperature nan", "--top_p 0", "--top_p nan", "--length 0")],
+])
+def test_generating_refuses_what_cannot_work(capsys, say, flags, says):
+    torch.save(read("world_ckpt.pth") | {"ln_out.bias": torch.full((64,), NAN)}, "nan.pth")
+    assert says in refused(capsys, lambda: say(flags))
+
+
+def test_a_chat_goes_on_until_an_empty_line():
+    end = command("generate.py world.pth --length 3", input="hello\nagain\n\nnot read\n")
+    assert end.returncode == 0 and end.stdout.count("User: ") == 3 and end.stdout.count("Assistant:") == 2 and "Traceback" not in end.stderr
+
+
+def test_from_text_to_a_tuned_model_that_writes():
+    pathlib.Path("t.jsonl").write_text("".join(json.dumps({"text": f"User: {i}?\n\nAssistant: 你好 {i}!"}) + "\n" for i in range(6)))
+    tuned = command("train.py --load_model world.pth --data_file t.jsonl --proj_dir 'my run' --bone_r 32 --micro_bsz 3 --loss_mask qa")
+    assert tuned.returncode == 0 and "epoch 0: 100%" in tuned.stderr, tuned.stderr
+    merged = command(tuned.stdout.splitlines()[-1].removeprefix("next: python "))      # to be typed as it stands
+    assert merged.returncode == 0 and "tuned.pth" in merged.stdout, merged.stderr
+    said = command("generate.py tuned.pth --prompt 'User: 3?\\n\\nAssistant:' --length 5")
+    assert said.returncode == 0 and said.stdout.startswith("User: 3?\n\nAssistant:"), said.stderr
+
+
+@pytest.mark.parametrize("line, says", [
+    ("train.py --load_model gone.pth --data_file x", "gone.pth: No such file or directory"),
+    ("merge.py code.pth ckpt.pth out.pth", "code.pth: not a PyTorch checkpoint; a .pth of tensors is needed (nothing in it was executed)"),
+])
+def test_an_error_is_one_line_and_no_traceback(line, says):
+    pathlib.Path("code.pth").write_bytes(pickle.dumps(os.getcwd))
+    end = command(line)
+    assert (end.returncode, end.stdout, end.stderr) == (2, "", f"error: {says}\n")

@@ -1,0 +1,329 @@
+"""train.py: it learns, trains what it says and nothing else, is a function of its command line, and refuses in one line what it cannot do."""
+
+import contextlib
+import csv
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import bone
+import data
+import files
+import rwkv6
+import train
+
+DEFAULTS = ("--load_model base.pth --data_file x --bone_r 16 --ctx_len 32 --micro_bsz 4 --epoch_steps 4 --lr_init 1e-2 --lr_final 1e-2 "
+            "--accelerator cpu --grad_cp 0 ")
+
+
+def tiny(dtype=torch.bfloat16, n_embd=64, vocab_size=300):
+    """A base model as a dict: initialized, then disturbed, so that no tensor is zero and every gradient flows."""
+    torch.manual_seed(0)
+    model = rwkv6.init_model(2, n_embd, vocab_size)
+    return {name: (p.detach() + 0.05 * torch.randn_like(p)).to(dtype) for name, p in model.named_parameters()}
+
+
+def bone_of(base, r=16, mode="bat"):
+    """A checkpoint of new bones and the time and ln parts of the base in the file `base`."""
+    model = bone.add_bone(rwkv6.load_model(base), r, mode)
+    return {name: p.detach() for name, p in model.named_parameters() if name.endswith(".bone") or "time" in name or "ln" in name}
+
+
+def counting(lengths):
+    """Documents that count up by 1 from various places: easy to learn, with no token above 259."""
+    return [[40 + (17 * i + t) % 220 for t in range(n - 1)] + [0] for i, n in enumerate(lengths)]
+
+
+@pytest.fixture(scope="module")
+def base_file(tmp_path_factory):
+    """One thread: models this small gain nothing from a second one, and on a busy machine the two wait for each other."""
+    threads, path = torch.get_num_threads(), tmp_path_factory.mktemp("base") / "base.pth"
+    torch.set_num_threads(1)
+    torch.save(tiny(), path)
+    yield path
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def folder(base_file, tmp_path, monkeypatch):
+    """Every test stands in a folder with base.pth and the data set x, 12 documents; as if without matplotlib, which takes its time."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    shutil.copy(base_file, "base.pth")
+    data.write_binidx("x", counting([20, 33, 40, 9, 25, 30, 33, 12, 28, 33, 31, 18]))
+
+
+def arguments(flags=""):
+    return train.parse_args(shlex.split(DEFAULTS + flags))
+
+
+def run(flags=""):
+    train.train(arguments(flags))
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def column(name, proj_dir="out"):
+    with open(f"{proj_dir}/loss.csv") as f:
+        return [float(row[name]) for row in csv.DictReader(f) if row[name]]
+
+
+# ---- what a run does ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mode, matplotlib", [("bat", True), ("bone", False)])
+def test_training_lowers_the_loss_and_writes_its_files(monkeypatch, capsys, mode, matplotlib):
+    if matplotlib:
+        monkeypatch.delitem(sys.modules, "matplotlib.figure")
+        pytest.importorskip("matplotlib.figure")
+    run(f"--epoch_steps 24 --bone_mode {mode}")
+    losses, checkpoint, new = column("loss"), read("out/rwkv-0.pth"), bone_of("base.pth", 16, mode)
+    assert len(losses) == 24 and losses[-1] < 0.75 * losses[0]
+    assert set(os.listdir("out")) == {"rwkv-0.pth", "args.json", "train_log.txt", "loss.csv"} | ({"loss.png"} if matplotlib else set())
+    assert json.load(open("out/args.json"))["bone_r"] == 16 and "epoch 0: mean loss" in open("out/train_log.txt").read()
+    assert type(checkpoint) is dict and {n: t.shape for n, t in checkpoint.items()} == {n: t.shape for n, t in new.items()}
+    assert all(t.dtype == torch.bfloat16 and not t.equal(new[name]) for name, t in checkpoint.items())
+    wrote, follow = capsys.readouterr().out.splitlines()[-2:]
+    assert wrote == "wrote out/rwkv-0.pth" + " and out/loss.png" * matplotlib
+    assert follow == "next: python merge.py base.pth out/rwkv-0.pth tuned.pth"
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("", {"bone", "time", "ln"}), ("--train_parts", {"bone"}), ("--train_parts time", {"bone", "time"}),
+    ("--train_parts emb head", {"bone", "emb", "head"}), ("""--train_parts '["time",' '"ln"]'""", {"bone", "time", "ln"}),
+])
+def test_train_parts_says_what_is_trained_and_the_rest_stays_to_the_bit(monkeypatch, flags, expected):
+    models, build = [], train.build_model
+    monkeypatch.setattr(train, "build_model", lambda *a: models.append(build(*a)) or models[0])
+    run(flags)
+    checkpoint, base = read("out/rwkv-0.pth"), read("base.pth")
+    for name, p in models[0][0].named_parameters():
+        kinds = {"bone"} if name.endswith(".bone") else {kind for kind in ("time", "ln", "emb", "head") if kind in name}
+        assert (name in checkpoint) == bool(kinds & expected), name
+        assert name.endswith(".bone") or (name in checkpoint) == (not p.equal(base[name].to(p.dtype))), name
+
+
+def test_a_run_is_a_function_of_its_command_line():
+    for proj_dir, flags in (("a", ""), ("b", ""), ("c", "--grad_cp 1"), ("d", "--random_seed 2")):
+        run(f"--proj_dir {proj_dir} {flags}")
+    assert column("loss", "a") == column("loss", "b") and all(map(torch.equal, read("a/rwkv-0.pth").values(), read("b/rwkv-0.pth").values()))
+    assert column("loss", "c") == pytest.approx(column("loss", "a"), rel=1e-4)      # recomputed activations are the same activations
+    assert column("loss", "d") != column("loss", "a")
+
+
+@pytest.mark.parametrize("dtype, precision, near", [(torch.float32, "fp32", 1e-5), (torch.bfloat16, "fp32", 1e-5), (torch.float32, "bf16", 2e-2)])
+def test_the_first_loss_is_that_of_the_base_and_checkpoints_have_its_dtype(dtype, precision, near):
+    torch.save(tiny(dtype), "base.pth")
+    run(f"--precision {precision}")
+    idx, targets, mask = data.batch(data.Binidx("x"), 0, 4, 32)
+    losses = F.cross_entropy(rwkv6.load_model("base.pth", torch.float32)(idx).flatten(0, 1), targets.flatten(), reduction="none")
+    assert column("loss")[0] == pytest.approx((losses @ mask.flatten() / mask.sum()).item(), rel=near)
+    assert {tensor.dtype for tensor in read("out/rwkv-0.pth").values()} == {dtype}
+
+
+def test_four_micro_batches_of_one_row_are_one_of_four():
+    model, *_ = train.build_model(arguments("--precision fp32"), torch.device("cpu"))
+    whole = data.collate([data.Binidx("x")[i] for i in (1, 3, 5, 7)], 32)      # 32, 8, 29 and 11 tokens count
+    rows = [[x[i:i + 1] for x in whole] for i in range(4)]
+    losses, grads = [], []
+    for micro in ([whole], rows):
+        model.zero_grad()
+        losses.append(train.step(model, micro, contextlib.nullcontext()))
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert all((grad - grads[1][name]).norm() <= 1e-5 * grad.norm() for name, grad in grads[0].items())
+
+
+def test_held_out_loss_is_the_mean_over_its_tokens_before_and_after(capsys):
+    data.write_binidx("held", counting([30, 12, 40]))
+    run("--val_file held --epoch_count 2 --epoch_steps 8")
+    before, middle, after = column("val_loss")
+    assert after < middle < before and re.search(f"before training: {before:.4f}\n(.|\n)*, held-out loss {after:.4f}\n", capsys.readouterr().out)
+    args, model, found = arguments(), rwkv6.load_model("base.pth", torch.float32), []
+    for args.micro_bsz in (1, 2, 3):
+        found.append(train.val_loss(model, data.Binidx("held"), args, contextlib.nullcontext()))
+    assert found == pytest.approx(found[:1] * 3, rel=1e-5) and found[0] == pytest.approx(before, rel=2e-2)
+
+
+@pytest.mark.parametrize("flags, steps", [
+    ("", 3), ("--accumulate_grad_batches 2", 2), ("--micro_bsz 5 --loss_mask none", 3), ("--dataload only --micro_bsz 1", 12),
+    ("--dataload get", 3), ("--dataload get --ctx_len 8 --micro_bsz 4", 10),
+])
+def test_an_epoch_is_the_data_once(flags, steps):
+    run("--epoch_steps 0 " + flags)                # 12 documents, 312 tokens
+    assert len(column("loss")) == steps and all(0 < loss < 20 for loss in column("loss"))
+
+
+@pytest.mark.parametrize("flags, saved", [
+    ("--epoch_count 3 --epoch_save 2", {1, 2}), ("--epoch_count 2 --epoch_save 9", {1}), ("--epoch_begin 5 --epoch_count 2", {5, 6}),
+])
+def test_checkpoints_are_named_by_epoch(flags, saved):
+    run("--epoch_steps 1 " + flags)
+    assert {path.name for path in pathlib.Path("out").glob("*.pth")} == {f"rwkv-{epoch}.pth" for epoch in saved}
+
+
+def test_bone_load_goes_on_where_the_checkpoint_ended():
+    torch.save(tiny(torch.float32), "base.pth")
+    run("--precision fp32 --epoch_count 2 --proj_dir whole")
+    run("--precision fp32 --proj_dir half")
+    flags = DEFAULTS.replace("--bone_r 16 ", "") + "--precision fp32 --epoch_begin 1 --bone_load half/rwkv-0.pth --proj_dir half"
+    train.train(train.parse_args(flags.split()))        # rank and mode are the checkpoint's
+    assert column("loss", "half")[:5] == pytest.approx(column("loss", "whole")[:5], rel=1e-5)
+
+
+def test_what_a_loaded_checkpoint_trained_is_in_the_next_checkpoint():
+    run("--proj_dir first --train_parts time ln emb")
+    run("--proj_dir second --bone_load first/rwkv-0.pth --train_parts ln --lr_init 0 --lr_final 0")
+    first, second = read("first/rwkv-0.pth"), read("second/rwkv-0.pth")
+    assert second.keys() == first.keys() and all(second[name].equal(first[name]) for name in first)
+
+
+def test_pretraining_saves_a_complete_model():
+    run("--load_model '' --n_layer 2 --n_embd 64 --vocab_size 300 --epoch_steps 20")
+    assert rwkv6.load_model("out/rwkv-0.pth").config == rwkv6.init_model(2, 64, 300).config and column("loss")[-1] < 0.9 * column("loss")[0]
+
+
+@pytest.mark.parametrize("lr, factor", [(1e10, 1), (1e-2, float("nan"))], ids=["in the loss", "in a gradient"])
+def test_training_that_blows_up_says_so_and_saves_only_numbers(monkeypatch, capsys, lr, factor):
+    def step(model, *rest, plain=train.step):
+        loss = plain(model, *rest)
+        model.blocks[0].ln1.bias.grad *= factor
+        return loss
+    monkeypatch.setattr(train, "step", step)
+    with pytest.raises(SystemExit) as end:
+        files.run_cli(lambda: run(f"--epoch_steps 1 --epoch_count 20 --lr_init {lr} --lr_final {lr}"))
+    assert end.value.code == 2 and re.search("^error: .*--lr_init", capsys.readouterr().err, re.M)
+    assert all(tensor.isfinite().all() for path in pathlib.Path("out").glob("*.pth") for tensor in read(path).values())
+
+
+# ---- loss, optimizer, learning rate -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("M, vocab_size, dtype, near", [(300, 40_000, torch.float64, 1e-12), (300, 40_000, torch.float32, 2e-5), (7, 50, torch.float32, 2e-5)])
+def test_head_loss_in_chunks_is_the_loss_on_whole_logits(M, vocab_size, dtype, near):
+    torch.manual_seed(0)
+    x, head = torch.randn(M, 24, dtype=dtype, requires_grad=True), torch.randn(vocab_size, 24, dtype=dtype, requires_grad=True)
+    targets, weight = torch.randint(vocab_size, (M,)), (torch.rand(M, dtype=dtype) - 0.3).clamp(0) / M
+    logits = x @ head.t()
+    loss = F.cross_entropy(logits, targets, reduction="none") @ weight
+    whole = loss + 0.01 / 2 * (logits.max(-1).values ** 2).sum()               # its gradient adds 0.01 * the largest logit: the L2 wrap
+    ours = train.HeadLoss.apply(x, head, targets, weight, 0.01, dtype)
+    assert ours.item() == pytest.approx(loss.item(), rel=near)
+    for a, e in zip(torch.autograd.grad(ours, [x, head]), torch.autograd.grad(whole, [x, head])):
+        assert (a - e).norm() <= near * e.norm()
+
+
+def test_a_frozen_head_gets_no_gradient_and_no_token_that_counts_is_no_loss():
+    model, ones = rwkv6.load_model("base.pth", torch.float32), torch.ones(2, 5, dtype=torch.int64)
+    model.head.requires_grad_(False)
+    loss = train.loss_fn(model, ones, ones, torch.zeros(2, 5))
+    loss.backward()
+    assert loss.item() == 0 and model.head.weight.grad is None
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("step, lr_init, lr_final, warmup, expected", [
+    (0, 1e-3, 1e-3, 0, 1e-3), (99, 1e-3, 1e-3, 0, 1e-3),                                        # constant
+    (49, 1e-2, 1e-4, 0, 1e-3), (99, 1e-2, 1e-4, 0, 1e-4), (0, 1e-2, 1e-4, 0, 1e-2 * 10**-0.02),   # exponential
+    (49, 1e-3, 0, 0, 5e-4), (99, 1e-3, 0, 0, 0), (49, 0, 1e-3, 0, 5e-4),                       # linear where one is 0
+    (0, 1e-3, 1e-3, 10, 2e-4), (5, 1e-3, 1e-3, 10, 6e-4), (10, 1e-3, 1e-3, 10, 1e-3), (99, 1e-2, 1e-4, 10, 1e-4),
+])
+def test_learning_rate(step, lr_init, lr_final, warmup, expected):
+    assert train.learning_rate(step, 100, lr_init, lr_final, warmup) == pytest.approx(expected, rel=1e-9)
+
+
+def test_time_decay_alone_learns_at_twice_the_rate():
+    model = rwkv6.load_model("base.pth")
+    names = {p: name for name, p in model.named_parameters()}
+    rate = {names[p]: group["lr"] for group in train.make_optimizer(model, 1e-3).param_groups for p in group["params"]}
+    assert rate == {name: 2e-3 if name in ("blocks.0.att.time_decay", "blocks.1.att.time_decay") else 1e-3 for name in names.values()}
+
+
+# ---- what is refused ----------------------------------------------------------------------------------------------------------
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def save(content, path="bad.pth"):
+    pathlib.Path(path).write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+
+
+BASE, BONES, ONE = "--load_model bad.pth", "--bone_load bad.pth", torch.ones(1)
+
+
+@pytest.mark.parametrize("flags, says, prepare", [
+    ("--load_model gone.pth", "gone.pth: No such file", None),
+    (BASE, "bad.pth: not a PyTorch checkpoint", lambda: save(b"")),
+    (BASE, "bad.pth: not a PyTorch checkpoint", lambda: save(b"version https://git-lfs.github.com/spec/v1\n")),
+    (BASE, "bad.pth: a cut or damaged", lambda: save(pathlib.Path("base.pth").read_bytes()[:20_000])),
+    (BASE, "nothing was executed", lambda: save({"emb.weight": Code()})),
+    (BASE, "bad.pth: not a model checkpoint", lambda: save([1, 2])),
+    (BASE, "bad.pth: an RWKV-4", lambda: save({"blocks.0.att.time_mix_k": ONE})),
+    (BASE, "bad.pth: an RWKV-5", lambda: save({"blocks.0.att.time_mix_k": ONE, "blocks.0.att.ln_x.weight": ONE})),
+    (BASE, "bad.pth: an RWKV-7", lambda: save({"blocks.0.att.r_k": ONE, "blocks.0.att.x_r": ONE})),
+    (BASE, "bad.pth: not an RWKV-6", lambda: save({"anything": ONE})),
+    (BASE, "bad.pth: a Bone checkpoint", lambda: save(bone_of("base.pth"))),
+    (BASE, "bad.pth: head.weight is missing", lambda: save({n: t for n, t in tiny().items() if n != "head.weight"})),
+    (BASE, "bad.pth: head.weight is (300, 60)", lambda: save(tiny() | {"head.weight": torch.ones(300, 60)})),
+    (BASE, "bad.pth: head.weight holds NaN", lambda: save(tiny() | {"head.weight": torch.full((300, 64), float("nan"))})),
+    (BONES + " --bone_r 16", "bad.pth: has bone_r 32", lambda: save(bone_of("base.pth", 32))),
+    (BONES + " --bone_mode bat", "bad.pth: has bone_mode bone", lambda: save(bone_of("base.pth", 16, "bone"))),
+    (BONES, "trained on another model", lambda: (save(tiny(n_embd=128)), save(bone_of("bad.pth")))),
+    (BONES, "bad.pth: holds no tensor named *.bone", lambda: save(tiny())),
+    (BONES, "bad.pth: blocks.0.att.key.bone holds NaN", lambda: save(bone_of("base.pth") | {"blocks.0.att.key.bone": torch.full((4, 16, 16), float("nan"))})),
+    ("--data_file gone", "gone", None), ("--val_file gone", "gone", None),
+    ("--data_file ''", "--data_file is missing", None), ("", "x.bin: ", lambda: os.truncate("x.bin", 600)), ("", "x.idx: ", lambda: os.truncate("x.idx", 200)),
+    ("", "document 1 holds token 300, but the model's vocabulary is 300", lambda: data.write_binidx("x", [[1, 2], [3, 300, 0]])),
+    ("--data_file t.jsonl", "t.jsonl: holds no document", lambda: save(b"\n", "t.jsonl")),
+    ("--data_file t.jsonl", "t.jsonl, line 2: not JSON", lambda: save(b'{"text": "a"}\noops\n', "t.jsonl")),
+    ("--data_file t.jsonl", 't.jsonl, line 3: has no "text"', lambda: save(b'{"text": "a"}\n\n{"prompt": "b"}\n', "t.jsonl")),
+    ("--loss_mask qa", "x: no answer", None),
+    ("--data_file qa --loss_mask qa --val_file x", "x: no answer", lambda: data.write_binidx("qa", [[1 + b for b in b"User: a\n\nAssistant: b"]])),
+    ("--dataload only", "--micro_bsz 1", None), ("--dataload get --ctx_len 400", "--ctx_len 311", None),
+    ("--n_layer 3", "--n_layer 3, but base.pth has 2", None), ("--n_embd 128", "--n_embd 128, but base.pth has 64", None),
+    ("--bone_r 24", "24 does not divide blocks.0.att.receptance (64 x 64); this model takes [8, 16, 32]", None),
+    ("--load_model ''", "--load_model is missing", None), ("--load_model '' --n_layer 2 --n_embd 60", "n_embd 60 must be a multiple", None),
+    ("--train_parts foo", "foo is unknown: time, ln, emb and head", None), ("--accelerator gpu", "use --accelerator cpu", None),
+    ("--proj_dir base.pth", "base.pth", None),
+    ("--proj_dir old", "old/rwkv-0.pth: already there", lambda: (os.mkdir("old"), save(b"of an earlier run", "old/rwkv-0.pth"))),
+    *[(flag, flag.strip("-"), None) for flag in ("--bone_r 0", "--micro_bsz 0", "--epoch_count 0", "--epoch_steps -1", "--lr_init -1", "--lr_init nan",
+                                                 "--lr_init inf", "--lr_final nan", "--warmup_steps -1", "--ctx_len 0")],
+    ("--beta2 1.5", "beta", None),
+])
+def test_what_cannot_work_is_refused_in_one_line_that_names_it(monkeypatch, capsys, flags, says, prepare):
+    def contents():
+        return {path: path.read_bytes() for path in pathlib.Path().rglob("*") if path.is_file()}
+    prepare and prepare()
+    before = contents()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        files.run_cli(lambda: run(flags))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and says in error
+    assert contents() == before and not os.path.isdir("out") and not os.path.isdir("executed")    # nothing written, nothing harmed
+
+
+@pytest.mark.parametrize("flags", ["--lr_inti 1e-4", "--micro_bsz two", "--bone_mode lora"])
+def test_a_mistyped_flag_is_no_run(capsys, flags):
+    with pytest.raises(SystemExit) as end:
+        run(flags)
+    assert end.value.code == 2 and flags.split()[0] in capsys.readouterr().err and not os.path.exists("out")
+
+
+def test_help_is_a_page_in_groups(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as end:
+        train.parse_args(["--help"])
+    page = capsys.readouterr().out
+    assert end.value.code == 0 and max(map(len, page.splitlines())) <= 80
+    assert all(f"\n{title}:\n" in page for title in ("model", "Bone", "data", "training", "optimizer (Adam)", "machine", "example"))
