@@ -12,11 +12,11 @@ run data.py demo/docs.jsonl demo/docs --ctx_len 128
 
 echo; echo "--- a small base model, pretrained from scratch on Python's documentation"
 run train.py --data_file demo/docs --proj_dir demo/base --n_layer 4 --n_embd 128 --dataload get --ctx_len 128 --micro_bsz 8 \
-    --epoch_steps 160 --lr_init 4e-3 --lr_final 4e-4 --warmup_steps 10 --grad_cp 0
+    --epoch_steps 130 --lr_init 4e-3 --lr_final 4e-4 --warmup_steps 10 --grad_cp 0
 
 echo; echo "--- Bone fine-tuning on dialogues (emb and head too: this base has never seen most of their words)"
 run train.py --load_model demo/base/rwkv-0.pth --data_file demo/chat.jsonl --val_file demo/chat_val.jsonl --proj_dir demo/out --bone_r 64 \
-    --train_parts time ln emb head --loss_mask qa --micro_bsz 16 --epoch_count 2 --lr_init 4e-3 --lr_final 4e-4
+    --train_parts time ln emb head --loss_mask qa --ctx_len 128 --micro_bsz 16 --epoch_count 2 --lr_init 4e-3 --lr_final 4e-4
 run merge.py demo/base/rwkv-0.pth demo/out/rwkv-1.pth demo/tuned.pth
 
 echo; echo "--- the same questions to the base and to the tuned model"

@@ -18,7 +18,7 @@ from files import run_cli
 
 def sample(logits, temperature, top_p, generator):
     """One token id from logits (vocab,): softmax at `temperature`, cut to the smallest set of at least `top_p`. temperature 0: the likeliest."""
-    if temperature == 0:
+    if temperature < 1e-4:  # as good as 0, and dividing by less overflows
         return int(logits.argmax())
     probability, order = torch.softmax(logits / temperature, -1).sort(descending=True)
     probability[probability.cumsum(-1) - probability >= top_p] = 0

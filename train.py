@@ -51,7 +51,7 @@ def parse_args(argv=None):
         ("bone_r", int, None, "rank: the side of a block; must divide every layer's sizes (default: 64, or that of --bone_load)"),
         ("bone_mode", ("bat", "bone"), None, "bat: block affine; bone: shard sharing (default: bat, or that of --bone_load)"),
         ("bone_load", str, "", "go on from this Bone checkpoint"),
-        ("train_parts", list, ["time", "ln"], "also train parameters whose names contain these: time ln emb head, or none"),
+        ("train_parts", list, ["time", "ln"], "also train parameters whose names contain these: time ln emb head, or nothing"),
     ])
     group("data", [
         ("data_file", str, None, "a .jsonl with a \"text\" per line, or a binidx prefix (x for x.bin and x.idx)"),
@@ -240,6 +240,8 @@ def train(args):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     epochs, N = range(args.epoch_begin, args.epoch_begin + args.epoch_count), args.accumulate_grad_batches
     paths = {epoch: os.path.join(args.proj_dir, f"rwkv-{epoch}.pth") for epoch in epochs if (epoch + 1 - epochs[0]) % args.epoch_save == 0 or epoch == epochs[-1]}
+    if os.path.exists(args.proj_dir) and not os.path.isdir(args.proj_dir):
+        raise ValueError(f"--proj_dir {args.proj_dir} is a file; give a folder, which is made where it is missing")
     for path in filter(os.path.exists, paths.values()):
         raise ValueError(f"{path}: already there, from an earlier run; give another --proj_dir, or move it away")
 
