@@ -14,7 +14,6 @@ holds the tokens of all documents, each ended by token 0, and nothing else; x.id
     34 + 12n    (n + 1) * int64  doc index: 0, 1, ..., n (Megatron's grouping of sentences, of no use here)
 """
 
-import argparse
 import ast
 import functools
 import json
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from files import atomic_path, run_cli
+from files import Parser, atomic_path, run_cli
 
 MAGIC, HEADER = b"MMIDIDX\0\0", struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
@@ -277,7 +276,7 @@ def batch(data, step, micro_bsz, ctx_len, dataload="pad", loss_mask="pad", seed=
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="data.py", allow_abbrev=False, description="Tokenize a .jsonl into binidx files (RWKV World, uint16).",
+    parser = Parser(prog="data.py", allow_abbrev=False, description="Tokenize a .jsonl into binidx files (RWKV World, uint16).",
                                      epilog="Example: python data.py data.jsonl data --ctx_len 1024   writes data.bin and data.idx.")
     parser.add_argument("jsonl", help='{"text": "..."} on each line, UTF-8; train.py takes such a file as it is, too')
     parser.add_argument("prefix", nargs="?", help="of the .bin and .idx to write (default: the .jsonl's name without .jsonl)")

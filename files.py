@@ -4,7 +4,9 @@ Reading a .pth file never executes anything and maps it instead of copying it; w
 when it is complete; and whatever a user got wrong ends in one line on stderr and exit code 2.
 """
 
+import argparse
 import contextlib
+import difflib
 import os
 import pickle
 import sys
@@ -57,6 +59,15 @@ def save_checkpoint(checkpoint, path):
     """Write a dict of tensors to `path`, whole or not at all."""
     with atomic_path(path) as temporary:
         torch.save(checkpoint, temporary)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line too, with the flag that was probably meant."""
+
+    def error(self, message):
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        near = [match for word in message.split() if word.startswith("--") for match in difflib.get_close_matches(word, flags, 1) if match != word]
+        raise ValueError(f"{message}; " + (f"did you mean {near[0]}?" if near else f"python {self.prog} --help lists what can be given"))
 
 
 def run_cli(main):

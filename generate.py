@@ -13,7 +13,7 @@ import torch
 import bone
 import data
 import rwkv6
-from files import run_cli
+from files import Parser, run_cli
 
 
 def sample(logits, temperature, top_p, generator):
@@ -63,7 +63,7 @@ def show(pieces):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    parser = Parser(prog="generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                                      epilog='example: python generate.py tuned.pth --prompt "User: 你好\\n\\nAssistant:"')
     parser.add_argument("model", help="a complete model (.pth): a base, or one that merge.py wrote")
     parser.add_argument("--bone", metavar="CKPT", help="a Bone checkpoint to use on it without merging")

@@ -4,14 +4,13 @@ Every adapted weight W becomes W' = W + W B + B (see bone.py), computed in float
 parameters take the place of the base's. The result is a complete model for RWKV Runner, Ai00 (after its converter) and the like.
 """
 
-import argparse
 import os
 
 import torch
 from tqdm import tqdm
 
 from bone import check_fits, merge_weight, rank_and_mode
-from files import atomic_path, read_checkpoint, run_cli
+from files import Parser, atomic_path, read_checkpoint, run_cli
 
 
 def merge(base_path, bone_path, out_path):
@@ -38,7 +37,7 @@ def merge(base_path, bone_path, out_path):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="merge.py", description="Merge a Bone checkpoint into its base model.", allow_abbrev=False,
+    parser = Parser(prog="merge.py", description="Merge a Bone checkpoint into its base model.", allow_abbrev=False,
                                      epilog="example: python merge.py base.pth out/rwkv-0.pth tuned.pth")
     parser.add_argument("base", help="the base model (.pth) that was trained on")
     parser.add_argument("checkpoint", help="the Bone checkpoint (proj_dir/rwkv-N.pth)")

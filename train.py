@@ -23,7 +23,7 @@ from tqdm import tqdm
 import bone
 import data
 import rwkv6
-from files import atomic_path, read_checkpoint, run_cli, save_checkpoint
+from files import Parser, atomic_path, read_checkpoint, run_cli, save_checkpoint
 
 EXAMPLE = """example:
   python train.py --load_model base.pth --data_file data.jsonl --bone_r 64
@@ -31,7 +31,7 @@ EXAMPLE = """example:
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="train.py", description="Fine-tune an RWKV-6 model with Bone, on a GPU or a CPU.", epilog=EXAMPLE,
+    parser = Parser(prog="train.py", usage="train.py --load_model base.pth --data_file data.jsonl [flags]", description="Fine-tune an RWKV-6 model with Bone, on a GPU or a CPU.", epilog=EXAMPLE,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def group(title, flags):
