@@ -192,7 +192,7 @@ def _build(source, flags, library, log):
     compiler = os.environ.get("CXX", "c++")
     if not shutil.which(compiler):
         raise _Unbuildable(f"no C++ compiler ({compiler}) found; install one (Debian, Ubuntu: apt install g++)")
-    print("compiling the WKV-6 kernel (once, about half a minute) ...", file=sys.stderr, flush=True)
+    print("compiling the WKV-6 kernel (once, less than a minute) ...", file=sys.stderr, flush=True)
     path = os.environ.get("PATH", "")
     os.environ["PATH"] = f"{ninja.BIN_DIR}{os.pathsep}{path}"  # a venv's ninja is not on the PATH when the venv is not activated
     try:
