@@ -24,8 +24,8 @@ and going back, with gy = dL/dy:
 `bone`, shard sharing: `bone` of shape (r, out), y = W x + bone^T (sum_b x_b), with x padded by zeros to a multiple of r.
 Later papers, and PEFT, call this one Bone, then MiSS.
 
-Source: Jiale Kang, "Bone: Block-Affine Adaptation of Large Language Models" (arXiv 2409.15371), and its implementation in
-RWKV-PEFT, whose names and shapes are kept. The rearrangement above is exact; test_bone.py holds it against W'.
+Source: Jiale Kang, "Bone: Block-Affine Adaptation of Large Language Models" (arXiv 2409.15371), and RWKV-PEFT, whose names and
+shapes are kept. The rearrangement above is exact; test_bone.py holds it against W'.
 """
 
 import torch
@@ -101,9 +101,6 @@ class BoneLinear(nn.Module):
         shards = F.pad(x, (0, -x.shape[-1] % self.r)).unflatten(-1, (-1, self.r))
         return F.linear(x, self.weight.to(dtype)) + shards.sum(-2) @ self.bone.to(dtype)
 
-    def extra_repr(self):
-        return f"in={self.weight.shape[1]}, out={self.weight.shape[0]}, r={self.r}, mode={self.mode}"
-
 
 def add_bone(model, r, mode="bat"):
     """Freeze `model` and give every linear layer inside its blocks a bone of rank r. Returns the model, changed in place.
@@ -120,8 +117,7 @@ def add_bone(model, r, mode="bat"):
         out_features, in_features = linear.weight.shape
         if mode == "bat" and (in_features % r or out_features % r):
             fitting = [n for n in (8, 16, 32, 64, 128, 256) if all(s % n == 0 for _, m in linears for s in m.weight.shape)]
-            raise ValueError(f"bone_r {r} does not divide {name} ({out_features} x {in_features}); this model takes {fitting}, "
-                             f"or any rank with mode bone")
+            raise ValueError(f"bone_r {r} does not divide {name} ({out_features} x {in_features}); this model takes {fitting}, or any with mode bone")
     model.requires_grad_(False)
     for name, linear in linears:
         parent, _, child = name.rpartition(".")
@@ -131,14 +127,13 @@ def add_bone(model, r, mode="bat"):
 
 def rank_and_mode(checkpoint, path):
     """Rank and mode of a Bone checkpoint (dict of tensors), read off the shapes. ValueError where it holds no bone or several ranks."""
-    bones = {name: tensor.shape for name, tensor in checkpoint.items() if name.endswith(".bone")}
-    if not bones:
+    shapes = [tensor.shape for name, tensor in checkpoint.items() if name.endswith(".bone")]
+    found = {(shape[-2], "bat" if len(shape) == 3 else "bone") for shape in shapes}
+    if not found:
         raise ValueError(f"{path}: holds no tensor named *.bone; it is not a Bone checkpoint (a base model, or another method's?)")
-    found = {("bat", s[1]) if len(s) == 3 else ("bone", s[0]) for s in bones.values()}
     if len(found) > 1:
-        raise ValueError(f"{path}: mixes {' and '.join(f'{mode} r {r}' for mode, r in sorted(found))}; one rank and one mode are needed")
-    mode, r = found.pop()
-    return r, mode
+        raise ValueError(f"{path}: mixes {' and '.join(f'{mode} r {r}' for r, mode in sorted(found))}; one rank and one mode are needed")
+    return found.pop()
 
 
 @torch.no_grad()
@@ -148,8 +143,7 @@ def load_bone(model, path):
     Returns the model. ValueError, with the model unchanged, where a tensor of the file has no counterpart of its shape.
     """
     checkpoint = read_checkpoint(path)
-    r, mode = rank_and_mode(checkpoint, path)
-    check_fits(checkpoint, {name: p.shape for name, p in model.named_parameters()}, path)
+    r, mode = check_fits(checkpoint, {name: p.shape for name, p in model.named_parameters()}, path)
     add_bone(model, r, mode)
     parameters = dict(model.named_parameters())
     for name, tensor in checkpoint.items():
@@ -158,41 +152,37 @@ def load_bone(model, path):
 
 
 def check_fits(checkpoint, shapes, path):
-    """ValueError unless every tensor of a Bone checkpoint is finite and fits the base model whose {name: shape} is given."""
+    """Rank and mode of a Bone checkpoint; ValueError unless its tensors are finite and fit the base model's {name: shape}."""
+    r, mode = rank_and_mode(checkpoint, path)
     for name, tensor in checkpoint.items():
-        shape, expected = tuple(tensor.shape), shapes.get(name)
-        if name.endswith(".bone") and (linear := shapes.get(name.removesuffix("bone") + "weight")):
-            expected = bone_shape(linear, shape[1] if len(shape) == 3 else shape[0], "bat" if len(shape) == 3 else "bone")
-            if len(shape) == 3 and any(n % shape[1] for n in linear):
-                raise ValueError(f"{path}: r {shape[1]} of {name} does not divide {tuple(linear)}; it was trained on another model")
+        linear = shapes.get(name.removesuffix("bone") + "weight") if name.endswith(".bone") else None
+        expected = bone_shape(linear, r, mode) if linear else shapes.get(name)
         if expected is None:
             raise ValueError(f"{path}: {name} has no counterpart in the base model; it was trained on another model")
-        if [n for n in shape if n != 1] != [n for n in expected if n != 1]:  # time_maa_*: (1, 1, C) and (C,) are both about
-            raise ValueError(f"{path}: {name} is {shape}, but this base model needs {tuple(expected)}; it was trained on another model")
+        if mode == "bat" and linear and any(n % r for n in linear):
+            raise ValueError(f"{path}: r {r} of {name} does not divide {tuple(linear)}; it was trained on another model")
+        if [n for n in tensor.shape if n != 1] != [n for n in expected if n != 1]:  # time_maa_*: (1, 1, C) and (C,) are both about
+            raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, but this base model needs {tuple(expected)}; it was trained on another model")
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinite values; its training went wrong, use an earlier checkpoint")
+    return r, mode
 
 
 @torch.no_grad()
 def merge_weight(weight, bone):
     """The merged weight W' (out, in), in the dtype of `weight`, from W (out, in) and bone (in/r, r, r) or (r, out).
 
-    Computes in float32 (float64 for float64) and rounds once, some block rows at a time: the temporaries stay below 64 MB.
+    Computes in float32 (float64 for float64) and rounds once, one block row at a time: no other temporary of the size of W.
     """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    bone, bat = bone.to(dtype), bone.ndim == 3
-    out_features, in_features = weight.shape
-    r = bone.shape[1] if bat else 1
     merged = torch.empty_like(weight)
-    step = r * max(1, 4_000_000 // (r * in_features))
-    for rows in torch.arange(out_features).split(step):
-        rows = slice(int(rows[0]), int(rows[-1]) + 1)
-        w = weight[rows].to(dtype)
-        if bat:
-            w_b = w.view(-1, bone.shape[0], r)                                    # (rows, b, r)
-            B = bone.transpose(0, 1).repeat(len(w) // r, 1, 1)                    # row o of every B_b, for o = 0 .. r - 1, again and again
-            merged[rows] = (w_b + torch.einsum("obj,bjk->obk", w_b, bone) + B).view(w.shape)
-        else:
-            shards = -(-in_features // bone.shape[0])
-            merged[rows] = w + bone[:, rows].t().repeat(1, shards)[:, :in_features]
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    bone, r = bone.to(dtype), bone.shape[-2]
+    if bone.ndim == 3:
+        for w, w_merged in zip(weight.split(r), merged.split(r)):
+            w_b = segments(w.to(dtype), r)                              # W_ab for all b of one block row a: (b, r, r)
+            segments(w_merged, r).copy_(torch.baddbmm(w_b + bone, w_b, bone))
+    else:
+        shards = -(-weight.shape[1] // r)
+        for w, w_merged, b in zip(weight.split(64), merged.split(64), bone.t().split(64)):
+            w_merged.copy_(w.to(dtype) + b.repeat(1, shards)[:, :weight.shape[1]])
     return merged
