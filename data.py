@@ -18,12 +18,14 @@ import ast
 import functools
 import json
 import os
+import pathlib
 import re
 import struct
 from array import array
 
 import numpy as np
 import torch
+from pyrwkv_tokenizer import RWKVTokenizer
 from tqdm import tqdm
 
 from files import Parser, atomic_path, run_cli
@@ -31,13 +33,7 @@ from files import Parser, atomic_path, run_cli
 MAGIC, HEADER = b"MMIDIDX\0\0", struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 LIKE = 'each line must look like {"text": "..."}'
-MARKERS = re.compile(b"Assistant:|User:|\xff")  # \xff, a byte that no UTF-8 text holds, stands for token 0
-
-
-@functools.cache
-def _tokenizer():
-    from pyrwkv_tokenizer import RWKVTokenizer  # here, since training on binidx files needs none
-    return RWKVTokenizer()
+_tokenizer = functools.cache(RWKVTokenizer)
 
 
 def encode(text):
@@ -47,57 +43,43 @@ def encode(text):
 
 @functools.cache
 def token_bytes():
-    """List of 65536: the bytes of each token id; b"" for 0, the end of a document; None for an id without an entry."""
-    table = [b""] + [None] * 65535
-    with open(_tokenizer().vocab_filepath, encoding="utf-8", newline="\n") as f:
-        for line in f:  # 261 '\n\n' 2; the literal may hold blanks, and is b'' where a token is not UTF-8
-            number, _, rest = line.partition(" ")
-            token = ast.literal_eval(rest.rpartition(" ")[0])
-            table[int(number)] = token if isinstance(token, bytes) else token.encode()
-    return table
+    """The bytes of each token id from 1 on, {id: bytes}; those from 65530 on have none."""
+    vocabulary = pathlib.Path(_tokenizer().vocab_filepath).read_text(encoding="utf-8")
+    lines = re.findall(r"^(\d+) (.+) \d+$", vocabulary, re.MULTILINE)  # 261 '\n\n' 2, or b'\xff' where it is not UTF-8
+    return {int(i): ast.literal_eval(literal) if literal[0] == "b" else ast.literal_eval(literal).encode() for i, literal in lines}
 
 
 def decode_bytes(ids):
-    """The bytes of token ids; a character may be cut at either end. An id without an entry gives none."""
-    table = token_bytes()
-    return b"".join(table[i] or b"" for i in ids if 0 <= i < len(table))
-
-
-def _document(line, where):
-    """The tokens of one line of a .jsonl; none for a blank line or an empty text. `where` begins every error."""
-    try:
-        line = line.decode("utf-8-sig").strip()  # -sig: without a byte order mark
-        text = json.loads(line)["text"] if line else ""
-        return [] if text == "" else encode(text) + [0]  # encode raises TypeError where text is no string
-    except UnicodeError as error:  # in the bytes of the line, or half a surrogate pair as an escape
-        raise ValueError(f"{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
-    except (KeyError, TypeError) as error:
-        raise ValueError(f'{where}: has no "text" that is a string; {LIKE}') from error
-    except (ValueError, RecursionError) as error:  # JSON would call every line "line 1"
-        raise ValueError(f"{where}: not JSON ({str(error).replace('line 1 column', 'column')}); {LIKE}") from error
+    """The bytes of token ids; a character may be cut at either end. An id without an entry, as 0, gives none."""
+    return b"".join(token_bytes().get(i, b"") for i in ids)
 
 
 def jsonl_to_binidx(jsonl, prefix, ctx_len=None, dtype=np.uint16):
     """Tokenize a .jsonl, line by line, into prefix.bin and prefix.idx. ValueError names the line that is wrong.
-
     Returns a dict: documents, tokens, longest (tokens of the longest document), skipped (blank lines and empty texts),
-    too_long (documents of more than ctx_len + 1 tokens, which training cuts; None without ctx_len).
-    """
-    sizes = array("i")  # of every line
+    too_long (documents of more than ctx_len + 1 tokens, which training cuts; None without ctx_len)."""
+    sizes = array("i")  # of every line, with token 0
 
-    def documents():
-        for number, line in enumerate(f, 1):
-            document = _document(line, f"{jsonl}, line {number}")
-            sizes.append(len(document))
-            bar.update(len(line))
-            if document:
-                yield document
-        if not any(sizes):
+    def documents(lines):
+        for number, line in enumerate(lines, 1):
+            size = len(line)
+            try:
+                line = line.decode("utf-8-sig").strip()  # -sig: without a byte order mark
+                tokens = encode(json.loads(line)["text"]) if line else []
+            except (KeyError, TypeError) as error:
+                raise ValueError(f'{jsonl}, line {number}: has no "text" that is a string; {LIKE}') from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{jsonl}, line {number}: not JSON in UTF-8 ({str(error).replace('line 1 ', '')}); {LIKE}") from error
+            sizes.append(len(tokens) + 1)
+            bar.update(size)
+            if tokens:
+                yield tokens + [0]
+        if max(sizes, default=1) == 1:
             raise ValueError(f"{jsonl}: holds no document; {LIKE}")
 
-    # no bar where stderr is a file, and none left behind: an error is the only line there
-    with open(jsonl, "rb") as f, tqdm(total=os.path.getsize(jsonl), desc=str(jsonl), unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        n, tokens = write_binidx(prefix, documents(), dtype)
+    bar = tqdm(total=os.path.getsize(jsonl), desc=str(jsonl), unit="B", unit_scale=True, disable=None, leave=False)  # on a terminal only
+    with open(jsonl, "rb") as lines, bar:
+        n, tokens = write_binidx(prefix, documents(lines), dtype)
     too_long = ctx_len and sum(size > ctx_len + 1 for size in sizes)
     return dict(documents=n, tokens=tokens, longest=max(sizes), skipped=len(sizes) - n, too_long=too_long)
 
@@ -106,44 +88,31 @@ def _prefix(path):
     return re.sub(r"\.(bin|idx)$", "", os.fspath(path))
 
 
-def _pointers(sizes, dtype):
-    return (np.cumsum(sizes, dtype=np.int64) - sizes) * dtype.itemsize
-
-
-def _check_size(path, need, who):
-    if (size := os.path.getsize(path)) != need:
-        what = "the file is cut off; copy or convert it again" if size < need else "the .bin and .idx are no pair; copy or convert both again"
-        raise ValueError(f"{path}: {size} bytes, but {who} needs {need}: {what}")
-
-
 class Binidx:
     """The documents of prefix.bin and prefix.idx, mapped. A damaged pair is a ValueError in one line, before memory is taken.
-
-    len(data): documents; data[i]: (size of document i) int64, a copy; data.sizes: (documents) int32; data.tokens: all tokens.
-    """
+    len(data): documents; data[i]: (size of document i) int64, a copy; data.sizes: (documents) int32; data.tokens: all tokens."""
 
     def __init__(self, prefix):
         self.prefix = _prefix(prefix)
         bin_path, idx_path = self.prefix + ".bin", self.prefix + ".idx"
-        if missing := [path for path in (bin_path, idx_path) if not os.path.exists(path)]:
-            raise FileNotFoundError(f"{missing[0]}: no such file; a data set is the pair {bin_path} and {idx_path}")
         header = np.fromfile(idx_path, np.uint8, HEADER.size).tobytes()
-        if len(header) < HEADER.size or not header.startswith(MAGIC):
-            raise ValueError(f"{idx_path}: not a binidx index, or cut off within its first {HEADER.size} bytes; copy or convert it again")
-        _, version, code, n, doc_count = HEADER.unpack(header)
-        if version != 1 or code not in DTYPES:
-            what = f"version {version}, tokens of type {code}{' (float)' * (code in (6, 7))}"
-            raise ValueError(f"{idx_path}: {what}; only version 1 and integers are read: convert it again")
-        _check_size(idx_path, HEADER.size + 12 * n + 8 * doc_count, "its header")
+        magic, version, code, n, doc_count = HEADER.unpack(header.ljust(HEADER.size, b"\0"))
+        size, need = os.path.getsize(idx_path), HEADER.size + 12 * n + 8 * doc_count
+        if (magic, version, size) != (MAGIC, 1, need) or code not in DTYPES:
+            found = f"version {version}, type {code}, {size} of {need} bytes"
+            raise ValueError(f"{idx_path}: not a whole binidx index of version 1 with integers ({found}); copy or convert it again")
         index, dtype = np.memmap(idx_path, mode="r"), np.dtype(DTYPES[code])
         self.sizes = np.frombuffer(index, np.int32, n, HEADER.size)
         self.pointers = np.frombuffer(index, np.int64, n, HEADER.size + 4 * n)
-        if (wrong := (self.sizes < 0) | (self.pointers != _pointers(self.sizes, dtype))).any():
+        wrong = (self.sizes < 0) | (self.pointers != (np.cumsum(self.sizes, dtype=np.int64) - self.sizes) * dtype.itemsize)
+        if wrong.any():
             i = wrong.argmax()
-            raise ValueError(f"{idx_path}: document {i} cannot have size {self.sizes[i]} and pointer {self.pointers[i]}; copy or convert it again")
-        if not self.sizes.any():
-            raise ValueError(f"{idx_path}: holds no {'tokens' if n else 'documents'}; convert a .jsonl that has some")
-        _check_size(bin_path, int(self.sizes.sum(dtype=np.int64)) * dtype.itemsize, "the index")
+            raise ValueError(f"{idx_path}: document {i} cannot have size {self.sizes[i]} and pointer {self.pointers[i]}; convert it again")
+        size, need = os.path.getsize(bin_path), int(self.sizes.sum(dtype=np.int64)) * dtype.itemsize
+        if need == 0:
+            raise ValueError(f"{idx_path}: holds no tokens; convert a .jsonl that has some")
+        if size != need:
+            raise ValueError(f"{bin_path}: {size} bytes, but the index needs {need}; copy or convert both again")
         self.tokens = np.frombuffer(np.memmap(bin_path, mode="r"), dtype)
 
     def __len__(self):
@@ -156,45 +125,37 @@ class Binidx:
 
 def write_binidx(prefix, documents, dtype=np.uint16):
     """Write an iterable of documents (sequences of token ids), one at a time, to prefix.bin and prefix.idx, whole or not at all.
-
-    Returns (number of documents, number of tokens). ValueError for a token that dtype cannot hold.
-    """
-    prefix, dtype, sizes = _prefix(prefix), np.dtype(dtype), array("i")
-    if not os.access(folder := os.path.join(os.path.dirname(prefix) or ".", ""), os.W_OK):
-        raise ValueError(f"{prefix}.bin: no folder to write in, {folder} is missing or read-only; make it, or give data.py another prefix")
-    with atomic_path(prefix + ".idx") as idx_path, atomic_path(prefix + ".bin") as bin_path:  # the .bin takes its name first
-        with open(bin_path, "wb") as f:
-            for document in documents:
-                tokens = np.asarray(document, np.int64)
-                stored = tokens.astype(dtype)
-                if (lost := stored != tokens).any():
-                    raise ValueError(f"{prefix}.bin: document {len(sizes)} holds token {tokens[lost][0]}, which {dtype} cannot hold; write int32")
-                f.write(stored)
-                sizes.append(len(stored))
-        n, sizes = len(sizes), np.array(sizes, np.int32)
-        with open(idx_path, "wb") as f:
-            code = next(code for code in DTYPES if DTYPES[code] == dtype)
-            f.write(b"".join((HEADER.pack(MAGIC, 1, code, n, n + 1), sizes, _pointers(sizes, dtype), np.arange(n + 1, dtype=np.int64))))
-    return n, int(sizes.sum(dtype=np.int64))
+    Returns (number of documents, number of tokens). ValueError for a token that dtype cannot hold."""
+    prefix, sizes, pointers = _prefix(prefix), array("i"), array("q")
+    with atomic_path(prefix + ".idx") as idx_path, atomic_path(prefix + ".bin") as bin_path, open(bin_path, "wb") as f:  # .idx comes last
+        for document in documents:
+            stored = np.asarray(document, np.int64).astype(dtype)
+            if not np.array_equal(stored, document):
+                raise ValueError(f"{prefix}.bin: document {len(sizes)} holds a token that {stored.dtype} cannot hold; write int32")
+            sizes.append(len(stored))
+            pointers.append(f.tell())
+            f.write(stored)
+        n, code = len(sizes), next(code for code in DTYPES if DTYPES[code] == dtype)
+        pathlib.Path(idx_path).write_bytes(HEADER.pack(MAGIC, 1, code, n, n + 1) + b"".join((sizes, pointers, array("q", range(n + 1)))))
+    return n, sum(sizes)
 
 
 def open_data(path, vocab_size=None):
     """The Binidx of a prefix, or of a .jsonl, which is converted beside itself (x.jsonl.bin, x.jsonl.idx) when new or changed.
+    With vocab_size, a token outside 0 ... vocab_size - 1 is a ValueError that names its document, counted from 0 as in data[i]."""
+    def missing():
+        return [prefix + end for end in (".bin", ".idx") if not os.path.exists(prefix + end)]
 
-    With vocab_size, a token outside 0 ... vocab_size - 1 is a ValueError that names its document, counted from 0 as in data[i].
-    """
-    prefix, exists = _prefix(path), os.path.exists
+    prefix = _prefix(path)
     jsonl = prefix.removesuffix(".jsonl") + ".jsonl"
-    pair = [end for end in (".bin", ".idx") if exists(prefix + end)]
-    if not pair and not exists(jsonl):
-        raise FileNotFoundError(f"{path}: no {prefix}.bin and {prefix}.idx, and no {jsonl}; give a .jsonl, or the prefix of a .bin and .idx")
-    if exists(jsonl) and (prefix == jsonl or not pair):
+    if os.path.exists(jsonl) and (prefix == jsonl or missing()):
         prefix = jsonl
-        if not exists(prefix + ".bin") or not exists(prefix + ".idx") or os.stat(jsonl).st_mtime_ns >= os.stat(prefix + ".idx").st_mtime_ns:
+        if missing() or os.stat(jsonl).st_mtime_ns >= os.stat(prefix + ".idx").st_mtime_ns:
             jsonl_to_binidx(jsonl, prefix)
-            print(f"{jsonl}: tokenized into {prefix}.bin and {prefix}.idx")
+    if missing():
+        raise FileNotFoundError(f"{path}: no {' and '.join(missing())}, and no {jsonl}; give a .jsonl, or the prefix of a .bin and .idx")
     data = Binidx(prefix)
-    limits, tokens = np.iinfo(data.tokens.dtype), data.tokens
+    tokens, limits = data.tokens, np.iinfo(data.tokens.dtype)
     if vocab_size is not None and (limits.min < 0 or limits.max >= vocab_size):  # uint16 always fits in 65536
         for at in (tokens.argmin(), tokens.argmax()):  # these read the mapped file through, and take no memory
             if not 0 <= tokens[at] < vocab_size:
@@ -205,20 +166,13 @@ def open_data(path, vocab_size=None):
 
 def qa_mask(tokens):
     """1 where a token counts as a target: in an answer, after "Assistant:", before the next "User:". (n) ints -> (n) float32.
-
-    Markers are looked for in the bytes, as the tokenizer may join a part of one to its neighbours: a token that touches a
-    marker belongs to it. The end-of-document token after an answer counts, and ends the answer.
-    """
-    pieces = [b"\xff" if token == 0 else decode_bytes([token]) or b"?" for token in np.asarray(tokens).tolist()]
-    bounds = np.cumsum([0] + [len(piece) for piece in pieces])  # token t has the bytes from bounds[t] up to bounds[t + 1]
-    turns = [(0, 0)]  # (byte, whether it and those after it count), up to the next turn
-    for marker in MARKERS.finditer(b"".join(pieces)):
-        turns.append((marker.end() if marker[0] == b"\xff" else marker.start(), 0))
-        if marker[0] == b"Assistant:":
-            turns.append((marker.end(), 1))
-    begins, counts = np.array(turns).T
-    first, last = (counts[np.searchsorted(begins, at, side="right") - 1] for at in (bounds[:-1], bounds[1:] - 1))
-    return (first & last).astype(np.float32)
+    Token 0 after an answer counts, and ends it. Markers are looked for in the bytes, as a token may hold a piece of one and more."""
+    pieces = [b"\xff" if token == 0 else token_bytes().get(token, b"?") for token in np.asarray(tokens).tolist()]  # no text holds \xff
+    text, begins = b"".join(pieces), np.cumsum([0, *map(len, pieces)])[:-1]
+    counts = np.zeros(len(text), bool)
+    for answer in re.finditer(rb"Assistant:(.*?)((?<=\xff)|(?=Assistant:|User:|\Z))", text, re.DOTALL):
+        counts[answer.start(1):answer.end(1)] = True
+    return np.logical_and.reduceat(counts, begins).astype(np.float32)  # a token that touches a marker belongs to it
 
 
 def check_mask(data, ctx_len, loss_mask):
@@ -226,26 +180,23 @@ def check_mask(data, ctx_len, loss_mask):
     n = min(1000, len(data)) if loss_mask == "qa" else 0
     silent = sum(not collate([data[i]], ctx_len, "qa")[2].any() for i in range(n))
     if silent == n > 0:
-        raise ValueError(f"{data.prefix}: no answer in {n} documents, cut at --ctx_len; use --loss_mask pad, or the form User: ... Assistant: ...")
+        raise ValueError(f"{data.prefix}: no answer in {n} documents, cut at --ctx_len; use --loss_mask pad, or User: ... Assistant: ...")
     return silent
 
 
 def collate(documents, ctx_len, loss_mask="pad"):
     """B documents, arrays of token ids -> idx, targets (B, T) int64 and mask (B, T) float32; T <= ctx_len.
-
-    Shorter rows end with 0s. loss_mask: "pad", the documents count; "none", the padding too; "qa", only the answers.
-    """
-    # Padding at the end of a row cannot reach the tokens before it, as the model is causal, and with a mask it has no
-    # cross-entropy of its own: whole columns of it would be computed for nothing. Without a mask it counts, and stays.
+    loss_mask: "pad", the documents count; "none", the 0s after them too, up to ctx_len; "qa", only the answers."""
+    # Padding cannot reach the tokens before it, as the model is causal, and with a mask it has no cross-entropy of its own: whole
+    # columns of it would be computed for nothing. Without a mask it counts, and stays.
     width = ctx_len + 1 if loss_mask == "none" else min(ctx_len + 1, max(2, *map(len, documents)))  # 2: a lone token is an idx too
     rows = torch.zeros(len(documents), width, dtype=torch.int64)
     mask = torch.full(rows.shape, float(loss_mask == "none"))
     for row, counts, document in zip(rows, mask, documents):
         n = min(width, len(document))
         row[:n] = torch.from_numpy(document[:n])
-        counts[:n] = 1
-        if loss_mask == "qa":  # with some tokens more, as a marker that the cut goes through is still one
-            counts[:n] = torch.from_numpy(qa_mask(document[:n + len("Assistant:")])[:n])
+        # some tokens more are looked at: a marker that the cut goes through is still one
+        counts[:n] = torch.from_numpy(qa_mask(document[:n + len("Assistant:")])[:n]) if loss_mask == "qa" else 1
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), mask[:, 1:].contiguous()
 
 
@@ -256,16 +207,14 @@ def _permutation(seed, epoch, n):
 
 def batch(data, step, micro_bsz, ctx_len, dataload="pad", loss_mask="pad", seed=0):
     """Micro batch number `step`: idx, targets (B, T) int64 and mask (B, T) float32, a function of nothing but its arguments.
-
     "pad", "only" (B = 1): the next B = micro_bsz documents of an endless stream, in which each epoch is a permutation of all.
-    "get": B windows of T = ctx_len at random places of the whole token stream.
-    """
+    "get": B windows of T = ctx_len at random places of the whole token stream."""
     if dataload not in ("pad", "only", "get") or loss_mask not in ("pad", "none", "qa"):
         raise ValueError(f"--dataload {dataload} --loss_mask {loss_mask}: there are pad, only, get and pad, none, qa")
     if dataload == "get":
         n, width = len(data.tokens), ctx_len + 1  # the last token of a window is a target only
         if n < width:
-            raise ValueError(f"{data.prefix}: {n} tokens, but --dataload get with --ctx_len {ctx_len} needs {width}; use --ctx_len {n - 1} or less")
+            raise ValueError(f"{data.prefix}: {n} tokens, too few for --dataload get; use --ctx_len {n - 1} or less")
         starts = np.random.default_rng([seed, step, 1]).integers(n - width + 1, size=micro_bsz)  # the 1: apart from the permutations
         return collate([data.tokens[start:start + width].astype(np.int64) for start in starts], ctx_len, loss_mask)
     if dataload == "only" and micro_bsz != 1:
@@ -276,8 +225,7 @@ def batch(data, step, micro_bsz, ctx_len, dataload="pad", loss_mask="pad", seed=
 
 
 def main(argv=None):
-    parser = Parser(prog="data.py", allow_abbrev=False, description="Tokenize a .jsonl into binidx files (RWKV World, uint16).",
-                                     epilog="Example: python data.py data.jsonl data --ctx_len 1024   writes data.bin and data.idx.")
+    parser = Parser(prog="data.py", description="Tokenize a .jsonl into binidx files (RWKV World, uint16).")
     parser.add_argument("jsonl", help='{"text": "..."} on each line, UTF-8; train.py takes such a file as it is, too')
     parser.add_argument("prefix", nargs="?", help="of the .bin and .idx to write (default: the .jsonl's name without .jsonl)")
     parser.add_argument("--ctx_len", type=int, metavar="INT", help="also count the documents that training with this --ctx_len would cut")

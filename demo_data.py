@@ -1,5 +1,4 @@
 """Texts for `make demo`, made from what is already installed: `python demo_data.py demo` writes
-
 docs.jsonl      to pretrain a small base model: docstrings and help topics of Python's standard library
 chat.jsonl      to fine-tune it: English and Chinese dialogues of the chatterbot-corpus package
 chat_val.jsonl  a tenth of the dialogues; none of their questions occurs in chat.jsonl
@@ -10,18 +9,18 @@ import json
 import random
 import re
 import sys
-import sysconfig
 from pathlib import Path
 
-from files import atomic_path, run_cli
+import chatterbot_corpus
+import yaml
 
 SKIP = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages"}
 ALTERNATIVES = {"computers", "emotion"}  # in these two files, the lines after a question are different answers to it
 
 
-def stdlib_docs(min_chars=200):
+def stdlib_docs():
     """Docstrings and help topics of the standard library, read from its source: no module is imported."""
-    root = Path(sysconfig.get_path("stdlib"))
+    root = Path(ast.__file__).parent
     documents = {}  # a dict, for a set that keeps its order
     for path in sorted(p for p in root.rglob("*.py") if not SKIP & set(p.relative_to(root).parts)):
         for node in ast.walk(ast.parse(path.read_bytes())):
@@ -29,47 +28,35 @@ def stdlib_docs(min_chars=200):
                 documents[ast.get_docstring(node) or ""] = None
             elif path.parent.name == "pydoc_data" and isinstance(node, ast.Constant):
                 documents[str(node.value).strip()] = None  # topics = {"if": "The if statement ...", ...}
-    return [text for text in documents if len(text) >= min_chars]
-
-
-def key(question):
-    """What makes two questions the same: their letters and digits."""
-    return re.sub(r"[\W_]+", "", question.casefold())
+    return [text for text in documents if len(text) >= 200]
 
 
 def dialogues():
-    """Conversations, each a list of (question, answer); the first one for each opening question."""
-    try:
-        import chatterbot_corpus
-        import yaml
-    except ImportError as error:
-        raise ValueError(f"{error.name} is not installed; pip install -r requirements-dev.txt") from error
+    """Conversations, each as (the letters and digits of its questions, its text); the first one for each opening question."""
     folder, found = Path(chatterbot_corpus.__file__).parent / "data", {}
     for path in sorted(folder.glob("english/*.yml")) + sorted(folder.glob("chinese/*.yml")):
         for turns in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
-            if isinstance(turns, list) and all(isinstance(turn, str) and turn.strip() for turn in turns):
+            if isinstance(turns, list):  # trivia.yml has one that is not
                 turns = [re.sub(r"\n\s*\n", "\n", turn.strip()) for turn in turns]  # a blank line ends a turn
-                if pairs := list(zip(turns[::2], turns[1::2]))[:1 if path.stem in ALTERNATIVES else None]:
-                    found.setdefault(key(pairs[0][0]), pairs)
+                pairs = list(zip(turns[::2], turns[1::2]))[:1 if path.stem in ALTERNATIVES else None]
+                questions = [re.sub(r"[\W_]+", "", question.casefold()) for question, _ in pairs]
+                text = "\n\n".join(f"User: {question}\n\nAssistant: {answer}" for question, answer in pairs)
+                found.setdefault(questions[0], (questions, text))
     return list(found.values())
 
 
-def main():
-    if len(sys.argv) != 2:
-        raise ValueError("give the folder to write to: python demo_data.py demo")
-    folder, conversations = Path(sys.argv[1]), dialogues()
+def main(folder):
+    conversations = dialogues()
     random.Random(0).shuffle(conversations)
     n = len(conversations) // 10
-    held_out = {key(question) for pairs in conversations[:n] for question, _ in pairs}
-    train = [pairs for pairs in conversations[n:] if held_out.isdisjoint(key(question) for question, _ in pairs)]
-    texts = {"docs": stdlib_docs(), **{name: ["\n\n".join(f"User: {q}\n\nAssistant: {a}" for q, a in pairs) for pairs in part]
-                                       for name, part in (("chat", train), ("chat_val", conversations[:n]))}}
+    held_out = {question for questions, _ in conversations[:n] for question in questions}
+    chat = [text for questions, text in conversations[n:] if held_out.isdisjoint(questions)]
     folder.mkdir(parents=True, exist_ok=True)
-    for name, documents in texts.items():
-        with atomic_path(folder / f"{name}.jsonl") as path, open(path, "w", encoding="utf-8") as f:
-            f.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
-        print(f"{folder / name}.jsonl: {len(documents):,} documents, {sum(map(len, documents)):,} characters")
+    for name, texts in {"docs": stdlib_docs(), "chat": chat, "chat_val": [text for _, text in conversations[:n]]}.items():
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+        print(f"{path}: {len(texts):,} documents, {sum(map(len, texts)):,} characters")
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "demo"))

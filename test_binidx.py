@@ -1,0 +1,168 @@
+"""data.py: binidx files as the reference tool writes them, and one clear line for every damaged or missing one."""
+
+import json
+import os
+import pathlib
+import struct
+
+import numpy as np
+import pytest
+
+from data import Binidx, decode_bytes, encode, jsonl_to_binidx, open_data, write_binidx
+from test_data import in_tmp_path, make, write_jsonl  # noqa: F401, in_tmp_path is an autouse fixture
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+
+
+# ---- binidx ------------------------------------------------------------------------------------------------------------------
+
+def test_files_are_byte_for_byte_those_of_the_reference_tool():
+    jsonl_to_binidx(FIXTURES / "sample.jsonl", "sample", dtype=np.int32)
+    for end in (".bin", ".idx"):
+        assert pathlib.Path("sample" + end).read_bytes() == (FIXTURES / ("sample_text_document" + end)).read_bytes()
+
+
+def test_the_files_of_the_reference_tool_are_read():
+    documents = Binidx(FIXTURES / "sample_text_document")
+    texts = [json.loads(line)["text"] for line in (FIXTURES / "sample.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [decode_bytes(document).decode() for document in documents] == [text for text in texts if text]
+    assert all(document[-1] == 0 for document in documents) and len(documents) == 5 and len(documents.tokens) == 83
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.int64])
+@pytest.mark.parametrize("name", ["x", "x.bin", "x.idx"])
+def test_what_is_written_is_read_again(dtype, name):
+    written = [[1, 2, 127], [], [0], np.array([5, 0])]
+    assert write_binidx(name, iter(written), dtype) == (4, 6)
+    documents = Binidx(name)
+    assert [document.tolist() for document in documents] == [[1, 2, 127], [], [0], [5, 0]]
+    assert documents.tokens.dtype == dtype and documents.sizes.tolist() == [3, 0, 1, 2] and documents.sizes.dtype == np.int32
+    assert documents[0].dtype == np.int64 and documents[-1].tolist() == [5, 0]
+    documents[0][:] = 9  # a copy: the file is not touched
+    assert documents[0].tolist() == [1, 2, 127]
+    assert sorted(os.listdir()) == ["x.bin", "x.idx"]
+
+
+def test_nothing_is_left_when_writing_fails():
+    def documents():
+        yield [1, 2, 3]
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_binidx("x", documents())
+    with pytest.raises(ValueError, match="^x.bin: document 1 holds a token that uint16 cannot hold; write int32$"):
+        write_binidx("x", [[1], [2, 70000]])
+    with pytest.raises(ValueError, match="^x.bin: document 0 holds a token that uint16 cannot hold"):
+        write_binidx("x", [[-1]])
+    with pytest.raises(ValueError, match="^missing/x.idx: cannot be written, it is a folder, or missing/ is missing or read-only"):
+        write_binidx("missing/x", [[1]])
+    assert os.listdir() == []
+
+
+def header(magic=b"MMIDIDX\0\0", version=1, code=8, n=3, doc_count=4):
+    return lambda idx: struct.pack("<9sQBQQ", magic, version, code, n, doc_count) + idx[34:]
+
+
+def patched(offset, form, value):
+    return lambda idx: idx[:offset] + struct.pack(form, value) + idx[offset + struct.calcsize(form):]
+
+
+def index(found):
+    return rf"x.idx: not a whole binidx index of version 1 with integers \({found}\); copy or convert it again$"
+
+
+@pytest.mark.parametrize("end, damage, message", [
+    (".bin", lambda b: b[:8], r"x.bin: 8 bytes, but the index needs 12; copy or convert both again$"),
+    (".bin", lambda b: b"", r"x.bin: 0 bytes, but the index needs 12; copy or convert both again$"),
+    (".bin", lambda b: b + b"\0", r"x.bin: 13 bytes, but the index needs 12; copy or convert both again$"),
+    (".bin", None, r"x: no x.bin, and no x.jsonl; give a .jsonl, or the prefix of a .bin and .idx$"),
+    (".idx", None, r"x: no x.idx, and no x.jsonl; give a .jsonl, or the prefix of a .bin and .idx$"),
+    (".idx", lambda b: b[:-1], index("version 1, type 8, 101 of 102 bytes")),
+    (".idx", lambda b: b[:20], index("version 1, type 8, 20 of 70 bytes")),
+    (".idx", lambda b: b"", index("version 0, type 0, 0 of 34 bytes")),
+    (".idx", lambda b: b + b"\0" * 8, index("version 1, type 8, 110 of 102 bytes")),
+    (".idx", header(magic=b"PK\3\4     "), index("version 1, type 8, 102 of 102 bytes")),
+    (".idx", header(version=2), index("version 2, type 8, 102 of 102 bytes")),
+    (".idx", header(code=6), index("version 1, type 6, 102 of 102 bytes")),
+    (".idx", header(code=99), index("version 1, type 99, 102 of 102 bytes")),
+    (".idx", header(n=2**60), index(r"version 1, type 8, 102 of \d{20} bytes")),
+    (".idx", header(n=2**64 - 1, doc_count=2**64 - 1), index(r"version 1, type 8, 102 of \d{21} bytes")),
+    (".idx", lambda b: header(n=0, doc_count=1)(b)[:42], r"x.idx: holds no tokens; convert a .jsonl that has some$"),
+    (".idx", patched(34, "<i", -3), r"x.idx: document 0 cannot have size -3 and pointer 0; convert it again$"),
+    (".idx", patched(46, "<q", 2), r"x.idx: document 0 cannot have size 3 and pointer 2"),
+    (".idx", patched(54, "<q", -6), r"x.idx: document 1 cannot have size 1 and pointer -6"),
+    (".idx", patched(62, "<q", 10**15), r"x.idx: document 2 cannot have size 2 and pointer 1000000000000000"),
+    (".idx", patched(42, "<i", 2**31 - 1), r"x.bin: 12 bytes, but the index needs 4294967302; copy"),
+])
+def test_a_damaged_pair_is_refused_in_one_line_that_names_the_file(end, damage, message):
+    make([1, 2, 3], [4], [5, 0])
+    path = pathlib.Path("x" + end)
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises((ValueError, FileNotFoundError), match=f"^{message}") as error:
+        open_data("x")
+    assert "\n" not in str(error.value) and "; " in str(error.value)
+
+
+def test_a_pair_without_a_token_is_refused():
+    with pytest.raises(ValueError, match="^x.idx: holds no tokens; convert a .jsonl that has some$"):
+        make([], [])
+
+
+# ---- opening -----------------------------------------------------------------------------------------------------------------
+
+def test_a_jsonl_is_converted_beside_itself_once_and_again_when_it_changes():
+    write_jsonl("a.jsonl", "one")
+    assert [decode_bytes(document) for document in open_data("a.jsonl")] == [b"one"]
+    assert sorted(os.listdir()) == ["a.jsonl", "a.jsonl.bin", "a.jsonl.idx"]
+
+    write_jsonl("a.jsonl", "two")
+    written = os.stat("a.jsonl.idx").st_mtime_ns
+    for age, text in ((-1, b"one"), (0, b"two")):  # older than the index; as old as it
+        os.utime("a.jsonl", ns=(written + age,) * 2)
+        os.utime("a.jsonl.idx", ns=(written,) * 2)
+        assert decode_bytes(open_data("a.jsonl")[0]) == text
+
+    write_jsonl("a.jsonl", "three")
+    os.utime("a.jsonl", ns=(1, 1))
+    for end in (".bin", ".idx"):
+        os.unlink("a.jsonl" + end)
+        assert decode_bytes(open_data("a.jsonl")[0]) == b"three"
+        write_jsonl("a.jsonl", "three")
+        os.utime("a.jsonl", ns=(1, 1))
+
+
+def test_a_name_without_ending_stands_for_the_pair_or_else_for_the_jsonl():
+    write_jsonl("a.jsonl", "one")
+    assert decode_bytes(open_data("a")[0]) == b"one"
+    write_binidx("a", [encode("pair")])
+    assert decode_bytes(open_data("a")[0]) == b"pair"
+    os.unlink("a.idx")  # half a pair is none
+    assert decode_bytes(open_data("a")[0]) == b"one"
+
+
+@pytest.mark.parametrize("path, message", [
+    ("d/x", "d/x: no d/x.bin and d/x.idx, and no d/x.jsonl; give a .jsonl, or the prefix of a .bin and .idx"),
+    ("d/x.jsonl", "d/x.jsonl: no d/x.jsonl.bin and d/x.jsonl.idx, and no d/x.jsonl; give"),
+    ("x.bin", "x.bin: no x.bin and x.idx, and no x.jsonl; give"),
+])
+def test_a_missing_path_says_what_was_looked_for(path, message):
+    with pytest.raises(FileNotFoundError) as error:
+        open_data(path)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("token, dtype", [(70000, np.int32), (65536, np.int32), (-1, np.int32), (-7, np.int64), (-1, np.int16)])
+def test_a_token_outside_the_vocabulary_is_refused_with_its_document(token, dtype):
+    make([1, 2], [3], [], [token, 5], [6], dtype=dtype)
+    with pytest.raises(ValueError, match=f"^x: document 3 holds token {token}, but the model's vocabulary is 65536$"):
+        open_data("x", vocab_size=65536)
+    assert len(open_data("x")) == 5
+
+
+def test_the_last_token_of_the_vocabulary_is_accepted_and_the_next_is_not():
+    make([1, 99, 0])
+    assert len(open_data("x", vocab_size=100)) == 1
+    with pytest.raises(ValueError, match="^x: document 0 holds token 99, but the model's vocabulary is 99$"):
+        open_data("x", vocab_size=99)
