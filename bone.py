@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from files import read_checkpoint
+from quant import FrozenLinear, Quantized, dense
 
 
 def segments(x, r):
@@ -46,7 +47,7 @@ class Bat(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bone, dtype):
         r = bone.shape[1]
-        W, B = weight.to(dtype), bone.to(dtype)
+        W, B = dense(weight, dtype), bone.to(dtype)
         x_b = torch.empty(bone.shape[0], len(x), r, dtype=dtype, device=x.device).copy_(segments(x, r))  # cast and regroup at once
         z = torch.empty(x.shape, dtype=dtype, device=x.device)
         torch.bmm(x_b, B.transpose(1, 2), out=segments(z, r))
@@ -54,22 +55,27 @@ class Bat(torch.autograd.Function):
         # z meets x before x is rounded, and s meets y inside the product's float32 sums: a bone too small to move a bfloat16
         # number by a step still counts, on average. Added to rounded numbers, it would vanish.
         y = s.repeat(1, len(W) // r).addmm_(z.add_(x), W.t())
-        ctx.save_for_backward(x_b, weight, bone)
-        ctx.x_dtype = x.dtype
+        ctx.save_for_backward(x_b, bone)
+        ctx.weight, ctx.x_dtype = weight, x.dtype
         return y
 
     @staticmethod
     def backward(ctx, gy):
-        x_b, weight, bone = ctx.saved_tensors
-        r = bone.shape[1]
-        W, B = weight.to(gy.dtype), bone.to(gy.dtype)
+        x_b, bone = ctx.saved_tensors
+        r, B = bone.shape[1], bone.to(gy.dtype)
         gs = gy.view(len(gy), -1, r).sum(1)
-        gu = gy @ W
+        gu = gy @ dense(ctx.weight, gy.dtype)
         gz = segments(gu, r).clone(memory_format=torch.contiguous_format).add_(gs)
         gB = torch.bmm(gz.transpose(1, 2), x_b)
         gx = gu  # W^T gy becomes the gradient of x in its own place
         segments(gx, r).baddbmm_(gz, B)
         return gx.to(ctx.x_dtype), None, gB.to(bone.dtype), None
+
+
+def weight_shapes(model):
+    """{name: shape} of every parameter of a base model, the quantized ones included."""
+    quantized = {f"{name}.weight": m.shape for name, m in model.named_modules() if isinstance(m, Quantized)}
+    return {name: p.shape for name, p in model.named_parameters()} | quantized
 
 
 def bone_shape(weight_shape, r, mode):
@@ -80,14 +86,14 @@ def bone_shape(weight_shape, r, mode):
 class BoneLinear(nn.Module):
     """A frozen linear layer with its trainable `bone`.
 
-    weight: (out, in), any floating dtype, kept as it is and frozen; r: rank, the side of a block; mode: `bat` or `bone`.
+    weight: (out, in), any floating dtype or Quantized, kept as it is and frozen; r: rank, the side of a block; mode: `bat` or `bone`.
     forward: (..., in) -> (..., out), in the autocast dtype where autocast is on, else in the weight's.
     """
 
     def __init__(self, weight, r, mode="bat"):
         super().__init__()
         self.r, self.mode = r, mode
-        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.weight = weight if isinstance(weight, Quantized) else nn.Parameter(weight.detach(), requires_grad=False)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.bone = nn.Parameter(torch.zeros(bone_shape(weight.shape, r, mode), dtype=dtype, device=weight.device))
 
@@ -99,7 +105,7 @@ class BoneLinear(nn.Module):
             return y.view(*x.shape[:-1], -1)
         x = x.to(dtype)
         shards = F.pad(x, (0, -x.shape[-1] % self.r)).unflatten(-1, (-1, self.r))
-        return F.linear(x, self.weight.to(dtype)) + shards.sum(-2) @ self.bone.to(dtype)
+        return FrozenLinear.apply(x, self.weight) + shards.sum(-2) @ self.bone.to(dtype)
 
 
 def add_bone(model, r, mode="bat"):
@@ -112,16 +118,17 @@ def add_bone(model, r, mode="bat"):
         raise ValueError(f"bone mode {mode!r} is unknown: use bat (block affine) or bone (shard sharing)")
     if r < 1:
         raise ValueError(f"bone_r {r} must be at least 1; 64 is the usual choice")
-    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and "." in name]
-    for name, linear in linears:
-        out_features, in_features = linear.weight.shape
+    linears = {name: m if isinstance(m, Quantized) else m.weight for name, m in model.named_modules()
+               if isinstance(m, (nn.Linear, Quantized)) and "." in name}
+    for name, weight in linears.items():
+        out_features, in_features = weight.shape
         if mode == "bat" and (in_features % r or out_features % r):
-            fitting = [n for n in (8, 16, 32, 64, 128, 256) if all(s % n == 0 for _, m in linears for s in m.weight.shape)]
+            fitting = [n for n in (8, 16, 32, 64, 128, 256) if all(s % n == 0 for w in linears.values() for s in w.shape)]
             raise ValueError(f"bone_r {r} does not divide {name} ({out_features} x {in_features}); this model takes {fitting}, or any with mode bone")
     model.requires_grad_(False)
-    for name, linear in linears:
+    for name, weight in linears.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, BoneLinear(linear.weight, r, mode))
+        setattr(model.get_submodule(parent), child, BoneLinear(weight, r, mode))
     return model
 
 
@@ -143,7 +150,7 @@ def load_bone(model, path):
     Returns the model. ValueError, with the model unchanged, where a tensor of the file has no counterpart of its shape.
     """
     checkpoint = read_checkpoint(path)
-    r, mode = check_fits(checkpoint, {name: p.shape for name, p in model.named_parameters()}, path)
+    r, mode = check_fits(checkpoint, weight_shapes(model), path)
     add_bone(model, r, mode)
     parameters = dict(model.named_parameters())
     for name, tensor in checkpoint.items():

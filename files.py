@@ -1,50 +1,55 @@
-"""What every program here shares with the file system and the shell.
-
-Reading a .pth file never executes anything and maps it instead of copying it; what is written appears under its name only
-when it is complete; and whatever a user got wrong ends in one line on stderr and exit code 2.
-"""
+"""Reading checkpoints without executing anything, writing files whole or not at all, errors as one line and exit code 2."""
 
 import argparse
 import contextlib
+import ctypes
 import difflib
+import json
+import mmap
 import os
-import pickle
+import re
+import struct
 import sys
 import warnings
+import zipfile
+import zlib
 
 import torch
 
 
 def read_checkpoint(path):
     """The dict {name: tensor} in a .pth file, memory-mapped (private: writing to a tensor does not change the file).
-
-    ValueError or OSError, in one line, for anything that is not a plain dict of floating tensors. Never runs code of a pickle.
-    """
+    ValueError or OSError, in one line, for anything that is not a plain dict of floating tensors. Never runs code of a pickle."""
     with open(path, "rb") as f:  # missing, a folder, not readable: OSError says which
         is_zip = f.read(4) == b"PK\x03\x04"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the pickle protocol: what matters is whether it loads
+        with warnings.catch_warnings(action="ignore"):  # of the pickle protocol: what matters is whether it loads
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged file can fail anywhere in the unpickler
-        if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
-            what = "holds more than tensors (code that would run on loading); refused, nothing was executed"
-        else:
-            what = "a cut or damaged PyTorch checkpoint; download or copy it again" if is_zip else "not a PyTorch checkpoint; a .pth of tensors is needed (nothing in it was executed)"
-        raise ValueError(f"{path}: {what}") from error
-    if not isinstance(checkpoint, dict) or not checkpoint or not all(
-            isinstance(k, str) and isinstance(v, torch.Tensor) and v.is_floating_point() for k, v in checkpoint.items()):
+        what = "a cut or damaged PyTorch checkpoint" if is_zip else "not a PyTorch checkpoint"
+        if "unsupported global" in str(error).lower():
+            what = "holds more than tensors: code that would run on loading"
+        raise ValueError(f"{path}: {what}; nothing was executed, a whole .pth of tensors is needed") from error
+    items = checkpoint.items() if isinstance(checkpoint, dict) else ()
+    if not items or not all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.is_floating_point() for k, v in items):
         raise ValueError(f"{path}: not a model checkpoint; a dict of names and floating tensors is needed")
     return checkpoint
+
+
+def release(tensor):
+    """Give back the memory that reading a mapped tensor took. The file is read again if need be; what was written there is lost."""
+    if not tensor.untyped_storage().resizable() and sys.platform == "linux":    # not resizable: a piece of a mapped file
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start), mmap.MADV_DONTNEED)
 
 
 @contextlib.contextmanager
 def atomic_path(path):
     """A temporary path in the folder of `path`; renamed to `path` when the block ends well, removed when it does not."""
-    folder, name = os.path.split(os.path.abspath(path))
+    folder = os.path.join(os.path.dirname(path) or ".", "")  # with a / at its end, as a file is no folder
     if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise ValueError(f"{path}: cannot be written, {'it is a folder' if os.path.isdir(path) else f'the folder {folder} is missing or read-only'}")
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}")
+        raise ValueError(f"{path}: cannot be written, it is a folder, or {folder} is missing or read-only; make that, or write elsewhere")
+    temporary = f"{path}.{os.getpid()}"
     try:
         yield temporary
         with open(temporary, "rb+") as f:
@@ -61,26 +66,65 @@ def save_checkpoint(checkpoint, path):
         torch.save(checkpoint, temporary)
 
 
+def save_stream(like, make, path):
+    """Write {name: make(name)}, whole or not at all, holding one tensor at a time. like: {name: tensor}, of their shapes and dtypes.
+
+    torch.save lays the archive out and leaves the tensors' bytes away (skip_data); they and their checksums are then filled in."""
+    names = list(like)
+    with atomic_path(path) as temporary:
+        with torch.serialization.skip_data():
+            torch.save({name: torch.empty_like(tensor) for name, tensor in like.items()}, temporary)  # memory that is never touched
+        with zipfile.ZipFile(temporary) as archive, open(temporary, "r+b") as f:
+            entry = archive.start_dir                                                   # of the directory at the archive's end
+            for record in archive.infolist():
+                if re.fullmatch(r"[^/]+/data/\d+", record.filename):                    # named by number, in the order of the dict
+                    content = make(names[int(record.filename.rpartition("/")[2])]).contiguous().flatten().view(torch.uint8).numpy()
+                    checksum = struct.pack("<I", zlib.crc32(content))
+                    f.seek(record.header_offset + 26)
+                    f.seek(sum(struct.unpack("<HH", f.read(4))), os.SEEK_CUR)           # past the name and the padding
+                    f.write(content)
+                    f.seek(4, os.SEEK_CUR)                                              # past the signature of what follows the data
+                    f.write(checksum)
+                    f.seek(entry + 16)
+                    f.write(checksum)
+                entry += 46 + len(record.filename.encode()) + len(record.extra) + len(record.comment)
+
+
+def trained_quant(path, quant):
+    """The quantization that the Bone checkpoint `path` was trained with, by the args.json beside it. `quant`, from the command line or
+    None, must not contradict that, and stands in for it where there is none: None, `int8` or `nf4`."""
+    remembered = os.path.join(os.path.dirname(path), "args.json")
+    trained = quant or "none"
+    if os.path.exists(remembered):
+        try:
+            with open(remembered, encoding="utf-8") as f:
+                trained = json.load(f).get("quant", trained)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{remembered}: not the arguments of a training run ({error}); move it away, and give --quant") from error
+    if quant not in (None, trained):
+        raise ValueError(f"{path}: trained with --quant {trained} ({remembered}), but --quant is {quant}; drop the flag")
+    return None if trained == "none" else trained
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line too, with the flag that was probably meant."""
+    """argparse whose errors are one line too, with the flag that was probably meant; a flag is never abbreviated."""
+
+    def __init__(self, **options):
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message):
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        near = [match for word in message.split() if word.startswith("--") for match in difflib.get_close_matches(word, flags, 1) if match != word]
-        raise ValueError(f"{message}; " + (f"did you mean {near[0]}?" if near else f"python {self.prog} --help lists what can be given"))
+        words = re.findall(r"--[\w-]+", message)
+        near = [flag for word in words for flag in difflib.get_close_matches(word, self._option_string_actions, 1) if flag != word]
+        raise ValueError(f"{message}; " + (f"did you mean {near[0]}?" if near else f"python {self.prog} --help lists all flags"))
 
 
 def run_cli(main):
     """Run a program's main(): a ValueError or OSError becomes `error: ...` on stderr and exit code 2, Ctrl-C exit code 130."""
     try:
         main()
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    except ValueError as error:
-        message = str(error)
     except KeyboardInterrupt:
         sys.exit(130)
-    else:
-        return
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    except (OSError, ValueError) as error:
+        file = getattr(error, "filename", None)
+        print(f"error: {file}: {error.strerror}" if file else f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from files import read_checkpoint
+from files import read_checkpoint, release
+from quant import quantize
 from wkv6 import wkv6
 
 MIX = "wkvrg"  # the five mixtures of a time mix, in the order in which time_maa_w1 and time_maa_w2 hold them
@@ -91,7 +92,7 @@ class TimeMix(nn.Module):
         y, wkv_state = wkv6(r, k, v, w, self.time_faaaa, wkv_state)
         y = F.layer_norm(y.to(x.dtype), (self.head_size,), eps=self.ln_x.eps).reshape(B, T, C)    # = self.ln_x, in half the time
         y = y * self.ln_x.weight + self.ln_x.bias
-        return self.output(y * F.silu(g)), x[:, -1], wkv_state
+        return self.output(y * F.silu(g)), x[:, -1].clone(), wkv_state  # a clone, since a view would keep all of x
 
 
 class ChannelMix(nn.Module):
@@ -107,7 +108,7 @@ class ChannelMix(nn.Module):
         dx = previous(x, last) - x
         k = torch.relu(self.key(x + dx * self.time_maa_k))
         r = torch.sigmoid(self.receptance(x + dx * self.time_maa_r))
-        return r * self.value(k * k), x[:, -1]
+        return r * self.value(k * k), x[:, -1].clone()
 
 
 class Block(nn.Module):
@@ -192,10 +193,11 @@ def config_of(checkpoint, path):
         raise ValueError(f"{path}: not a complete RWKV-6 checkpoint ({error})") from error
 
 
-def load_model(path, dtype=None, device="cpu"):
-    """Load a published .pth. dtype: of the matrices; None keeps the checkpoint's. Returns an RWKV6.
+def load_model(path, dtype=None, device="cpu", quant=None):
+    """Load a published .pth. dtype: of the matrices; None keeps the checkpoint's. quant: `int8` or `nf4`, of the blocks' matrices.
 
-    The file is mapped and read tensor by tensor. ValueError for a missing, misshapen or non-finite tensor.
+    The file is mapped; a tensor is placed, then its pages are given back, so memory is never more than the model's and one tensor's.
+    Returns an RWKV6. ValueError for a missing, misshapen or non-finite tensor. On the meta device, sizes are all that is looked at.
     """
     checkpoint = read_checkpoint(path)
     config = config_of(checkpoint, path)
@@ -208,9 +210,17 @@ def load_model(path, dtype=None, device="cpu"):
         tensor = checkpoint.pop(name)
         if tensor.shape != meta.shape and tensor.squeeze().shape != meta.squeeze().shape:
             raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, but the other tensors ask for {tuple(meta.shape)}")
-        if not tensor.sum(dtype=torch.float32).isfinite():
+        if torch.device(device).type != "meta" and not tensor.sum(dtype=torch.float32).isfinite():
             raise ValueError(f"{path}: {name} holds NaN or infinite values; the file is damaged or its training went wrong")
-        put(model, name, tensor.view(meta.shape).to(device, storage_dtype(model, name, dtype or tensor.dtype), copy=True))
+        module, kept = name.rpartition(".")[0], storage_dtype(model, name, dtype or tensor.dtype)
+        if quant and name.startswith("blocks.") and isinstance(model.get_submodule(module), nn.Linear):
+            try:
+                model.set_submodule(module, quantize(tensor.to(device), quant, kept))
+            except ValueError as error:
+                raise ValueError(f"{path}: {name}: {error}") from error
+        else:
+            put(model, name, tensor.view(meta.shape).to(device, kept, copy=True))
+        release(tensor)
     return model
 
 

@@ -1,4 +1,4 @@
-"""merge.py and generate.py: the merged model is base + bone, made in little memory and never over its sources; text is whole and repeatable."""
+"""merge.py: the merged model is base + bone, made in little memory and never over its sources. generate.py: text is whole, repeatable."""
 
 import json
 import os
@@ -80,7 +80,8 @@ def refused(capsys, main):
 
 def command(line, **options):
     program, *args = shlex.split(line)
-    return subprocess.run([sys.executable, HERE / program, *args], capture_output=True, encoding="utf-8", env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, HERE / program, *args], capture_output=True, encoding="utf-8", env=environment, **options)
 
 
 # ---- merge.py -----------------------------------------------------------------------------------------------------------------
@@ -137,8 +138,9 @@ def spoil(name, tensor):
     ("base.pth gone.pth tuned.pth", "gone.pth: No such file", None),
     ("base.pth ckpt.pth gone/tuned.pth", "gone", None),
     ("base.pth ckpt.pth taken", "taken: ", lambda: os.mkdir("taken")),
-    ("ckpt.pth base.pth tuned.pth", "base.pth: holds no tensor named *.bone", None),
+    ("ckpt.pth base.pth tuned.pth", "ckpt.pth: a Bone checkpoint, not a base model; the order is merge.py base checkpoint output", None),
     ("ckpt.pth ckpt.pth tuned.pth", "the order is merge.py base checkpoint output", None),
+    ("base.pth base2.pth tuned.pth", "base2.pth: holds no tensor named *.bone", lambda: shutil.copy("base.pth", "base2.pth")),
     ("base.pth bad.pth tuned.pth", "bad.pth: blocks.0.att.key.bone is", lambda: spoil("blocks.0.att.key.bone", torch.zeros(8, 16, 16))),
     ("base.pth bad.pth tuned.pth", "bad.pth: blocks.7.ln1.bias has no", lambda: spoil("blocks.7.ln1.bias", torch.zeros(64))),
     ("base.pth bad.pth tuned.pth", "bad.pth: mixes", lambda: spoil("blocks.0.att.key.bone", torch.zeros(16, 64))),
@@ -196,14 +198,12 @@ def in_bytes(text):
 
 
 def pieces(stream):
-    """What a stream yields, and what it returns."""
-    def whole():
-        returned.append((yield from stream))
-    returned = []
-    return list(whole()), returned[0]
+    """The pieces of text of a stream, and its last state and unread tokens."""
+    found = list(stream)
+    return [text for text, _, _ in found], found[-1][1:]
 
 
-def written(ids, length=1000, stop=None):
+def written(ids, length=1000, stop=""):
     return pieces(generate.stream(Script(ids), 0, [1], length, 0, 1.0, None, stop))[0]
 
 
@@ -223,7 +223,7 @@ def test_broken_characters_are_shown_as_such_and_end_nothing(content, shown):
 @pytest.mark.parametrize("tokens, stop, shown", [
     (["hi", "\n", "\n", "User: x"], "\n\n", "hi"),                 # across the border of two tokens
     (["hi\n", "\nUser: x"], "\n\n", "hi"), (["hi", "\n\n", "x"], "\n\n", "hi"), (["a\nb"], "\n\n", "a\nb"),
-    (["a", "\n"], "\n\n", "a\n"), (["aab", "c"], "abc", "a"), (["a\n", "b\n", "\n", "c"], "\n\n", "a\nb"), (["a\n\nb"], None, "a\n\nb"),
+    (["a", "\n"], "\n\n", "a\n"), (["aab", "c"], "abc", "a"), (["a\n", "b\n", "\n", "c"], "\n\n", "a\nb"), (["a\n\nb"], "", "a\n\nb"),
 ])
 def test_the_stop_text_is_not_shown_and_nothing_else_is_lost(tokens, stop, shown):
     ids = [i for token in tokens for i in data.encode(token)]
@@ -246,7 +246,8 @@ def test_greedy_text_is_what_the_model_finds_likeliest_and_its_state_lets_it_go_
     torch.testing.assert_close(logits[0, -1], whole[0, -1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("text, stop", [("hi\n\n", "\n\n"), ("hi", "\n\n"), ("hi", None)], ids=["by the stop text", "by the document's end", "without stop"])
+@pytest.mark.parametrize("text, stop", [("hi\n\n", "\n\n"), ("hi", "\n\n"), ("hi", "")],
+                         ids=["by the stop text", "by the document's end", "without stop"])
 def test_a_chat_turn_ends_in_one_blank_line_however_it_ended(text, stop):
     script = Script(in_bytes(text))
     _, (_, unread) = pieces(generate.stream(script, 0, in_bytes("User: x"), 100, 0, 1.0, None, stop))
@@ -295,9 +296,11 @@ def test_a_model_writes_the_same_with_the_bone_beside_it_and_merged_into_it(say,
 
 @pytest.mark.parametrize("flags, says", [
     ("gone.pth --prompt a", "gone.pth: No such file"), ("ckpt.pth --prompt a", "ckpt.pth: a Bone checkpoint"),
-    ("world.pth --bone world.pth --prompt a", "world.pth: holds no tensor named *.bone"), ("world.pth --bone ckpt.pth --prompt a", "another model"),
-    ("world.pth --bone nan.pth --prompt a", "nan.pth: ln_out.bias holds NaN"), ("base.pth --prompt hello", "vocabulary"),
-    *[(f"world.pth --prompt a {flag}", flag) for flag in ("--temperature -1", "--temperature nan", "--top_p 0", "--top_p nan", "--length 0")],
+    ("world.pth --bone world.pth --prompt a", "world.pth: holds no tensor named *.bone"),
+    ("world.pth --bone ckpt.pth --prompt a", "another model"), ("world.pth --bone nan.pth --prompt a", "nan.pth: ln_out.bias holds NaN"),
+    ("base.pth --prompt hello", "base.pth: its vocabulary of 300 "),
+    *[(f"world.pth --prompt a {flag}", flag) for flag in ("--temperature -1", "--temperature nan", "--top_p 0", "--top_p nan", "--length 0",
+                                                          f"--seed {2**64}", f"--seed {-2**63 - 1}")],
 ])
 def test_generating_refuses_what_cannot_work(capsys, say, flags, says):
     torch.save(read("world_ckpt.pth") | {"ln_out.bias": torch.full((64,), NAN)}, "nan.pth")
@@ -307,6 +310,11 @@ def test_generating_refuses_what_cannot_work(capsys, say, flags, says):
 def test_a_chat_goes_on_until_an_empty_line():
     end = command("generate.py world.pth --length 3", input="hello\nagain\n\nnot read\n")
     assert end.returncode == 0 and end.stdout.count("User: ") == 3 and end.stdout.count("Assistant:") == 2 and "Traceback" not in end.stderr
+
+
+def test_a_chat_survives_bytes_that_are_not_utf8():
+    end = command("generate.py world.pth --length 3", input="caf\udce9\nagain\n\n", errors="surrogateescape")  # \udce9: the byte e9
+    assert end.returncode == 0 and end.stdout.count("Assistant:") == 2 and end.stderr == ""
 
 
 def test_from_text_to_a_tuned_model_that_writes():
@@ -321,7 +329,7 @@ def test_from_text_to_a_tuned_model_that_writes():
 
 @pytest.mark.parametrize("line, says", [
     ("train.py --load_model gone.pth --data_file x", "gone.pth: No such file or directory"),
-    ("merge.py code.pth ckpt.pth out.pth", "code.pth: not a PyTorch checkpoint; a .pth of tensors is needed (nothing in it was executed)"),
+    ("merge.py code.pth ckpt.pth out.pth", "code.pth: not a PyTorch checkpoint; nothing was executed, a whole .pth of tensors is needed"),
 ])
 def test_an_error_is_one_line_and_no_traceback(line, says):
     pathlib.Path("code.pth").write_bytes(pickle.dumps(os.getcwd))

@@ -4,16 +4,13 @@ Data flows one way: file -> tokens -> batch -> model -> loss -> step -> checkpoi
 so a run is a function of its command line.
 """
 
-import argparse
-import contextlib
+import copy
 import csv
-import ctypes
 import functools
 import json
 import math
 import os
 import shlex
-import sys
 import time
 
 import torch
@@ -22,24 +19,22 @@ from tqdm import tqdm
 
 import bone
 import data
+import memory
 import rwkv6
 from files import Parser, atomic_path, read_checkpoint, run_cli, save_checkpoint
 
-EXAMPLE = """example:
-  python train.py --load_model base.pth --data_file data.jsonl --bone_r 64
-  python merge.py base.pth out/rwkv-0.pth tuned.pth"""
-
 
 def parse_args(argv=None):
-    parser = Parser(prog="train.py", usage="train.py --load_model base.pth --data_file data.jsonl [flags]", description="Fine-tune an RWKV-6 model with Bone, on a GPU or a CPU.", epilog=EXAMPLE,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(prog="train.py", usage="train.py --load_model base.pth --data_file data.jsonl [flags]",
+                    description="Fine-tune an RWKV-6 model with Bone, on a GPU or a CPU. merge.py makes a complete model of the result.")
 
     def group(title, flags):
         g = parser.add_argument_group(title)
         for name, kind, default, text in flags:
-            kind = {"nargs": "*"} if kind is list else {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": kind.__name__.upper()}
-            shown = "" if default in (None, "") else f" (default: {' '.join(default) if isinstance(default, list) else default})"
-            g.add_argument(f"--{name}", default=default, help=text.replace("%", "%%") + shown, **kind)
+            shown = "" if default in (None, "", False) else f" (default: {' '.join(default) if kind is list else default})"
+            options = {list: {"nargs": "*"}, bool: {"action": "store_true"}}.get(kind) or (
+                {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": kind.__name__.upper()})
+            g.add_argument(f"--{name}", default=default, help=text + shown, **options)
 
     group("model", [
         ("load_model", str, "", "base model, a published x060 .pth; without it a new model of --n_layer and --n_embd is pretrained"),
@@ -81,7 +76,9 @@ def parse_args(argv=None):
     group("machine", [
         ("accelerator", ("auto", "gpu", "cpu"), "auto", "auto: the GPU where there is one"),
         ("precision", ("bf16", "fp32"), "bf16", "of the matrix products; trained parameters are always float32"),
+        ("quant", ("none", "int8", "nf4"), "none", "keep the base model's large matrices in 8 or 4 bits"),
         ("grad_cp", int, 1, "1: recompute activations block by block in the backward pass, to save memory; 0: keep them"),
+        ("dry_run", bool, False, "only say what would be trained, and how much memory that takes"),
     ])
     args = parser.parse_args(argv)
     args.train_parts = [word for part in args.train_parts for word in part.strip("[]").replace(",", " ").replace('"', " ").split()]
@@ -98,6 +95,8 @@ def check_args(args):
             raise ValueError(f"--{name} {getattr(args, name)} must be a number of at least {least}")
     if not args.load_model and not (args.n_layer and args.n_embd):
         raise ValueError("--load_model is missing: give a base model, or --n_layer and --n_embd to pretrain a new one")
+    if not args.load_model and args.quant != "none":
+        raise ValueError(f"--quant {args.quant} is for the frozen matrices of a base model: add --load_model, or drop it")
     if not args.load_model and args.bone_load:
         raise ValueError("--bone_load needs the base model it was trained on: add --load_model")
     if unknown := set(args.train_parts) - {"time", "ln", "emb", "head"}:
@@ -186,7 +185,8 @@ def build_model(args, device):
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     if not args.load_model:
         torch.manual_seed(args.random_seed)
-        model = rwkv6.init_model(args.n_layer, args.n_embd, args.vocab_size, device=device)
+        with torch.device("meta" if device.type == "meta" else "cpu"):
+            model = rwkv6.init_model(args.n_layer, args.n_embd, args.vocab_size, device=device)
         return model, set(dict(model.named_parameters())), dtype
     loaded = read_checkpoint(args.bone_load) if args.bone_load else {}
     r, mode = bone.rank_and_mode(loaded, args.bone_load) if loaded else (64, "bat")
@@ -194,7 +194,7 @@ def build_model(args, device):
         if args.bone_load and getattr(args, flag) not in (None, value):
             raise ValueError(f"{args.bone_load}: has {flag} {value}, but --{flag} is {getattr(args, flag)}; drop --{flag} to use {value}")
         setattr(args, flag, getattr(args, flag) if getattr(args, flag) is not None else value)
-    model = rwkv6.load_model(args.load_model, dtype, device)
+    model = rwkv6.load_model(args.load_model, dtype, device, None if args.quant == "none" else args.quant)
     for name in ("n_layer", "n_embd"):
         if getattr(args, name) not in (None, getattr(model.config, name)):
             raise ValueError(f"--{name} {getattr(args, name)}, but {args.load_model} has {getattr(model.config, name)}; drop the flag to use that")
@@ -205,6 +205,40 @@ def build_model(args, device):
             p.requires_grad_(True)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     return model, trained | loaded.keys(), read_checkpoint(args.load_model)["emb.weight"].dtype
+
+
+def expected_memory(args, device):
+    """The model that the flags ask for, on the meta device, and {part: bytes} of what its training takes at the peak."""
+    model, _, _ = build_model(args, torch.device("meta"))
+    model.grad_cp = bool(args.grad_cp)
+
+    def loss():
+        idx = torch.zeros(args.micro_bsz, args.ctx_len, dtype=torch.int64, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            return loss_fn(model, idx, idx, torch.ones(idx.shape, device=device), 1, idx.numel())
+    return model, memory.expected(model, loss, device)
+
+
+def check_memory(args, device):
+    """With --dry_run, print what is trained and the memory that takes. ValueError, before anything is loaded, where it is not there."""
+    model, parts = expected_memory(args, device)
+    need, free = sum(parts.values()), memory.available(device)
+    if args.dry_run:
+        print(model.config)
+        for what in ("trained", "frozen"):
+            tensors = [t for t in memory.tensors(model) if t.requires_grad == (what == "trained")]
+            print(f"{what:<24}{sum(t.nbytes for t in tensors) / 1e9:8.2f} GB   {sum(t.numel() for t in tensors):,} numbers")
+        for part, size in [*parts.items(), ("expected peak", need), (f"available ({device.type})", free)]:
+            print(f"{part:<24}{size / 1e9:8.2f} GB")
+    if need > free:
+        def need_with(change):
+            smaller = copy.copy(args)
+            setattr(smaller, *change)
+            return sum(expected_memory(smaller, device)[1].values())
+        changes = {"quant": "nf4", "grad_cp": 1, "micro_bsz": 1, "ctx_len": max(1, args.ctx_len // 2)}
+        best = min(changes.items(), key=need_with)
+        raise ValueError(f"training would take {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; what helps most is "
+                         f"--{best[0]} {best[1]}, which would take {need_with(best) / 1e9:.1f} GB")
 
 
 def step(model, micro, autocast):
@@ -245,7 +279,10 @@ def train(args):
     for path in filter(os.path.exists, paths.values()):
         raise ValueError(f"{path}: already there, from an earlier run; give another --proj_dir, or move it away")
 
-    keep_freed_memory()
+    memory.map_large_tensors()
+    check_memory(args, device)
+    if args.dry_run:
+        return
     model, saved_names, save_dtype = build_model(args, device)
     model.grad_cp = bool(args.grad_cp)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -283,7 +320,7 @@ def train(args):
                 optimizer.zero_grad()
                 log.point(i, loss=losses[-1], lr=lr)
                 speed = sum(idx.numel() for idx, _, _ in micro) / (time.perf_counter() - started)
-                bar.set_postfix_str(f"loss {losses[-1]:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s, {memory(device)}")
+                bar.set_postfix_str(f"loss {losses[-1]:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s, {memory.peak(device) / 1e9:.1f} GB")
                 bar.update()
         log.line(f"epoch {epoch}: mean loss {sum(losses) / steps:.4f}" + (
             f", held-out loss {log.point((epoch + 1) * steps, val_loss=val_loss(model, held_out, args, autocast)):.4f}" if held_out else ""))
@@ -331,23 +368,6 @@ class Log:
         with atomic_path(self.picture) as path:
             figure.savefig(path, format="png", dpi=120)
         return f" and {self.picture}"
-
-
-def keep_freed_memory():
-    """Have glibc keep what is freed for the next step. By default it hands the activations back to the system after each step,
-    and every page of them costs a fault in the next: from 2 % to a tenth of a step, measured on 2 cores."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 32 << 20)      # M_MMAP_THRESHOLD, its largest value
-        libc.mallopt(-1, 1 << 30)       # M_TRIM_THRESHOLD
-
-
-def memory(device):
-    """Peak memory so far, of the GPU or of the process."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-    import resource
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9:.1f} GB"
 
 
 if __name__ == "__main__":

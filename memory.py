@@ -1,0 +1,85 @@
+"""How much memory a training step takes, known before anything is loaded.
+
+No table of formulas, which would be wrong after the next change: the step itself is run, forward and backward, on tensors that
+have shapes and no data (PyTorch's FakeTensorMode), while every storage is counted from its making to its end. That takes seconds and
+no memory. One and two blocks are run; each further block adds what the second one added.
+"""
+
+import contextlib
+import ctypes
+import sys
+import weakref
+
+import psutil
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operators make while it is active: `now`, and the most there ever was, `peak`."""
+
+    def __init__(self, existing):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = weakref.WeakSet(tensor.untyped_storage() for tensor in existing)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.seen:
+                self.seen.add(tensor.untyped_storage())
+                self.count(tensor.untyped_storage().nbytes())
+                weakref.finalize(tensor.untyped_storage(), self.count, -tensor.untyped_storage().nbytes())
+        return result
+
+    def count(self, n):
+        self.now += n
+        self.peak = max(self.peak, self.now)
+
+
+def tensors(model):
+    return [*model.parameters(), *model.buffers()]
+
+
+def expected(model, loss, device):
+    """Bytes at the peak of training `model`, which is on the meta device: {part: bytes}, to be added up.
+
+    loss(): runs `model` on a batch that it makes, and returns the loss; called with fake tensors, it may not look at a value.
+    """
+    blocks, peaks = model.blocks, []
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = sum(t.nbytes for t in tensors(model))
+    n = min(2, len(blocks))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device=device)
+        for model.blocks in (blocks[:n - 1], blocks[:n]):
+            with LiveBytes(tensors(model)) as live:
+                loss().backward()
+            model.zero_grad()
+            peaks.append(live.peak)
+    model.blocks, each = blocks, peaks[1] - peaks[0]
+    return {"weights": weights, "optimizer": 8 * trained, "activations and gradients": len(blocks) * each, "workspace": peaks[1] - n * each}
+
+
+def available(device):
+    """Bytes that are free on a device; on a CPU, what the system can give without swapping."""
+    return torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def peak(device):
+    """Bytes at the peak so far, of the GPU's tensors or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def map_large_tensors():
+    """Have glibc give every allocation above 1 MB a mapping of its own. In its heap, tensors that stay end up between others that go,
+    and the holes do not fit again: the heap of a 1.6B model's step grew to 4 GB around 1.3 GB of tensors."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 20)       # M_MMAP_THRESHOLD; setting it also stops it from growing by itself
