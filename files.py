@@ -73,7 +73,7 @@ def save_stream(like, make, path):
     names = list(like)
     with atomic_path(path) as temporary:
         with torch.serialization.skip_data():
-            torch.save({name: torch.empty_like(tensor) for name, tensor in like.items()}, temporary)  # memory that is never touched
+            torch.save({name: torch.empty(t.shape, dtype=t.dtype) for name, t in like.items()}, temporary)   # memory that is never touched
         with zipfile.ZipFile(temporary) as archive, open(temporary, "r+b") as f:
             entry = archive.start_dir                                                   # of the directory at the archive's end
             for record in archive.infolist():

@@ -1,15 +1,15 @@
 """Frozen weights in 8 or 4 bits, written out: what a base model needs that is only read, never trained.
 
-A weight (out, in) is cut, along its rows, into blocks of a few dozen numbers. A block keeps one scale and, for each number, a
-small integer, its code. Getting the weight back is one multiplication:  w = value[code] * scale.
+A weight (out, in) is cut, along its rows, into blocks of 64 numbers. A block keeps one scale and, for each number, a small
+integer, its code. Getting the weight back is one multiplication:  w = value[code] * scale.
 
-`int8`  127 even steps to either side of 0, blocks of 128. The scale, absmax / 127, is rounded (up) to bfloat16 before the codes
-        are chosen by it, so keeping it in 2 bytes costs no precision: 8.125 bits per number.
+`int8`  127 even steps to either side of 0. The scale, absmax / 127, is rounded (up) to bfloat16 before the codes are chosen by it,
+        so keeping it in 2 bytes costs next to no precision: 8.25 bits per number.
 
-`nf4`   4-bit NormalFloat, from QLoRA, blocks of 64. Trained weights are normally distributed, so the 16 values are not evenly
-        spaced: each is as likely as any other for a normal variable scaled to -1 .. 1. They lie closely around 0, where most
-        weights are, and 0 itself is one of them. The scale is the block's absmax in float32; two codes share a byte,
-        the first in its upper half: 4.5 bits per number.
+`nf4`   4-bit NormalFloat, from QLoRA. Trained weights are normally distributed, so the 16 values are not evenly spaced: each is
+        as likely as any other for a normal variable scaled to -1 .. 1. They lie closely around 0, where most weights are, and
+        0 itself is one of them. The scale is the block's absmax in float32; two codes share a byte, the first in its upper
+        half: 4.5 bits per number.
 
 Sources: Dettmers et al., "QLoRA" (arXiv 2305.14314), section 3 and appendix E for the 16 values; codes, scales and float32 values
 are those of its implementation, bitsandbytes, bit for bit (test_quant.py).
@@ -18,7 +18,7 @@ are those of its implementation, bitsandbytes, bit for bit (test_quant.py).
 import torch
 from torch import nn
 
-BLOCK = {"int8": 128, "nf4": 64}
+BLOCK = 64
 NF4 = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0])
@@ -27,7 +27,7 @@ PIECE = 1 << 20     # numbers handled at once: what is temporary stays in the ca
 
 
 def quantize_int8(w):
-    """w: (blocks, 128) float32 -> codes (blocks, 128) int8, scale (blocks) bfloat16."""
+    """w: (blocks, 64) float32 -> codes (blocks, 64) int8, scale (blocks) bfloat16."""
     exact = w.abs().amax(1) / 127
     scale = exact.bfloat16()
     scale = torch.where(scale < exact, torch.nextafter(scale, torch.full_like(scale, torch.inf)), scale)    # else 127.4 could be needed
@@ -50,7 +50,7 @@ def quantize_nf4(w):
 def dequantize_nf4(codes, scale, out):
     """A byte is looked up as a whole, in a table of 256 pairs of values that are read as one integer of twice the width."""
     table = PAIRS.to(out.device, out.dtype).view({2: torch.int32, 4: torch.int64}[out.element_size()])[:, 0]
-    n = PIECE // BLOCK["nf4"]
+    n = PIECE // BLOCK
     for c, s, o in zip(codes.split(n), scale.split(n), out.split(n)):
         torch.index_select(table, 0, c.view(-1).int(), out=o.view(table.dtype).view(-1))
         o.mul_(s.to(o.dtype)[:, None])
@@ -79,7 +79,7 @@ class Quantized(nn.Module):
     def dequantize(self, dtype):
         """The weight (out, in) in `dtype` (float32, bfloat16 or float16), a new tensor."""
         out = torch.empty(self.shape, dtype=dtype, device=self.device)
-        FORMATS[self.kind][1](self.codes, self.scale, out.view(-1, BLOCK[self.kind]))
+        FORMATS[self.kind][1](self.codes, self.scale, out.view(-1, BLOCK))
         return out
 
     def forward(self, x):
@@ -114,10 +114,10 @@ def quantize(weight, kind, dtype=None):
     """
     if kind not in FORMATS:
         raise ValueError(f"quantization {kind!r} is unknown: int8 and nf4 are there")
-    if weight.numel() % BLOCK[kind]:
-        raise ValueError(f"a weight of {weight.shape[0]} x {weight.shape[1]} is no multiple of the {BLOCK[kind]} numbers that {kind} puts in a block")
+    if weight.numel() % BLOCK:
+        raise ValueError(f"a weight of {weight.shape[0]} x {weight.shape[1]} is no multiple of {BLOCK} numbers, the block of {kind}")
     piece = weight.numel() if weight.is_meta else PIECE
-    pieces = [FORMATS[kind][0](w.float()) for w in weight.reshape(-1, BLOCK[kind]).split(piece // BLOCK[kind])]
+    pieces = [FORMATS[kind][0](w.float()) for w in weight.reshape(-1, BLOCK).split(piece // BLOCK)]
     codes, scale = (torch.cat(parts) for parts in zip(*pieces))
     if not weight.is_meta and not scale.isfinite().all():
         raise ValueError("a weight that holds NaN or infinite values cannot be quantized; the file is damaged")

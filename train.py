@@ -87,7 +87,7 @@ def parse_args(argv=None):
 
 
 def check_args(args):
-    if not args.data_file:
+    if not args.data_file and not args.dry_run:
         raise ValueError("--data_file is missing: give a .jsonl or a binidx prefix, as in --data_file data.jsonl")
     for name, least in dict(ctx_len=1, epoch_count=1, epoch_begin=0, epoch_steps=0, epoch_save=1, micro_bsz=1, accumulate_grad_batches=1,
                             lr_init=0, lr_final=0, warmup_steps=0, vocab_size=1, random_seed=0).items():
@@ -227,18 +227,18 @@ def check_memory(args, device):
         print(model.config)
         for what in ("trained", "frozen"):
             tensors = [t for t in memory.tensors(model) if t.requires_grad == (what == "trained")]
-            print(f"{what:<24}{sum(t.nbytes for t in tensors) / 1e9:8.2f} GB   {sum(t.numel() for t in tensors):,} numbers")
-        for part, size in [*parts.items(), ("expected peak", need), (f"available ({device.type})", free)]:
-            print(f"{part:<24}{size / 1e9:8.2f} GB")
+            count = args.quant if what == "frozen" and args.quant != "none" else f"{sum(t.numel() for t in tensors):,} parameters"
+            print(f"{what:<26}{sum(t.nbytes for t in tensors) / 1e9:8.2f} GB   {count}")
+        for part, size in [*parts.items(), ("expected peak", need), (f"free on {device.type}", free)]:
+            print(f"{part:<26}{size / 1e9:8.2f} GB")
     if need > free:
         def need_with(change):
             smaller = copy.copy(args)
             setattr(smaller, *change)
             return sum(expected_memory(smaller, device)[1].values())
-        changes = {"quant": "nf4", "grad_cp": 1, "micro_bsz": 1, "ctx_len": max(1, args.ctx_len // 2)}
-        best = min(changes.items(), key=need_with)
-        raise ValueError(f"training would take {need / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; what helps most is "
-                         f"--{best[0]} {best[1]}, which would take {need_with(best) / 1e9:.1f} GB")
+        best = min([("grad_cp", 1), ("micro_bsz", 1), ("ctx_len", -(-args.ctx_len // 2))] + [("quant", "nf4")] * bool(args.load_model), key=need_with)
+        raise ValueError(f"training would take {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; what helps most is "
+                         f"--{best[0]} {best[1]}, with which it would take {need_with(best) / 1e9:.2f} GB")
 
 
 def step(model, micro, autocast):
