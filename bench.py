@@ -1,20 +1,29 @@
-"""Every speed figure that the README quotes: `python bench.py`, or `python bench.py layer`, `step`, `wkv` alone.
+"""Every figure that the README quotes: `python bench.py` for speed, or its parts alone: `python bench.py layer`, `step`, `quantized`,
+`loss`, `wkv`; and `python bench.py memory` (or `memory 1.6B nf4`, say), which trains models of the true sizes for an hour.
 
 A figure is a ratio. What is compared runs in turn, round after round, in one process; the ratio of each round is taken, and
-their median printed: a machine that is shared, or slows down, slows both sides. Absolute times are there for orientation.
+their median printed: a machine that is shared, or slows down, slows both sides. Times, medians too, are there for orientation.
 """
 
+import functools
+import os
+import re
 import statistics
+import subprocess
 import sys
-import time
+import tempfile
+import timeit
 
 import torch
 import torch.nn.functional as F
 
+import data
 import rwkv6
+import train
 from bone import BoneLinear, add_bone
 from files import run_cli
-from train import keep_freed_memory, loss_fn, make_optimizer
+from memory import map_large_tensors
+from quant import quantize
 from wkv6 import kernel_problem, wkv6
 
 N_EMBD, DIM_FFN, R = 2048, 7168, 64        # RWKV-6 1.6B
@@ -22,35 +31,25 @@ VOCAB = 65536 * 2 // 24                    # a head in the same proportion to 2 
 
 
 def in_turn(rounds, **functions):
-    """Seconds of each function in each round, after one that is not counted: {name: [seconds]}."""
-    times = {name: [] for name in functions}
-    for i in range(rounds + 1):
-        for name, function in functions.items():
-            started = time.perf_counter()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if i:
-                times[name].append(time.perf_counter() - started)
-    return times
+    """[{name: seconds of that function}], a dict per round; a first round is not counted."""
+    return [{name: timeit.timeit(function, number=1) for name, function in functions.items()} for _ in range(rounds + 1)][1:]
 
 
-def row(what, times, a, b, target):
-    """Print the ratio a / b, round by round, with its median, and whether it meets `target`: ("<=", 1.15), say."""
-    ratio = statistics.median(x / y for x, y in zip(times[a], times[b]))
-    sign, bound = target
-    met = "met" if (ratio <= bound if sign == "<=" else ratio >= bound) else "NOT MET"
-    print(f"{what:<62} {statistics.median(times[a]) * 1e3:8.1f} ms / {statistics.median(times[b]) * 1e3:8.1f} ms = {ratio:5.2f}   ({sign} {bound}: {met})", flush=True)
+def row(what, times, a, b, sign, aim):
+    """Print the ratio a / b, and whether it meets its aim: "<=", 1.15, say."""
+    ratio = statistics.median(t[a] / t[b] for t in times)
+    met = "met" if (ratio <= aim if sign == "<=" else ratio >= aim) else "NOT MET"
+    a, b = (f"{1000 * statistics.median(t[name] for t in times):8.1f} ms" for name in (a, b))
+    print(f"{what:<62} {a} / {b} = {ratio:5.2f}   ({sign} {aim}: {met})", flush=True)
 
 
 class BuiltLinear(BoneLinear):
     """The straightforward way: build W' in every step, all in bfloat16."""
 
     def forward(self, x):
-        out_features, in_features = self.weight.shape
+        blocks = self.weight.unflatten(0, (-1, self.r)).unflatten(2, (-1, self.r)).transpose(1, 2)              # (a, b, r, r)
         B = self.bone.to(self.weight.dtype)
-        blocks = self.weight.view(out_features // self.r, self.r, in_features // self.r, self.r).transpose(1, 2)
-        delta = (blocks @ B + B).transpose(1, 2).reshape(out_features, in_features)
+        delta = (blocks @ B + B).transpose(1, 2).reshape(self.weight.shape)
         return F.linear(x.to(self.weight.dtype), self.weight + delta)
 
 
@@ -60,117 +59,163 @@ def layer():
         for T in (512, 1024):
             weight = (0.02 * torch.randn(out_features, N_EMBD)).bfloat16()
             x, gy = torch.randn(T, N_EMBD).bfloat16().requires_grad_(), torch.randn(T, out_features).bfloat16()
-            bone, built = BoneLinear(weight, R), BuiltLinear(weight, R)
-            times = in_turn(15, frozen=lambda: F.linear(x, weight).backward(gy), bone=lambda: bone(x).backward(gy), built=lambda: built(x).backward(gy))
-            shape = f"{N_EMBD} -> {out_features}, {T} tokens"
-            row(f"{shape}: Bone / the frozen layer", times, "bone", "frozen", ("<=", 1.15))
-            row(f"{shape}: building W' / Bone", times, "built", "bone", (">=", 1.5))
+            layers = {"frozen": lambda x: F.linear(x, weight), "bone": BoneLinear(weight, R), "built": BuiltLinear(weight, R)}
+            times = in_turn(15, **{name: lambda f=f: f(x).backward(gy) for name, f in layers.items()})
+            row(f"{N_EMBD} -> {out_features}, {T} tokens: Bone / the frozen layer", times, "bone", "frozen", "<=", 1.15)
+            row(f"{N_EMBD} -> {out_features}, {T} tokens: building W' / Bone", times, "built", "bone", ">=", 1.5)
 
 
-def model_2_blocks(kind):
+def model_2_blocks(kind, quant=None):
     """Two blocks of the 1.6B model with random weights, fine-tuned by `kind`: bone, built (W') or lora (peft)."""
-    torch.manual_seed(0)
-    config = rwkv6.Config(2, N_EMBD, VOCAB, DIM_FFN)
-    with torch.device("meta"):
-        model = rwkv6.RWKV6(config)
-    for name, p in list(model.named_parameters()):
-        value = torch.randn(p.shape) * 0.02 + (1 if name.endswith("weight") and "ln" in name else -4 if name.endswith("time_decay") else 0)
-        rwkv6.put(model, name, value.to(rwkv6.storage_dtype(model, name, torch.bfloat16)))
+    model = rwkv6.RWKV6(rwkv6.Config(2, N_EMBD, VOCAB, DIM_FFN))
+    for name, p in model.named_parameters():
+        p.data = (0.02 * torch.randn(p.shape)).to(rwkv6.storage_dtype(model, name, torch.bfloat16))
+    for name, module in list(model.named_modules()):
+        if quant and name.startswith("blocks.") and isinstance(module, rwkv6.Linear):
+            model.set_submodule(name, quantize(module.weight, quant))
     if kind == "lora":
         from peft import LoraConfig, inject_adapter_in_model
-        model.requires_grad_(False)
-        # as many trained parameters as bat: in * r = rank * (in + out)
-        inject_adapter_in_model(LoraConfig(r=R // 2, target_modules=["receptance", "key", "value", "gate", "output"], rank_pattern={
-            "ffn.key": round(N_EMBD * R / (N_EMBD + DIM_FFN)), "ffn.value": round(DIM_FFN * R / (N_EMBD + DIM_FFN))}), model)
+        ranks = {"ffn.key": 14, "ffn.value": 50}    # and 32: as many trained parameters as bat, in * r = rank * (in + out)
+        inject_adapter_in_model(LoraConfig(r=32, target_modules="receptance key value gate output".split(), rank_pattern=ranks), model)
     else:
         add_bone(model, R)
     for module in model.modules():
         if kind == "built" and isinstance(module, BoneLinear):
             module.__class__ = BuiltLinear
     for name, p in model.named_parameters():
-        if "time" in name or "ln" in name or "lora" in name:
-            p.requires_grad_(True)
+        p.requires_grad_(any(part in name for part in ("time", "ln", "bone", "lora")))
     model.grad_cp = True
     return model
 
 
-def train_step(model, T):
-    """A function that runs one whole optimizer step on T random tokens."""
-    optimizer = make_optimizer(model, 1e-6)
-    idx, mask = torch.randint(VOCAB, (1, T + 1)), torch.ones(1, T)
-
-    def run():
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_fn(model, idx[:, :-1], idx[:, 1:], mask)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return run
+def train_step(model, optimizer, T):
+    """One whole optimizer step on T random tokens."""
+    idx, targets = torch.randint(VOCAB, (2, 1, T))
+    train.step(model, [(idx, targets, torch.ones(1, T))], torch.autocast("cpu", torch.bfloat16))
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
-def products(model, T):
-    """A function that runs only the matrix products a step cannot do without: W x twice (once recomputed) and W^T gy in the
-    blocks, once each in the head."""
-    weights = [m.weight for m in model.modules() if isinstance(m, BoneLinear)]
-    x = {n: torch.randn(T, n).bfloat16() for n in (N_EMBD, DIM_FFN, VOCAB)}
-
-    @torch.no_grad()
-    def run():
-        for times, matrices in ((2, weights), (1, [model.head.weight])):
-            for W in matrices:
-                for _ in range(times):
-                    F.linear(x[W.shape[1]], W)
-                x[W.shape[0]] @ W
-    return run
+def products(matrices, x):
+    """Only the matrix products a step cannot do without: for each (W, times), W x so many times (2: grad_cp repeats it), W^T gy once."""
+    for W, times in matrices:
+        for _ in range(times):
+            F.linear(x[W.shape[1]], W)
+        x[W.shape[0]] @ W
 
 
-def wkv_inputs(T, H=32, N=64):
-    r, k, v = (torch.randn(1, T, H, N).bfloat16().requires_grad_() for _ in range(3))
-    return r, k, v, (torch.randn(1, T, H, N) - 4).requires_grad_(), torch.randn(H, N).requires_grad_()
-
-
-def wkv_function(T, impl, forwards=1):
-    inputs, gy = wkv_inputs(T), torch.randn(1, T, 32, 64).bfloat16()
+def wkv_function(T, impl, blocks=1, forwards=1):
+    """A function that runs WKV-6 over T tokens, as `blocks` blocks of the 1.6B model do: `forwards` times forward, once backward."""
+    r, k, v, gy = (torch.randn(blocks, T, 32, 64).bfloat16().requires_grad_() for _ in range(4))
+    w, u = (torch.randn(blocks, T, 32, 64) - 4).requires_grad_(), torch.randn(32, 64).requires_grad_()
 
     def run():
         for _ in range(forwards):
-            y, _ = wkv6(*inputs, impl=impl)
+            y, _ = wkv6(r, k, v, w, u, impl=impl)
         y.backward(gy)
     return run
 
 
 def step():
-    bone, built, lora = (model_2_blocks(kind) for kind in ("bone", "built", "lora"))
-    trained = [sum(p.numel() for name, p in m.named_parameters() if "bone" in name or "lora" in name) for m in (bone, built, lora)]
-    print(f"\nwhole training step, 2 blocks of the 1.6B model, vocabulary {VOCAB}, grad_cp; adapters: bat {trained[0]:,}, LoRA {trained[2]:,} parameters")
+    models = {kind: model_2_blocks(kind) for kind in ("bone", "built", "lora")}
+    optimizers = {kind: train.make_optimizer(model, 1e-6) for kind, model in models.items()}
+    bat, lora = (sum(p.numel() for name, p in models[kind].named_parameters() if kind in name) for kind in ("bone", "lora"))
+    print(f"\nwhole training step, 2 blocks of the 1.6B model, vocabulary {VOCAB}, grad_cp; trained: bat {bat:,}, LoRA {lora:,} parameters")
+    matrices = [(m.weight, 2) for m in models["bone"].modules() if isinstance(m, BoneLinear)] + [(models["bone"].head.weight, 1)]
     for T in (512, 1024):
-        times = in_turn(5, bone=train_step(bone, T), built=train_step(built, T), lora=train_step(lora, T), products=products(bone, T),
-                        wkv=wkv_function(T, "auto", forwards=2))
-        times["wkv"] = [2 * t for t in times["wkv"]]                            # two blocks
-        row(f"{T} tokens: building W' / Bone", times, "built", "bone", (">=", 1.4))
-        row(f"{T} tokens: Bone / LoRA", times, "bone", "lora", ("<=", 1.0))
-        row(f"{T} tokens: necessary products / the step (arithmetic achieved)", times, "products", "bone", (">=", 0.75))
-        row(f"{T} tokens: WKV-6 / the step", times, "wkv", "bone", ("<=", 0.1))
+        x = {n: torch.randn(T, n).bfloat16() for n in (N_EMBD, DIM_FFN, VOCAB)}
+        steps = {kind: lambda kind=kind: train_step(models[kind], optimizers[kind], T) for kind in models}
+        times = in_turn(5, **steps, products=lambda: products(matrices, x), wkv=wkv_function(T, "auto", blocks=2, forwards=2))
+        row(f"{T} tokens: building W' / Bone", times, "built", "bone", ">=", 1.4)
+        row(f"{T} tokens: Bone / LoRA", times, "bone", "lora", "<=", 1.0)
+        row(f"{T} tokens: necessary products / the step (arithmetic achieved)", times, "products", "bone", ">=", 0.75)
+        row(f"{T} tokens: WKV-6 / the step", times, "wkv", "bone", "<=", 0.1)
+
+
+def quantized():
+    print("\nthe same step over a quantized base, and one layer's weight back in bfloat16")
+    models = {quant: model_2_blocks("bone", quant) for quant in (None, "int8", "nf4")}
+    times = in_turn(7, **{str(quant): functools.partial(train_step, model, train.make_optimizer(model, 1e-6), 1024) for quant, model in models.items()})
+    row("1024 tokens: int8 / bfloat16", times, "int8", "None", "<=", 1.1)
+    row("1024 tokens: nf4 / bfloat16", times, "nf4", "None", "<=", 1.25)
+
+
+def loss():
+    print("\nhead (vocabulary 65536), cross-entropy and L2 wrap, 1024 tokens, bfloat16, forward + backward")
+    model = rwkv6.RWKV6(rwkv6.Config(1, N_EMBD, 65536, DIM_FFN))
+    model.head.weight = torch.nn.Parameter((0.02 * torch.randn(65536, N_EMBD)).bfloat16(), requires_grad=False)
+    x, targets = torch.randn(1, 1024, N_EMBD, requires_grad=True), torch.randint(65536, (1, 1024))
+    model.hidden = lambda idx: (x, None)
+
+    def plain():
+        """With the logits whole; the L2 wrap as the gradient of a term of the loss."""
+        logits = model.head(x)[0].float()
+        (F.cross_entropy(logits, targets[0]) + 0.5e-4 / 1024 * logits.max(-1).values.square().sum()).backward()
+
+    def chunked():
+        with torch.autocast("cpu", torch.bfloat16):
+            value = train.loss_fn(model, targets, targets, torch.ones(1, 1024))
+        value.backward()
+
+    row("in chunks / with the logits whole", in_turn(5, chunked=chunked, plain=plain), "chunked", "plain", "<=", 1.0)
 
 
 def wkv():
     print("\nWKV-6, 32 heads of 64, bfloat16, forward + backward")
     if kernel_problem():
         return
-    for T in (512, 1024):
-        times = in_turn(5, compiled=wkv_function(T, "compiled"), chunked=wkv_function(T, "chunked"))
-        row(f"{T} tokens: chunked / compiled", times, "chunked", "compiled", (">=", 1))
-    times = in_turn(1, compiled=wkv_function(512, "compiled"), loop=wkv_function(512, "reference"))
-    row("512 tokens: the loop / compiled", times, "loop", "compiled", (">=", 1))
+    for T, name, impl, rounds in ((512, "chunked", "chunked", 5), (1024, "chunked", "chunked", 5), (512, "the loop", "reference", 1)):
+        times = in_turn(rounds, compiled=wkv_function(T, "compiled"), other=wkv_function(T, impl))
+        row(f"{T} tokens: {name} / compiled", times, "other", "compiled", ">=", 1)
+
+
+def random_checkpoint(n_layer, n_embd, path):
+    """A bfloat16 model with random weights. All blocks share theirs, so the file is small; loaded, each has its own."""
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in rwkv6.RWKV6(rwkv6.sizes(n_layer, n_embd, 65536)).named_parameters()}
+    shared = {re.sub(r"^blocks.\d+.", "", name): (0.02 * torch.randn(shape)).bfloat16() for name, shape in shapes.items()}
+    torch.save({name: shared[re.sub(r"^blocks.\d+.", "", name)] for name in shapes}, path)
+
+
+def peak(*command):
+    """Bytes of memory that `python command` held at most."""
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL)
+    status, usage = os.wait4(process.pid, 0)[1:]
+    if status:
+        raise ValueError(f"{' '.join(command)} ended with status {status}")
+    return usage.ru_maxrss * 1024
+
+
+TUTORIAL = {"1.6B": (24, 2048, 7.3, 5.9, 5.4), "3B": (32, 2560, 11.8, 9.4, 8.1), "7B": (32, 4096, 23.7, 17.3, 14.9)}
+
+
+def memory(only=()):
+    base = int(subprocess.check_output([sys.executable, "-c", "import torch, psutil; print(psutil.Process().memory_info().rss)"]))
+    print(f"\nGB at the peak of `python train.py`, 2 steps, ctx_len 1024, micro_bsz 1, bat r {R}, on the CPU, less {base / 1e9:.2f} after importing torch")
+    print(f"{'':<12}{'measured':>9}{'expected':>9}{'tutorial':>9}")
+    with tempfile.TemporaryDirectory() as folder:
+        data.write_binidx(f"{folder}/x", torch.randint(1, 65536, (2, 1025)).tolist())
+        for model, (n_layer, n_embd, *tutorial) in TUTORIAL.items():
+            for quant, official in zip(("none", "int8", "nf4"), tutorial):
+                if not {*only} <= {model, quant}:
+                    continue
+                random_checkpoint(n_layer, n_embd, f"{folder}/base.pth")
+                flags = ["--load_model", f"{folder}/base.pth", "--data_file", f"{folder}/x", "--proj_dir", f"{folder}/{model}-{quant}",
+                         "--ctx_len", "1024", "--epoch_steps", "2", "--bone_r", str(R), "--quant", quant, "--accelerator", "cpu"]
+                expected = sum(train.expected_memory(train.parse_args(flags), torch.device("cpu"))[1].values())
+                measured = peak("train.py", *flags) - base
+                print(f"{model + ' ' + quant:<12}{measured / 1e9:9.2f}{expected / 1e9:9.2f}{official:9.1f}", flush=True)
 
 
 def main():
-    parts = {"layer": layer, "step": step, "wkv": wkv}
+    parts = {"layer": layer, "step": step, "quantized": quantized, "loss": loss, "wkv": wkv}
+    if sys.argv[1:2] == ["memory"]:
+        return memory(sys.argv[2:])
     if unknown := set(sys.argv[1:]) - set(parts):
-        raise ValueError(f"{unknown.pop()} is no part of the benchmark: layer, step and wkv are")
-    keep_freed_memory()
-    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}; medians over rounds run in turn")
+        raise ValueError(f"{unknown.pop()} is no part of the benchmark: {', '.join(parts)} and memory are")
+    map_large_tensors()
+    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for name in sys.argv[1:] or parts:
         parts[name]()
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-PROGRAM = 0.2e9     # what a run takes beyond PyTorch and its tensors: libraries, the interpreter, allocations too small to matter (measured)
+PROGRAM = 0.25e9     # what a run takes beyond PyTorch and its tensors: libraries, the interpreter, allocations too small to matter (measured)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -235,15 +235,18 @@ def put(model, name, tensor):
     setattr(model.get_submodule(module), child, nn.Parameter(tensor))
 
 
+def sizes(n_layer, n_embd, vocab_size, head_size=64):
+    """The Config that the published models of this depth and width have."""
+    big = n_embd >= 4096
+    return Config(n_layer, n_embd, vocab_size, int(3.5 * n_embd) // 32 * 32, head_size, mix_rank=64 if big else 32, decay_rank=128 if big else 64)
+
+
 @torch.no_grad()
 def init_model(n_layer, n_embd, vocab_size, head_size=64, device="cpu"):
     """A new float32 model, initialized as the comments and code of RWKV-LM have it. ValueError for sizes that do not fit."""
     if min(n_layer, n_embd, vocab_size) < 1 or n_embd % head_size:
         raise ValueError(f"n_embd {n_embd} must be a multiple of the head size {head_size}, and n_layer {n_layer} and vocab_size {vocab_size} at least 1")
-    big = n_embd >= 4096
-    config = Config(n_layer, n_embd, vocab_size, dim_ffn=int(3.5 * n_embd) // 32 * 32, head_size=head_size,
-                    mix_rank=64 if big else 32, decay_rank=128 if big else 64)
-    model = RWKV6(config)
+    model = RWKV6(sizes(n_layer, n_embd, vocab_size, head_size))
     channel = torch.arange(n_embd) / n_embd                      # 0 .. 1 over the channels
     last = torch.arange(n_embd) / max(1, n_embd - 1)             # the same, with 1 included
     nn.init.uniform_(model.emb.weight, -1e-4, 1e-4)              # ln0 follows and makes it large; small steps matter early

@@ -25,12 +25,15 @@ import functools
 import hashlib
 import os
 import pathlib
+import shutil
+import subprocess
 import sys
+import tempfile
 
+import filelock
 import torch
 import torch.nn.functional as F
 
-HERE = pathlib.Path(__file__).parent
 COMPILED_HEAD_SIZES = (32, 64, 128)
 
 
@@ -48,9 +51,11 @@ def wkv6(r, k, v, w, u, state=None, impl="auto"):
     if impl == "auto":
         fits = r.device.type == "cpu" and N in COMPILED_HEAD_SIZES and r.dtype in (torch.float32, torch.bfloat16)
         impl = "compiled" if fits and not kernel_problem() else "chunked"
-    if impl == "compiled" and kernel_problem():
-        raise RuntimeError(kernel_problem())
-    return {"reference": _reference, "chunked": _chunked, "compiled": _compiled}[impl](r, k, v, w, u, state)
+    if impl == "compiled":
+        if kernel_problem():
+            raise RuntimeError(kernel_problem())
+        return torch.ops.wkv6.forward(*(x.contiguous() for x in (r, k, v, w.float(), u.float(), state)))
+    return {"reference": _reference, "chunked": _chunked}[impl](r, k, v, w, u, state)
 
 
 def _reference(r, k, v, w, u, state):
@@ -71,8 +76,8 @@ def _before(x):
 
 
 def _after(x):
-    """Sum of the rows after each row, along dim -2, by adding only: y_t = x_{t+1} + ... + x_{T-1}."""
-    return F.pad(x[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
+    """The same of the rows after each row: y_t = x_{t+1} + ... + x_{T-1}."""
+    return _before(x.flip(-2)).flip(-2)
 
 
 def _chunked(r, k, v, w, u, state, chunk=64):
@@ -80,15 +85,12 @@ def _chunked(r, k, v, w, u, state, chunk=64):
     taken from a border between s and t: both exponents are sums of logs <= 0, so nothing overflows, nothing is divided, and
     nothing cancels. Inside a chunk the border is the middle of the smallest half-half split that has s left and t right;
     all pairs of one split size are one batched matrix product. From chunk to chunk the state carries the rest."""
-    B, T, H, N = r.shape
-    dtypes = r.dtype, state.dtype
+    T, dtypes = r.shape[1], (r.dtype, state.dtype)
     compute = torch.promote_types(r.dtype, torch.float32)
     chunk = min(chunk, 1 << (T - 1).bit_length())
-    n_chunks = -(-T // chunk)
 
     def cut(x):                                                           # (B, T, H, N) -> (B, H, chunks, chunk, N), zeros at the end
-        x = F.pad(x.to(compute).transpose(1, 2), (0, 0, 0, n_chunks * chunk - T))
-        return x.reshape(B, H, n_chunks, chunk, N)
+        return F.pad(x.to(compute).transpose(1, 2), (0, 0, 0, -T % chunk)).unflatten(2, (-1, chunk))
 
     log_d = cut(-torch.exp(w.to(compute)))                                # 0, that is decay 1, in the padding
     r, k, v, S = cut(r), cut(k), cut(v), state.to(compute)
@@ -104,16 +106,11 @@ def _chunked(r, k, v, w, u, state, chunk=64):
     kv = (k * torch.exp(_after(log_d))).mT @ v                            # what each chunk adds to the state
     decay = torch.exp(log_d.sum(-2))[..., None]
     states = []
-    for c in range(n_chunks):
+    for decay_c, kv_c in zip(decay.unbind(2), kv.unbind(2)):
         states.append(S)
-        S = decay[:, :, c] * S + kv[:, :, c]
+        S = decay_c * S + kv_c
     y = y + (r * torch.exp(_before(log_d))) @ torch.stack(states, 2)
-    y = y.reshape(B, H, -1, N)[:, :, :T].transpose(1, 2)
-    return y.to(dtypes[0]), S.to(dtypes[1])
-
-
-def _compiled(r, k, v, w, u, state):
-    return torch.ops.wkv6.forward(r, k, v, w, u, state)
+    return y.flatten(2, 3)[:, :, :T].transpose(1, 2).to(dtypes[0]), S.to(dtypes[1])
 
 
 # ---- the compiled kernel: built once, kept, and never in the way --------------------------------------------------------------
@@ -126,81 +123,59 @@ def kernel_problem():
 
 @functools.cache
 def _load_kernel():
-    import filelock
     from torch.utils import cpp_extension
 
-    flags = ["-O3", "-std=c++20", *_vector_flags(), *(["-fopenmp"] if sys.platform == "linux" else [])]  # at::parallel_for needs it
-    source = HERE / "wkv6_op.cpp"
+    source, flags = pathlib.Path(__file__).parent / "wkv6_op.cpp", _compiler_flags()
     key = hashlib.sha256(f"{source.read_text()}{torch.__version__}{sys.version}{flags}".encode()).hexdigest()[:16]
     folder = pathlib.Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "wkv6"
-    library, log = folder / f"wkv6_{key}.so", folder / f"wkv6_{key}.log"
-    problem = ""
+    library = folder / f"wkv6_{key}.so"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not library.exists():
             # The lock belongs to the living process and goes with it: one that was killed while building leaves nothing to wait for.
-            with filelock.FileLock(folder / f"wkv6_{key}.lock", timeout=600):
+            with filelock.FileLock(library.with_suffix(".lock"), timeout=600):
                 if not library.exists():
-                    _build(source, flags, library, log)
+                    _build(source, flags, library)
         torch.ops.load_library(library)
-    except filelock.Timeout:
-        problem = "another process has been building it for 10 minutes"
-    except _Unbuildable as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"{error.filename or library}: {error.strerror or str(error).splitlines()[0]}"
-    if problem:
-        problem = f"the compiled WKV-6 kernel is not to be had: {problem}"
+    except (OSError, RuntimeError) as error:
+        reason = "another process is building it" if isinstance(error, filelock.Timeout) else str(error).partition("\n")[0]
+        problem = f"the compiled WKV-6 kernel is not to be had: {reason}"
         print(f"note: {problem}. Going on with the chunked form, which is slower.", file=sys.stderr)
         return problem
-    torch.library.register_fake("wkv6::forward", lambda r, k, v, w, u, state: (torch.empty_like(r, memory_format=torch.contiguous_format), torch.empty_like(state)))
-    torch.library.register_fake("wkv6::backward", lambda r, k, v, w, u, state, gy, gstate: tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (r, k, v, w, u, state)))
-    torch.library.register_autograd("wkv6::forward", _backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    torch.library.register_fake("wkv6::forward", lambda r, k, v, w, u, state: (torch.empty_like(r), torch.empty_like(state)))
+    torch.library.register_fake("wkv6::backward", lambda *inputs: tuple(torch.empty_like(x) for x in inputs[:6]))
+    torch.library.register_autograd(
+        "wkv6::forward", lambda ctx, gy, gstate: torch.ops.wkv6.backward(*ctx.saved_tensors, gy.contiguous(), gstate.contiguous()),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
     return ""
 
 
-def _backward(ctx, gy, gstate):
-    return torch.ops.wkv6.backward(*ctx.saved_tensors, gy, gstate)
-
-
-class _Unbuildable(Exception):
-    pass
-
-
-def _vector_flags():
-    """Compiler flags for the vector units that PyTorch itself found here. Not -march=native: the cache may be shared by machines."""
-    capability = torch.backends.cpu.get_cpu_capability()
+def _compiler_flags():
+    """For the vector units that PyTorch itself found here. Not -march=native: the cache may be shared by machines."""
     units = {"AVX512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c", "AVX2": "-mavx2 -mfma -mf16c"}
-    if capability not in units:
-        return ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"]
-    return [*units[capability].split(), f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+    capability = found if (found := torch.backends.cpu.get_cpu_capability()) in units else "DEFAULT"
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []  # at::parallel_for needs it
+    return ["-O3", f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}", *units.get(capability, "").split(), *openmp]
 
 
-def _build(source, flags, library, log):
-    """Compile `source` into `library`, which appears only when it is whole. _Unbuildable, with what would mend it, otherwise."""
-    import shutil
-    import subprocess
-    import tempfile
-
+def _build(source, flags, library):
+    """Compile `source` into `library`, which appears only when it is whole. RuntimeError, with what would mend it, otherwise."""
     from torch.utils import cpp_extension
 
     try:
         import ninja
     except ImportError:
-        raise _Unbuildable("ninja is missing; pip install ninja") from None
+        raise RuntimeError("ninja is missing; pip install ninja") from None
     compiler = os.environ.get("CXX", "c++")
     if not shutil.which(compiler):
-        raise _Unbuildable(f"no C++ compiler ({compiler}) found; install one (Debian, Ubuntu: apt install g++)")
+        raise RuntimeError(f"no C++ compiler ({compiler}) found; install one (Debian, Ubuntu: apt install g++)")
     print("compiling the WKV-6 kernel (once, less than a minute) ...", file=sys.stderr, flush=True)
-    path = os.environ.get("PATH", "")
-    os.environ["PATH"] = f"{ninja.BIN_DIR}{os.pathsep}{path}"  # a venv's ninja is not on the PATH when the venv is not activated
+    os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{ninja.BIN_DIR}"  # for a venv that is not activated
+    log = library.with_suffix(".log")
     try:
         with tempfile.TemporaryDirectory(dir=library.parent) as build:
             cpp_extension.load("wkv6", [str(source)], extra_cflags=flags, build_directory=build, is_python_module=False)
             os.replace(next(pathlib.Path(build).glob("*.so")), library)
     except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
         log.write_text(str(error))
-        raise _Unbuildable(f"the build failed; the compiler's words are in {log}") from error
-    finally:
-        os.environ["PATH"] = path
+        raise RuntimeError(f"the build failed; the compiler's words are in {log}") from error

@@ -16,7 +16,8 @@
 //                        gv_t[j] = sum_i k_t[i] G_t[i][j]                            on G
 //                        G_{t-1} = diag(d_t) G_t + r_t gy_t^T
 //
-// The u terms are added where they belong. Batch elements and heads run in parallel. T is a run-time argument.
+// The u terms are added where they belong. Batch elements and heads run in parallel. T is a run-time argument. The operators take
+// contiguous tensors, and w, u and states in float32: wkv6.py sees to it.
 // The CUDA kernels (wkv6_cuda.cu) will register themselves under the same two names for the CUDA dispatch key.
 
 #include <ATen/Parallel.h>
@@ -28,6 +29,8 @@
 #include <ATen/ops/sum.h>
 #include <torch/library.h>
 
+#include <array>
+#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -37,225 +40,181 @@ using at::Tensor;
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t CHUNK = 32;  // tokens between two kept states: 32 states of 64 x 64 are 512 KiB, an L2 cache's worth
 
-// A row of N floats held in registers.
-template <int N>
-struct Row {
-  static constexpr int V = N / Vec::size();
-  Vec lanes[V];
-  explicit Row(float x) { for (auto& lane : lanes) lane = Vec(x); }
-  explicit Row(const float* p) { for (int c = 0; c < V; c++) lanes[c] = Vec::loadu(p + c * Vec::size()); }
-  void store(float* p) const { for (int c = 0; c < V; c++) lanes[c].store(p + c * Vec::size()); }
-};
+// N numbers in memory, and in registers.
+template <size_t N>
+using Floats = std::array<float, N>;
+template <size_t N>
+using Row = at::vec::VectorizedN<float, N / Vec::size()>;
 
-// out[j] = sum_i p[i] M[i][j], then M[i][j] = d[i] M[i][j] + a[i] b[j]: the decay belongs to the rows of M.
-template <int N>
-void step(float* M, const float* p, const float* d, const float* a, const float* b, float* out) {
-  Row<N> sum(0.f), b_row(b);
-  for (int i = 0; i < N; i++) {
-    const Vec p_i(p[i]), d_i(d[i]), a_i(a[i]);
-    float* m = M + i * N;
-    for (int c = 0; c < Row<N>::V; c++, m += Vec::size()) {
-      const Vec x = Vec::loadu(m);
-      sum.lanes[c] = at::vec::fmadd(p_i, x, sum.lanes[c]);
-      at::vec::fmadd(d_i, x, a_i * b_row.lanes[c]).store(m);
-    }
-  }
-  sum.store(out);
+template <size_t N>
+Row<N> row(const Floats<N>& x) {
+  return Row<N>::loadu(x.data());
 }
 
-// The same with the decay along the columns: M[j][i] = d[i] M[j][i] + a[j] b[i]. With `other`, also dot[i] = sum_j M[j][i] other[j][i],
-// and with `next`, the new M goes there and the old one stays.
-template <int N, bool WITH_OTHER = false>
-void step_transposed(const float* M, const float* p, const float* d, const float* a, const float* b, float* out, float* next,
-                     const float* other = nullptr, float* dot = nullptr) {
-  Row<N> sum(0.f), dots(0.f), d_row(d), b_row(b);
-  for (int j = 0; j < N; j++) {
-    const Vec p_j(p[j]), a_j(a[j]);
-    for (int c = 0; c < Row<N>::V; c++) {
-      const int at = j * N + c * Vec::size();
-      const Vec x = Vec::loadu(M + at);
-      sum.lanes[c] = at::vec::fmadd(p_j, x, sum.lanes[c]);
-      if constexpr (WITH_OTHER) dots.lanes[c] = at::vec::fmadd(x, Vec::loadu(other + at), dots.lanes[c]);
-      at::vec::fmadd(d_row.lanes[c], x, a_j * b_row.lanes[c]).store(next + at);
-    }
-  }
-  sum.store(out);
-  if constexpr (WITH_OTHER) dots.store(dot);
+template <typename R>
+R total(const R& x) {
+  return R(at::vec::vec_reduce_all([](auto a, auto b) { return a + b; }, x));
 }
 
-// sum_i a[i] b[i] c[i]
-template <int N>
-float dot(const float* a, const float* b, const float* c = nullptr) {
-  Vec sum(0.f);
-  for (int i = 0; i < N; i += Vec::size()) {
-    const Vec b_i = Vec::loadu(b + i);
-    sum = at::vec::fmadd(Vec::loadu(a + i), c ? b_i * Vec::loadu(c + i) : b_i, sum);
-  }
-  return at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return x + y; }, sum);
-}
-
-template <int N>
-void transpose(const float* from, float* to) {
-  for (int i = 0; i < N; i++)
-    for (int j = 0; j < N; j++) to[j * N + i] = from[i * N + j];
-}
-
-// One head's (T, N) slice of a (B, T, H, N) tensor: reads a token as floats, writes floats as a token.
-template <typename scalar, int N>
-struct Slice {
+// One head of a (B, T, H, N) tensor: token t is read as floats, and written from registers.
+template <typename scalar, size_t N>
+struct Head {
   scalar* data;
   int64_t stride;
-  Slice(const Tensor& x, int64_t b, int64_t h)
-      : data(x.data_ptr<scalar>() + (b * x.size(1) * x.size(2) + h) * N), stride(x.size(2) * N) {}
-  void read(int64_t t, float* to) const { for (int i = 0; i < N; i++) to[i] = static_cast<float>(data[t * stride + i]); }
-  void write(int64_t t, const float* from) const { for (int i = 0; i < N; i++) data[t * stride + i] = static_cast<scalar>(from[i]); }
+  Head(const Tensor& x, int64_t b, int64_t h) : data(x.data_ptr<scalar>() + b * x.stride(0) + h * N), stride(x.stride(1)) {}
+  Floats<N> operator[](int64_t t) const {
+    Floats<N> floats;
+    at::vec::convert(data + t * stride, floats.data(), N);
+    return floats;
+  }
+  void write(int64_t t, const Row<N>& row) const {
+    Floats<N> floats;
+    row.store(floats.data());
+    at::vec::convert(floats.data(), data + t * stride, N);
+  }
 };
 
-// log d = -exp(w) and d = exp(log d) of one head, (T, N) each. A float32 d near 1 is off by up to 3e-8, and thousands of them
-// multiplied drift: so each d takes the rounding error of those before it along, and their product stays right to one rounding.
-template <int N>
-void decays(const Slice<float, N>& w, int64_t T, float* log_d, float* d) {
-  using Vecd = at::vec::Vectorized<double>;
-  double carry[N], exact[N];
-  for (auto& c : carry) c = 1;
-  for (int64_t t = 0; t < T; t++, log_d += N, d += N) {
-    w.read(t, log_d);
-    for (int i = 0; i < N; i += Vec::size()) Vec::loadu(log_d + i).exp().neg().store(log_d + i);
-    for (int i = 0; i < N; i++) exact[i] = log_d[i];
-    for (int i = 0; i < N; i += Vecd::size()) Vecd::loadu(exact + i).exp().store(exact + i);
-    for (int i = 0; i < N; i++) {
+// Returns sum_i p[i] M[i] + bonus b, with M[i] the rows of M, and makes those of `next`, which may be M: d[i] M[i] + a[i] b or, where M
+// is a TRANSPOSED state, d M[i] + a[i] b. With `other`, also dot = sum_i M[i] other[i].
+template <bool TRANSPOSED = false, bool WITH_OTHER = false, size_t N>
+C10_ALWAYS_INLINE Row<N> step(  // inlined, or what it returns would live in memory: a fifth slower
+    const float* M, float* next, const Floats<N>& p, const Floats<N>& d, const Floats<N>& a, const Floats<N>& b,
+    const Row<N>& bonus = Row<N>(0.f), const float* other = nullptr, Floats<N>* dot = nullptr) {
+  const auto d_row = row(d), b_row = row(b);
+  Row<N> sum(0.f), dots(0.f);
+  for (size_t i = 0; i < N; i++) {
+    const Vec p_i(p[i]), d_i(d[i]), a_i(a[i]);
+    for (size_t c = 0; c < N / Vec::size(); c++) {
+      const size_t at = i * N + c * Vec::size();
+      const auto m = Vec::loadu(M + at);
+      sum[c] = fmadd(p_i, m, sum[c]);
+      if constexpr (WITH_OTHER) dots[c] = fmadd(m, Vec::loadu(other + at), dots[c]);
+      fmadd(TRANSPOSED ? d_row[c] : d_i, m, a_i * b_row[c]).store(next + at);
+    }
+  }
+  if constexpr (WITH_OTHER) dots.store(dot->data());
+  return fmadd(bonus, b_row, sum);
+}
+
+// log d = -exp(w) and d = exp(log d) of one head. A float32 d near 1 is off by up to 3e-8, and thousands of them multiplied drift:
+// so each d takes the rounding error of those before it along, and their product stays right to one rounding.
+template <size_t N>
+std::pair<std::vector<Floats<N>>, std::vector<Floats<N>>> decays(const Head<float, N>& w, int64_t T) {
+  using DoubleRow = at::vec::VectorizedN<double, N / at::vec::Vectorized<double>::size()>;
+  std::vector<Floats<N>> log_d(T), d(T);
+  std::array<double, N> exact, carry;
+  carry.fill(1);
+  for (int64_t t = 0; t < T; t++) {
+    row(w[t]).exp().neg().store(log_d[t].data());
+    at::vec::convert(log_d[t].data(), exact.data(), N);
+    DoubleRow::loadu(exact.data()).exp().store(exact.data());
+    for (size_t i = 0; i < N; i++) {
       const double x = exact[i] * carry[i];
-      d[i] = static_cast<float>(x);
-      carry[i] = d[i] > 1e-30f ? x / d[i] : 1;
+      d[t][i] = static_cast<float>(x);
+      carry[i] = d[t][i] > 1e-30f ? x / d[t][i] : 1;
     }
   }
-}
-
-template <typename scalar, int N>
-void forward_head(int64_t b, int64_t h, const Tensor& r_, const Tensor& k_, const Tensor& v_, const Tensor& w_, const Tensor& u_,
-                  const Tensor& y_, const Tensor& state_, float* scratch) {
-  const Slice<scalar, N> r(r_, b, h), k(k_, b, h), v(v_, b, h), y(y_, b, h);
-  const int64_t T = r_.size(1), H = r_.size(2);
-  const float* u = u_.data_ptr<float>() + h * N;
-  float* S = state_.data_ptr<float>() + (b * H + h) * N * N;
-  float *log_d = scratch, *d = log_d + T * N;
-  decays(Slice<float, N>(w_, b, h), T, log_d, d);
-  float rt[N], kt[N], vt[N], yt[N];
-  for (int64_t t = 0; t < T; t++) {
-    r.read(t, rt), k.read(t, kt), v.read(t, vt);
-    step<N>(S, rt, d + t * N, kt, vt, yt);
-    const float ruk = dot<N>(rt, u, kt);
-    for (int j = 0; j < N; j++) yt[j] += ruk * vt[j];
-    y.write(t, yt);
-  }
-}
-
-template <typename scalar, int N>
-void backward_head(int64_t b, int64_t h, const Tensor& r_, const Tensor& k_, const Tensor& v_, const Tensor& w_, const Tensor& u_,
-                   const Tensor& state_, const Tensor& gy_, const Tensor& gr_, const Tensor& gk_, const Tensor& gv_,
-                   const Tensor& gw_, const Tensor& gu_, const Tensor& gstate_, float* scratch) {
-  const Slice<scalar, N> r(r_, b, h), k(k_, b, h), v(v_, b, h), gy(gy_, b, h), gr(gr_, b, h), gk(gk_, b, h), gv(gv_, b, h);
-  const Slice<float, N> w(w_, b, h), gw(gw_, b, h);
-  const int64_t T = r_.size(1), H = r_.size(2), NN = N * N;
-  const float* u = u_.data_ptr<float>() + h * N;
-  float* gu = gu_.data_ptr<float>() + (b * H + h) * N;
-  float* G = gstate_.data_ptr<float>() + (b * H + h) * NN;  // dL/dS_t, from the last token to the first
-  float *log_d = scratch, *d = log_d + T * N, *S_t = d + T * N, *G_t = S_t + NN, *history = G_t + NN, *kept = history + CHUNK * NN;
-  decays(w, T, log_d, d);
-  float rt[N], kt[N], vt[N], gyt[N], out[N], gs[N];
-
-  transpose<N>(state_.data_ptr<float>() + (b * H + h) * NN, S_t);
-  for (int64_t t = 0; t < T; t++) {
-    if (t % CHUNK == 0) std::copy(S_t, S_t + NN, kept + t / CHUNK * NN);
-    k.read(t, kt), v.read(t, vt), gy.read(t, gyt);
-    step_transposed<N>(S_t, gyt, d + t * N, vt, kt, out, S_t);
-    const float vgy = dot<N>(vt, gyt);
-    for (int i = 0; i < N; i++) out[i] += u[i] * kt[i] * vgy;
-    gr.write(t, out);
-  }
-
-  transpose<N>(G, G_t);
-  for (int i = 0; i < N; i++) gu[i] = 0;
-  for (int64_t start = (T - 1) / CHUNK * CHUNK; start >= 0; start -= CHUNK) {
-    const int64_t end = std::min(start + CHUNK, T);
-    std::copy(kept + start / CHUNK * NN, kept + (start / CHUNK + 1) * NN, history);
-    for (int64_t t = start; t + 1 < end; t++) {
-      k.read(t, kt), v.read(t, vt);
-      float* S = history + (t - start) * NN;
-      step_transposed<N>(S, vt, d + t * N, vt, kt, out, S + NN);
-    }
-    for (int64_t t = end - 1; t >= start; t--) {
-      r.read(t, rt), k.read(t, kt), v.read(t, vt), gy.read(t, gyt);
-      step_transposed<N, true>(G_t, vt, d + t * N, gyt, rt, out, G_t, history + (t - start) * NN, gs);
-      const float vgy = dot<N>(vt, gyt), ruk = dot<N>(rt, u, kt);
-      for (int i = 0; i < N; i++) {
-        out[i] += u[i] * rt[i] * vgy;
-        gu[i] += rt[i] * kt[i] * vgy;
-        gs[i] *= d[t * N + i] * log_d[t * N + i];  // d log d / d w = log d
-      }
-      gk.write(t, out);
-      gw.write(t, gs);
-      step<N>(G, kt, d + t * N, rt, gyt, out);
-      for (int j = 0; j < N; j++) out[j] += ruk * gyt[j];
-      gv.write(t, out);
-    }
-  }
+  return {std::move(log_d), std::move(d)};
 }
 
 void check(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, const Tensor& state) {
   TORCH_CHECK(r.dim() == 4, "wkv6: r must be (B, T, H, N), not ", r.sizes());
   const auto B = r.size(0), H = r.size(2), N = r.size(3);
+  TORCH_CHECK(r.dtype() == at::kFloat || r.dtype() == at::kBFloat16, "wkv6: r must be float32 or bfloat16, not ", r.dtype());
   TORCH_CHECK(k.sizes() == r.sizes() && v.sizes() == r.sizes() && w.sizes() == r.sizes(), "wkv6: r, k, v, w must have one shape");
   TORCH_CHECK(k.dtype() == r.dtype() && v.dtype() == r.dtype(), "wkv6: r, k, v must have one dtype");
   TORCH_CHECK(u.sizes() == at::IntArrayRef({H, N}), "wkv6: u must be (H, N), not ", u.sizes());
-  TORCH_CHECK(state.sizes() == at::IntArrayRef({B, H, N, N}) && state.scalar_type() == at::kFloat, "wkv6: state must be float32 (B, H, N, N)");
+  TORCH_CHECK(state.sizes() == at::IntArrayRef({B, H, N, N}), "wkv6: state must be (B, H, N, N), not ", state.sizes());
+  for (const auto& x : {w, u, state}) TORCH_CHECK(x.dtype() == at::kFloat, "wkv6: w, u, state must be float32, not ", x.dtype());
+  for (const auto& x : {r, k, v, w, u, state}) TORCH_CHECK(x.is_contiguous(), "wkv6: every tensor must be contiguous");
 }
 
-// Calls body(b, h, scalar of r, N, scratch) for every batch element and head, in parallel; scalar and N are compile-time constants.
+// Calls body(b, h, scalar of r, N) for every batch element and head, in parallel; scalar and N are compile-time constants.
 template <typename F>
-void for_each_head(const Tensor& r, int64_t scratch_size, F body) {
-  auto with_n = [&](auto scalar, auto n) {
+void for_each_head(const Tensor& r, F body) {
+  const auto run = [&](auto scalar, auto n) {
     at::parallel_for(0, r.size(0) * r.size(2), 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(scratch_size);
-      for (int64_t bh = begin; bh < end; bh++) body(bh / r.size(2), bh % r.size(2), scalar, n, scratch.data());
+      for (int64_t bh = begin; bh < end; bh++) body(bh / r.size(2), bh % r.size(2), scalar, n);
     });
   };
-  auto with_scalar = [&](auto scalar) {
+  const auto with_scalar = [&](auto scalar) {
     switch (r.size(3)) {
-      case 32: return with_n(scalar, std::integral_constant<int, 32>());
-      case 64: return with_n(scalar, std::integral_constant<int, 64>());
-      case 128: return with_n(scalar, std::integral_constant<int, 128>());
+      case 32: return run(scalar, std::integral_constant<size_t, 32>());
+      case 64: return run(scalar, std::integral_constant<size_t, 64>());
+      case 128: return run(scalar, std::integral_constant<size_t, 128>());
       default: TORCH_CHECK(false, "wkv6: head size ", r.size(3), " is not compiled in: 32, 64, 128 are");
     }
   };
-  if (r.scalar_type() == at::kFloat) return with_scalar(float());
-  TORCH_CHECK(r.scalar_type() == at::kBFloat16, "wkv6: r must be float32 or bfloat16, not ", r.scalar_type());
-  with_scalar(at::BFloat16());
+  r.dtype() == at::kFloat ? with_scalar(float()) : with_scalar(at::BFloat16());
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& r_, const Tensor& k_, const Tensor& v_, const Tensor& w_, const Tensor& u_, const Tensor& state_) {
+std::tuple<Tensor, Tensor> forward(const Tensor& r_, const Tensor& k_, const Tensor& v_, const Tensor& w_, const Tensor& u_,
+                                   const Tensor& state_) {
   check(r_, k_, v_, w_, u_, state_);
-  const auto r = r_.contiguous(), k = k_.contiguous(), v = v_.contiguous(), w = w_.to(at::kFloat).contiguous(), u = u_.to(at::kFloat).contiguous();
-  const auto y = at::empty_like(r), state = state_.clone(at::MemoryFormat::Contiguous);
-  for_each_head(r, 2 * r.size(1) * r.size(3), [&](int64_t b, int64_t h, auto scalar, auto n, float* scratch) {
-    forward_head<decltype(scalar), decltype(n)::value>(b, h, r, k, v, w, u, y, state, scratch);
+  const auto y_ = at::empty_like(r_), last = state_.clone();
+  for_each_head(r_, [&](int64_t b, int64_t h, auto scalar, auto n) {
+    constexpr size_t N = n;
+    const Head<decltype(scalar), N> R(r_, b, h), K(k_, b, h), V(v_, b, h), Y(y_, b, h);
+    const auto T = r_.size(1);
+    const auto d = decays<N>({w_, b, h}, T).second;
+    const auto u = Row<N>::loadu(u_.data_ptr<float>() + h * N);
+    float* S = last.data_ptr<float>() + (b * r_.size(2) + h) * N * N;
+    for (int64_t t = 0; t < T; t++) {
+      const auto r = R[t], k = K[t], v = V[t];
+      Y.write(t, step(S, S, r, d[t], k, v, total(row(r) * u * row(k))));
+    }
   });
-  return {y, state};
+  return {y_, last};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& r_, const Tensor& k_, const Tensor& v_, const Tensor& w_, const Tensor& u_,
-                                                                    const Tensor& state_, const Tensor& gy_, const Tensor& gstate_) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& r_, const Tensor& k_, const Tensor& v_, const Tensor& w_, const Tensor& u_, const Tensor& state_,
+    const Tensor& gy_, const Tensor& gstate_) {
   check(r_, k_, v_, w_, u_, state_);
-  TORCH_CHECK(gy_.sizes() == r_.sizes() && gstate_.sizes() == state_.sizes(), "wkv6: a gradient's shape is not its tensor's");
-  const auto r = r_.contiguous(), k = k_.contiguous(), v = v_.contiguous(), w = w_.to(at::kFloat).contiguous(), u = u_.to(at::kFloat).contiguous();
-  const auto state = state_.contiguous(), gy = gy_.to(r.scalar_type()).contiguous(), gstate = gstate_.to(at::kFloat).clone(at::MemoryFormat::Contiguous);
-  const auto gr = at::empty_like(r), gk = at::empty_like(k), gv = at::empty_like(v), gw = at::empty_like(w);
-  const int64_t T = r.size(1), N = r.size(3);
-  const auto gu = at::empty({r.size(0), r.size(2), N}, u.options());
-  for_each_head(r, 2 * T * N + (2 + CHUNK + (T + CHUNK - 1) / CHUNK) * N * N, [&](int64_t b, int64_t h, auto scalar, auto n, float* scratch) {
-    backward_head<decltype(scalar), decltype(n)::value>(b, h, r, k, v, w, u, state, gy, gr, gk, gv, gw, gu, gstate, scratch);
+  check(r_, k_, gy_, w_, u_, gstate_);  // gy is like v, and gstate like state
+  const auto gr_ = at::empty_like(r_), gk_ = at::empty_like(k_), gv_ = at::empty_like(v_), gw_ = at::empty_like(w_);
+  const auto gu_ = at::empty({r_.size(0), r_.size(2), r_.size(3)}, u_.options());
+  const auto state_t = state_.mT().contiguous(), first = gstate_.clone(), first_t = first.mT().contiguous();
+  for_each_head(r_, [&](int64_t b, int64_t h, auto scalar, auto n) {
+    constexpr size_t N = n, NN = N * N;
+    const Head<decltype(scalar), N> R(r_, b, h), K(k_, b, h), V(v_, b, h), GY(gy_, b, h), GR(gr_, b, h), GK(gk_, b, h), GV(gv_, b, h);
+    const Head<float, N> GW(gw_, b, h);
+    const auto T = r_.size(1), bh = b * r_.size(2) + h, chunks = (T + CHUNK - 1) / CHUNK;
+    const auto [log_d, d] = decays<N>({w_, b, h}, T);
+    const auto u = Row<N>::loadu(u_.data_ptr<float>() + h * N);
+
+    // S^T: what chunk c starts from is kept at c, and walks through the chunk at c + 1, where the next chunk finds it.
+    const std::unique_ptr<float[]> states(new float[(chunks + CHUNK) * NN]);
+    std::copy_n(state_t.data_ptr<float>() + bh * NN, NN, states.get());
+    for (int64_t t = 0; t < T; t++) {
+      const auto k = K[t], v = V[t], gy = GY[t];
+      float* S = &states[(t / CHUNK + 1) * NN];
+      GR.write(t, step<true>(t % CHUNK ? S : S - NN, S, gy, d[t], v, k, u * total(row(v) * row(gy))));
+    }
+
+    float *G = first.data_ptr<float>() + bh * NN, *G_t = first_t.data_ptr<float>() + bh * NN;
+    Row<N> gu(0.f);
+    Floats<N> GS;
+    for (int64_t start = (chunks - 1) * CHUNK; start >= 0; start -= CHUNK) {
+      const int64_t end = std::min(start + CHUNK, T);
+      // Now every S_{t-1} of the chunk, from where it starts on; what later chunks kept there is used up.
+      const auto S = [&](int64_t t) { return &states[(start / CHUNK + t - start) * NN]; };
+      for (int64_t t = start; t + 1 < end; t++) {
+        const auto k = K[t], v = V[t];
+        step<true>(S(t), S(t + 1), v, d[t], v, k);
+      }
+      for (int64_t t = end - 1; t >= start; t--) {
+        const auto r = R[t], k = K[t], v = V[t], gy = GY[t];
+        const auto vgy = total(row(v) * row(gy));
+        GK.write(t, step<true, true>(G_t, G_t, v, d[t], gy, r, u * vgy, S(t), &GS));
+        GV.write(t, step(G, G, k, d[t], r, gy, total(row(r) * u * row(k))));
+        GW.write(t, row(GS) * row(d[t]) * row(log_d[t]));  // d log d / d w = log d
+        gu = fmadd(row(r) * row(k), vgy, gu);
+      }
+    }
+    gu.store(gu_.data_ptr<float>() + bh * N);
   });
-  return {gr, gk, gv, gw.to(w_.scalar_type()), gu.sum(0).to(u_.scalar_type()), gstate};
+  return {gr_, gk_, gv_, gw_, gu_.sum(0), first};
 }
 
 }  // namespace
