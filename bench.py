@@ -22,7 +22,7 @@ import rwkv6
 import train
 from bone import BoneLinear, add_bone
 from files import run_cli
-from memory import map_large_tensors
+from memory import tune_allocator
 from quant import quantize
 from wkv6 import kernel_problem, wkv6
 
@@ -134,7 +134,7 @@ def step():
 
 
 def quantized():
-    print("\nthe same step over a quantized base, and one layer's weight back in bfloat16")
+    print("\nthe same step over a quantized base")
     models = {quant: model_2_blocks("bone", quant) for quant in (None, "int8", "nf4")}
     times = in_turn(7, **{str(quant): functools.partial(train_step, model, train.make_optimizer(model, 1e-6), 1024) for quant, model in models.items()})
     row("1024 tokens: int8 / bfloat16", times, "int8", "None", "<=", 1.1)
@@ -214,7 +214,7 @@ def main():
         return memory(sys.argv[2:])
     if unknown := set(sys.argv[1:]) - set(parts):
         raise ValueError(f"{unknown.pop()} is no part of the benchmark: {', '.join(parts)} and memory are")
-    map_large_tensors()
+    tune_allocator()
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for name in sys.argv[1:] or parts:
         parts[name]()
