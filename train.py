@@ -207,6 +207,12 @@ def build_model(args, device):
     return model, trained | loaded.keys(), read_checkpoint(args.load_model)["emb.weight"].dtype
 
 
+def count(model):
+    """Numbers of trained parameters and of all, the quantized ones included."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained, sum(math.prod(shape) for shape in bone.weight_shapes(model).values())
+
+
 def expected_memory(args, device):
     """The model that the flags ask for, on the meta device, and {part: bytes} of what its training takes at the peak."""
     model, _, _ = build_model(args, torch.device("meta"))
@@ -226,10 +232,10 @@ def check_memory(args, device):
     need, free = sum(parts.values()), memory.available(device)
     if args.dry_run:
         print(model.config)
-        for what in ("trained", "frozen"):
-            tensors = [t for t in memory.tensors(model) if t.requires_grad == (what == "trained")]
-            count = args.quant if what == "frozen" and args.quant != "none" else f"{sum(t.numel() for t in tensors):,} parameters"
-            print(f"{what:<26}{sum(t.nbytes for t in tensors) / 1e9:8.2f} GB   {count}")
+        trained, total = count(model)
+        for what, number in (("trained", trained), ("frozen", total - trained)):
+            size = sum(t.nbytes for t in memory.tensors(model) if t.requires_grad == (what == "trained"))
+            print(f"{what:<26}{size / 1e9:8.2f} GB   {number:,} parameters")
         for part, size in [*parts.items(), ("expected peak", need), (f"free on {device.type}", free)]:
             print(f"{part:<26}{size / 1e9:8.2f} GB")
     if need > free:
@@ -296,9 +302,10 @@ def train(args):
     micro_batch(0)  # what cannot be batched is refused here
     once = len(documents) if args.dataload != "get" else len(documents.tokens) / args.ctx_len
     steps = args.epoch_steps or math.ceil(once / (args.micro_bsz * N))
-    print(f"{model.config}\n{f'Bone {args.bone_mode} r {args.bone_r}' if args.load_model else 'from scratch'}: {sum(p.numel() for p in trained.values()):,} of "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters trained, {args.precision} on {device}\n"
-          f"{len(documents):,} documents, {len(documents.tokens):,} tokens; {len(epochs)} x {steps} steps of {args.micro_bsz * N} rows up to {args.ctx_len} tokens")
+    print(f"{model.config}\n{f'Bone {args.bone_mode} r {args.bone_r}' if args.load_model else 'from scratch'}: "
+          f"{' of '.join(f'{n:,}' for n in count(model))} parameters trained, {args.precision} on {device}\n"
+          f"{len(documents):,} documents, {len(documents.tokens):,} tokens; "
+          f"{len(epochs)} x {steps} steps of {args.micro_bsz * N} rows up to {args.ctx_len} tokens")
     if silent:
         print(f"note: {silent} of the first {min(1000, len(documents))} documents have nothing after Assistant: within {args.ctx_len} tokens and count for nothing")
 
