@@ -136,7 +136,8 @@ def step():
 def quantized():
     print("\nthe same step over a quantized base")
     models = {quant: model_2_blocks("bone", quant) for quant in (None, "int8", "nf4")}
-    times = in_turn(7, **{str(quant): functools.partial(train_step, model, train.make_optimizer(model, 1e-6), 1024) for quant, model in models.items()})
+    steps = {str(quant): functools.partial(train_step, model, train.make_optimizer(model, 1e-6), 1024) for quant, model in models.items()}
+    times = in_turn(7, **steps)
     row("1024 tokens: int8 / bfloat16", times, "int8", "None", "<=", 1.1)
     row("1024 tokens: nf4 / bfloat16", times, "nf4", "None", "<=", 1.25)
 
@@ -192,7 +193,8 @@ TUTORIAL = {"1.6B": (24, 2048, 7.3, 5.9, 5.4), "3B": (32, 2560, 11.8, 9.4, 8.1),
 
 def memory(only=()):
     base = int(subprocess.check_output([sys.executable, "-c", "import torch, psutil; print(psutil.Process().memory_info().rss)"]))
-    print(f"\nGB at the peak of `python train.py`, 2 steps, ctx_len 1024, micro_bsz 1, bat r {R}, on the CPU, less {base / 1e9:.2f} after importing torch")
+    print(f"\nGB at the peak of `python train.py`, 2 steps, ctx_len 1024, micro_bsz 1, bat r {R}, on the CPU, "
+          f"less the {base / 1e9:.2f} of a process that has imported torch")
     print(f"{'':<12}{'measured':>9}{'expected':>9}{'tutorial':>9}")
     with tempfile.TemporaryDirectory() as folder:
         data.write_binidx(f"{folder}/x", torch.randint(1, 65536, (2, 1025)).tolist())

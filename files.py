@@ -16,6 +16,8 @@ import zlib
 
 import torch
 
+MADV_PAGEOUT = 21   # of Linux 5.4 and later
+
 
 def read_checkpoint(path):
     """The dict {name: tensor} in a .pth file, memory-mapped (private: writing to a tensor does not change the file).
@@ -37,10 +39,11 @@ def read_checkpoint(path):
 
 
 def release(tensor):
-    """Give back the memory that reading a mapped tensor took. The file is read again if need be; what was written there is lost."""
-    if not tensor.untyped_storage().resizable() and sys.platform == "linux":    # not resizable: a piece of a mapped file
+    """Give back the memory that reading a mapped tensor took; it is read from the file again if need be. Elsewhere than on Linux, and
+    for a tensor that is no piece of a file, nothing changes: the system is only asked to write pages out, never to forget them."""
+    if sys.platform == "linux":
         start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start), mmap.MADV_DONTNEED)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start), MADV_PAGEOUT)
 
 
 @contextlib.contextmanager
@@ -78,7 +81,8 @@ def save_stream(like, make, path):
             entry = archive.start_dir                                                   # of the directory at the archive's end
             for record in archive.infolist():
                 if re.fullmatch(r"[^/]+/data/\d+", record.filename):                    # named by number, in the order of the dict
-                    content = make(names[int(record.filename.rpartition("/")[2])]).contiguous().flatten().view(torch.uint8).numpy()
+                    tensor = make(names[int(record.filename.rpartition("/")[2])])
+                    content = tensor.contiguous().flatten().view(torch.uint8).numpy()
                     checksum = struct.pack("<I", zlib.crc32(content))
                     f.seek(record.header_offset + 26)
                     f.seek(sum(struct.unpack("<HH", f.read(4))), os.SEEK_CUR)           # past the name and the padding
@@ -87,6 +91,7 @@ def save_stream(like, make, path):
                     f.write(checksum)
                     f.seek(entry + 16)
                     f.write(checksum)
+                    release(tensor)
                 entry += 46 + len(record.filename.encode()) + len(record.extra) + len(record.comment)
 
 

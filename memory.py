@@ -17,8 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-
-PROGRAM = 0.25e9     # what a run takes beyond PyTorch and its tensors: libraries, the interpreter, allocations too small to matter (measured)
+PROGRAM = 0.25e9    # what a run takes beyond PyTorch and its tensors, measured: libraries, the interpreter, all that is small
 
 
 class LiveBytes(TorchDispatchMode):

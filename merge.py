@@ -28,17 +28,18 @@ def merge(base_path, bone_path, out_path, quant=None):
     def merged(name):
         bar.update()
         weight, bone = base.pop(name), checkpoint.get(name.removesuffix("weight") + "bone")
-        result = checkpoint.get(name, weight).view_as(weight).to(weight.dtype, copy=True)
-        if bone is not None:
-            result = merge_weight(quantize(weight, quant).dequantize(torch.float32) if quant else weight, bone).to(weight.dtype)
+        if bone is None:
+            return checkpoint.get(name, weight).view_as(weight).to(weight.dtype)
+        result = merge_weight(quantize(weight, quant).dequantize(torch.float32) if quant else weight, bone).to(weight.dtype)
         release(weight)
         return result
 
     with tqdm(total=len(base), desc="merging", unit="tensor", dynamic_ncols=True, delay=0.5) as bar:
         save_stream(dict(base), merged, out_path)
     bones = sum(name.endswith(".bone") for name in checkpoint)
-    print(f"merged {bones} weights (Bone {mode}, r {r}{f', {quant} base' if quant else ''}) and {len(checkpoint) - bones} other trained tensors "
-          f"into {base_path}\nwrote {out_path} ({os.path.getsize(out_path) / 1e9:.2f} GB)")
+    on = f", {quant} base" if quant else ""
+    print(f"merged {bones} weights (Bone {mode}, r {r}{on}) and {len(checkpoint) - bones} other trained tensors into {base_path}")
+    print(f"wrote {out_path} ({os.path.getsize(out_path) / 1e9:.2f} GB)")
 
 
 def main():
@@ -46,7 +47,7 @@ def main():
     parser.add_argument("base", help="the base model (.pth) that was trained on")
     parser.add_argument("checkpoint", help="the Bone checkpoint (proj_dir/rwkv-N.pth)")
     parser.add_argument("out", help="the merged model to write")
-    parser.add_argument("--quant", choices=("none", *FORMATS), help="what the base was trained in (default: what args.json beside the checkpoint says)")
+    parser.add_argument("--quant", choices=("none", *FORMATS), help="of the base in training (default: as args.json beside the checkpoint says)")
     args = parser.parse_args()
     merge(args.base, args.checkpoint, args.out, args.quant)
 

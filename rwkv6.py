@@ -238,7 +238,7 @@ def put(model, name, tensor):
 def sizes(n_layer, n_embd, vocab_size, head_size=64):
     """The Config that the published models of this depth and width have."""
     big = n_embd >= 4096
-    return Config(n_layer, n_embd, vocab_size, int(3.5 * n_embd) // 32 * 32, head_size, mix_rank=64 if big else 32, decay_rank=128 if big else 64)
+    return Config(n_layer, n_embd, vocab_size, int(3.5 * n_embd) // 32 * 32, head_size, 64 if big else 32, 128 if big else 64)
 
 
 @torch.no_grad()

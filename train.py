@@ -91,8 +91,8 @@ def check_args(args):
         raise ValueError("--data_file is missing: give a .jsonl or a binidx prefix, as in --data_file data.jsonl")
     for name, least in dict(ctx_len=1, epoch_count=1, epoch_begin=0, epoch_steps=0, epoch_save=1, micro_bsz=1, accumulate_grad_batches=1,
                             lr_init=0, lr_final=0, warmup_steps=0, vocab_size=1, random_seed=0).items():
-        if not least <= getattr(args, name) < math.inf:
-            raise ValueError(f"--{name} {getattr(args, name)} must be a number of at least {least}")
+        if not least <= getattr(args, name) < 2**63:
+            raise ValueError(f"--{name} {getattr(args, name)} must be a number of at least {least}, and below 2^63")
     if not args.load_model and not (args.n_layer and args.n_embd):
         raise ValueError("--load_model is missing: give a base model, or --n_layer and --n_embd to pretrain a new one")
     if not args.load_model and args.quant != "none":
