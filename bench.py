@@ -22,7 +22,7 @@ import rwkv6
 import train
 from bone import BoneLinear, add_bone
 from files import run_cli
-from memory import tune_allocator
+from memory import reuse_freed
 from quant import quantize
 from wkv6 import kernel_problem, wkv6
 
@@ -216,7 +216,7 @@ def main():
         return memory(sys.argv[2:])
     if unknown := set(sys.argv[1:]) - set(parts):
         raise ValueError(f"{unknown.pop()} is no part of the benchmark: {', '.join(parts)} and memory are")
-    tune_allocator()
+    reuse_freed()
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for name in sys.argv[1:] or parts:
         parts[name]()

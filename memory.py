@@ -6,8 +6,6 @@ no memory. One and two blocks are run. Each further block adds its activations, 
 block by block, while gradients come, so that there the larger of the two counts.
 """
 
-import contextlib
-import ctypes
 import sys
 import weakref
 
@@ -16,6 +14,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+import compiled
 
 PROGRAM = 0.25e9    # what a run takes beyond PyTorch and its tensors, measured: libraries, the interpreter, all that is small
 
@@ -88,12 +88,7 @@ def peak(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def tune_allocator(tight=False):
-    """Tell glibc what to do with freed tensors; elsewhere, nothing. By default it keeps up to 1 GB of them for the next step: fresh pages
-    cost a fault each, from 2 % to a tenth of a step. But in its heap, tensors that stay end up between others that go, and the holes do
-    not fit again: the step of a 1.6B model in nf4, 2.7 GB of tensors, took 6 GB. So where memory is `tight`, each tensor above 1 MB
-    gets a mapping of its own, gone when freed: no holes, and many more faults (that step took 1.6 times as long on 2 virtual cores)."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 1 << 20 if tight else 32 << 20)    # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 1 << 30)                           # M_TRIM_THRESHOLD
+def reuse_freed():
+    """Keep the memory of freed CPU tensors for the next ones, as PyTorch does on a GPU: see memory_op.cpp. Without a compiler, nothing."""
+    if not compiled.load():
+        torch.ops.memory.reuse()

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from files import read_checkpoint, release
-from quant import quantize
+from quant import PIECE, quantize
 from wkv6 import wkv6
 
 MIX = "wkvrg"  # the five mixtures of a time mix, in the order in which time_maa_w1 and time_maa_w2 hold them
@@ -210,7 +210,7 @@ def load_model(path, dtype=None, device="cpu", quant=None):
         tensor = checkpoint.pop(name)
         if tensor.shape != meta.shape and tensor.squeeze().shape != meta.squeeze().shape:
             raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, but the other tensors ask for {tuple(meta.shape)}")
-        if torch.device(device).type != "meta" and not tensor.sum(dtype=torch.float32).isfinite():
+        if torch.device(device).type != "meta" and not all(piece.sum(dtype=torch.float32).isfinite() for piece in tensor.flatten().split(PIECE)):
             raise ValueError(f"{path}: {name} holds NaN or infinite values; the file is damaged or its training went wrong")
         module, kept = name.rpartition(".")[0], storage_dtype(model, name, dtype or tensor.dtype)
         if quant and name.startswith("blocks.") and isinstance(model.get_submodule(module), nn.Linear):

@@ -226,8 +226,7 @@ def expected_memory(args, device):
 
 
 def check_memory(args, device):
-    """With --dry_run, print what is trained and the memory that takes. ValueError, before anything is loaded, where it is not there.
-    Returns the bytes that are expected at the peak, and those that are free."""
+    """With --dry_run, print what is trained and the memory that takes. ValueError, before anything is loaded, where it is not there."""
     model, parts = expected_memory(args, device)
     need, free = sum(parts.values()), memory.available(device)
     if args.dry_run:
@@ -246,7 +245,6 @@ def check_memory(args, device):
         best = min([("grad_cp", 1), ("micro_bsz", 1), ("ctx_len", -(-args.ctx_len // 2))] + [("quant", "nf4")] * bool(args.load_model), key=need_with)
         raise ValueError(f"training would take {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; what helps most is "
                          f"--{best[0]} {best[1]}, with which it would take {need_with(best) / 1e9:.2f} GB")
-    return need, free
 
 
 def step(model, micro, autocast):
@@ -287,10 +285,10 @@ def train(args):
     for path in filter(os.path.exists, paths.values()):
         raise ValueError(f"{path}: already there, from an earlier run; give another --proj_dir, or move it away")
 
-    need, free = check_memory(args, device)
+    check_memory(args, device)
     if args.dry_run:
         return
-    memory.tune_allocator(tight=3 * need > free)
+    memory.reuse_freed()
     model, saved_names, save_dtype = build_model(args, device)
     model.grad_cp = bool(args.grad_cp)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -22,17 +22,11 @@ of scaling by inverse decays as usual (those overflow).
 """
 
 import functools
-import hashlib
-import os
-import pathlib
-import shutil
-import subprocess
-import sys
-import tempfile
 
-import filelock
 import torch
 import torch.nn.functional as F
+
+import compiled
 
 COMPILED_HEAD_SIZES = (32, 64, 128)
 
@@ -113,7 +107,7 @@ def _chunked(r, k, v, w, u, state, chunk=64):
     return y.flatten(2, 3)[:, :, :T].transpose(1, 2).to(dtypes[0]), S.to(dtypes[1])
 
 
-# ---- the compiled kernel: built once, kept, and never in the way --------------------------------------------------------------
+# ---- the compiled kernel -------------------------------------------------------------------------------------------------------
 
 @torch.compiler.assume_constant_result
 def kernel_problem():
@@ -123,24 +117,7 @@ def kernel_problem():
 
 @functools.cache
 def _load_kernel():
-    from torch.utils import cpp_extension
-
-    source, flags = pathlib.Path(__file__).parent / "wkv6_op.cpp", _compiler_flags()
-    key = hashlib.sha256(f"{source.read_text()}{torch.__version__}{sys.version}{flags}".encode()).hexdigest()[:16]
-    folder = pathlib.Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "wkv6"
-    library = folder / f"wkv6_{key}.so"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not library.exists():
-            # The lock belongs to the living process and goes with it: one that was killed while building leaves nothing to wait for.
-            with filelock.FileLock(library.with_suffix(".lock"), timeout=600):
-                if not library.exists():
-                    _build(source, flags, library)
-        torch.ops.load_library(library)
-    except (OSError, RuntimeError) as error:
-        reason = "another process is building it" if isinstance(error, filelock.Timeout) else str(error).partition("\n")[0]
-        problem = f"the compiled WKV-6 kernel is not to be had: {reason}"
-        print(f"note: {problem}. Going on with the chunked form, which is slower.", file=sys.stderr)
+    if problem := compiled.load():
         return problem
     torch.library.register_fake("wkv6::forward", lambda r, k, v, w, u, state: (torch.empty_like(r), torch.empty_like(state)))
     torch.library.register_fake("wkv6::backward", lambda *inputs: tuple(torch.empty_like(x) for x in inputs[:6]))
@@ -148,34 +125,3 @@ def _load_kernel():
         "wkv6::forward", lambda ctx, gy, gstate: torch.ops.wkv6.backward(*ctx.saved_tensors, gy.contiguous(), gstate.contiguous()),
         setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
     return ""
-
-
-def _compiler_flags():
-    """For the vector units that PyTorch itself found here. Not -march=native: the cache may be shared by machines."""
-    units = {"AVX512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c", "AVX2": "-mavx2 -mfma -mf16c"}
-    capability = found if (found := torch.backends.cpu.get_cpu_capability()) in units else "DEFAULT"
-    openmp = ["-fopenmp"] if sys.platform == "linux" else []  # at::parallel_for needs it
-    return ["-O3", f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}", *units.get(capability, "").split(), *openmp]
-
-
-def _build(source, flags, library):
-    """Compile `source` into `library`, which appears only when it is whole. RuntimeError, with what would mend it, otherwise."""
-    from torch.utils import cpp_extension
-
-    try:
-        import ninja
-    except ImportError:
-        raise RuntimeError("ninja is missing; pip install ninja") from None
-    compiler = os.environ.get("CXX", "c++")
-    if not shutil.which(compiler):
-        raise RuntimeError(f"no C++ compiler ({compiler}) found; install one (Debian, Ubuntu: apt install g++)")
-    print("compiling the WKV-6 kernel (once, less than a minute) ...", file=sys.stderr, flush=True)
-    os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{ninja.BIN_DIR}"  # for a venv that is not activated
-    log = library.with_suffix(".log")
-    try:
-        with tempfile.TemporaryDirectory(dir=library.parent) as build:
-            cpp_extension.load("wkv6", [str(source)], extra_cflags=flags, build_directory=build, is_python_module=False)
-            os.replace(next(pathlib.Path(build).glob("*.so")), library)
-    except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
-        log.write_text(str(error))
-        raise RuntimeError(f"the build failed; the compiler's words are in {log}") from error
