@@ -6,7 +6,6 @@ their median printed: a machine that is shared, or slows down, slows both sides.
 """
 
 import functools
-import os
 import re
 import statistics
 import subprocess
@@ -171,43 +170,39 @@ def wkv():
         row(f"{T} tokens: {name} / compiled", times, "other", "compiled", ">=", 1)
 
 
-def random_checkpoint(n_layer, n_embd, path):
+def random_checkpoint(n_layer, n_embd, vocab_size, path):
     """A bfloat16 model with random weights. All blocks share theirs, so the file is small; loaded, each has its own."""
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in rwkv6.RWKV6(rwkv6.sizes(n_layer, n_embd, 65536)).named_parameters()}
+        shapes = {name: p.shape for name, p in rwkv6.RWKV6(rwkv6.sizes(n_layer, n_embd, vocab_size)).named_parameters()}
     shared = {re.sub(r"^blocks.\d+.", "", name): (0.02 * torch.randn(shape)).bfloat16() for name, shape in shapes.items()}
     torch.save({name: shared[re.sub(r"^blocks.\d+.", "", name)] for name in shapes}, path)
 
 
-def peak(*command):
-    """Bytes of memory that `python command` held at most."""
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL)
-    status, usage = os.wait4(process.pid, 0)[1:]
-    if status:
-        raise ValueError(f"{' '.join(command)} ended with status {status}")
-    return usage.ru_maxrss * 1024
+def measure(folder, n_layer, n_embd, vocab_size, quant, ctx_len, r):
+    """GB at the peak of a training run of two steps on a model of random weights, less what importing PyTorch takes: measured, expected."""
+    base, prefix = f"{folder}/base.pth", f"{folder}/x"
+    random_checkpoint(n_layer, n_embd, vocab_size, base)
+    data.write_binidx(prefix, torch.randint(1, vocab_size, (2, ctx_len + 1)).tolist())
+    flags = ["--load_model", base, "--data_file", prefix, "--proj_dir", f"{folder}/{n_layer}-{n_embd}-{quant}", "--ctx_len", str(ctx_len),
+             "--epoch_steps", "2", "--bone_r", str(r), "--quant", quant, "--accelerator", "cpu"]
+    expected = sum(train.expected_memory(train.parse_args(flags), torch.device("cpu"))[1].values())
+    imported = subprocess.check_output([sys.executable, "-c", "import torch, psutil; print(psutil.Process().memory_info().rss)"])
+    said = subprocess.check_output([sys.executable, train.__file__, *flags], text=True)
+    return float(re.search(r"peak memory ([\d.]+) GB", said)[1]) - int(imported) / 1e9, expected / 1e9
 
 
 TUTORIAL = {"1.6B": (24, 2048, 7.3, 5.9, 5.4), "3B": (32, 2560, 11.8, 9.4, 8.1), "7B": (32, 4096, 23.7, 17.3, 14.9)}
 
 
 def memory(only=()):
-    base = int(subprocess.check_output([sys.executable, "-c", "import torch, psutil; print(psutil.Process().memory_info().rss)"]))
-    print(f"\nGB at the peak of `python train.py`, 2 steps, ctx_len 1024, micro_bsz 1, bat r {R}, on the CPU, "
-          f"less the {base / 1e9:.2f} of a process that has imported torch")
+    print(f"\nGB at the peak of `python train.py`, 2 steps, ctx_len 1024, micro_bsz 1, bat r {R}, on the CPU, beyond importing PyTorch")
     print(f"{'':<12}{'measured':>9}{'expected':>9}{'tutorial':>9}")
     with tempfile.TemporaryDirectory() as folder:
-        data.write_binidx(f"{folder}/x", torch.randint(1, 65536, (2, 1025)).tolist())
         for model, (n_layer, n_embd, *tutorial) in TUTORIAL.items():
             for quant, official in zip(("none", "int8", "nf4"), tutorial):
-                if not {*only} <= {model, quant}:
-                    continue
-                random_checkpoint(n_layer, n_embd, f"{folder}/base.pth")
-                flags = ["--load_model", f"{folder}/base.pth", "--data_file", f"{folder}/x", "--proj_dir", f"{folder}/{model}-{quant}",
-                         "--ctx_len", "1024", "--epoch_steps", "2", "--bone_r", str(R), "--quant", quant, "--accelerator", "cpu"]
-                expected = sum(train.expected_memory(train.parse_args(flags), torch.device("cpu"))[1].values())
-                measured = peak("train.py", *flags) - base
-                print(f"{model + ' ' + quant:<12}{measured / 1e9:9.2f}{expected / 1e9:9.2f}{official:9.1f}", flush=True)
+                if {*only} <= {model, quant}:
+                    measured, expected = measure(folder, n_layer, n_embd, 65536, quant, 1024, R)
+                    print(f"{model + ' ' + quant:<12}{measured:9.2f}{expected:9.2f}{official:9.1f}", flush=True)
 
 
 def main():

@@ -1,12 +1,17 @@
 """Memory: what a step takes is known beforehand, a run that cannot fit is refused, and files are read and written as streams."""
 
 import os
+import random
+import re
+import threading
 import zipfile
 
 import pytest
 import torch
 
+import bench
 import bone
+import compiled
 import files
 import merge
 import memory
@@ -14,6 +19,7 @@ import rwkv6
 import train
 
 CPU = torch.device("cpu")
+linux = pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="Linux alone tells what a process holds")
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +36,10 @@ def arguments(flags=""):
     return train.parse_args(f"--load_model base.pth --data_file x --bone_r 32 --ctx_len 96 --micro_bsz 2 --accelerator cpu {flags}".split())
 
 
-def pages(kind):
-    """Bytes of this process in memory, by /proc: RssAnon, RssFile."""
+def status(what):
+    """Bytes of this process by /proc: in memory now (VmRSS), at the peak (VmHWM), of mapped files (RssFile), of addresses (VmSize)."""
     with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith(kind))
+        return int(re.search(rf"{what}:\s*(\d+) kB", f.read())[1]) * 1024
 
 
 @pytest.mark.parametrize("flags", ["", "--quant nf4", "--quant int8 --precision fp32", "--grad_cp 0", "--bone_mode bone --train_parts head emb"])
@@ -90,15 +96,15 @@ def test_from_scratch_and_going_on_are_expected_too():
     assert train.expected_memory(arguments("--bone_load ckpt.pth"), CPU)[1] == train.expected_memory(arguments(), CPU)[1]
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux alone tells what is mapped")
+@linux
 def test_a_tensor_that_was_read_gives_its_pages_back_and_can_be_read_again():
     torch.save({"a": torch.randn(4_000_000), "b": torch.randn(4_000_000)}, "big.pth")
     mapped = files.read_checkpoint("big.pth")
-    before = pages("RssFile")
+    before = status("RssFile")
     total = mapped["a"].sum()
-    assert pages("RssFile") > before + 15e6
+    assert status("RssFile") > before + 15e6
     files.release(mapped["a"])
-    assert pages("RssFile") < before + 1e6 and mapped["a"].sum() == total
+    assert status("RssFile") < before + 1e6 and mapped["a"].sum() == total
 
 
 def test_releasing_a_tensor_that_is_not_mapped_leaves_it_alone():
@@ -109,12 +115,18 @@ def test_releasing_a_tensor_that_is_not_mapped_leaves_it_alone():
         assert tensor.equal(tensors["a"])
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux alone tells what is mapped")
-def test_loading_gives_back_what_it_has_read():
-    torch.save({name: p.detach().bfloat16() for name, p in rwkv6.init_model(4, 256, 20_000).named_parameters()}, "base.pth")
-    before = pages("RssFile")
-    model = rwkv6.load_model("base.pth")
-    assert pages("RssFile") < before + 0.1 * sum(p.nbytes for p in model.parameters())
+@linux
+@pytest.mark.parametrize("quant", [None, "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_loading_takes_the_model_and_one_tensor_of_the_file(dtype, quant):
+    bench.random_checkpoint(2, 512, 65536, "base.pth")
+    torch.save({name: tensor.to(dtype) for name, tensor in files.read_checkpoint("base.pth").items()}, "base.pth.2")
+    before = status("VmRSS")
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")                                                      # the peak is counted from here
+    model = rwkv6.load_model("base.pth.2", torch.bfloat16, quant=quant)
+    assert model.emb.weight.dtype == torch.bfloat16
+    assert status("VmHWM") - before < sum(t.nbytes for t in memory.tensors(model)) + 65536 * 512 * dtype.itemsize + 40e6
 
 
 def test_a_streamed_file_is_what_torch_save_writes():
@@ -137,3 +149,58 @@ def test_merging_holds_one_tensor_at_a_time():
     unread = sum(t.nbytes for t in base.values()) + sum(t.nbytes for t in files.read_checkpoint("ckpt.pth").values())
     layout = sum(t.nbytes for t in base.values())                         # torch.empty, which takes no memory until it is written to
     assert live.peak - unread - layout < 8 * max(t.nbytes for t in base.values())
+
+
+# ---- memory_op.cpp: the memory of freed tensors is used again ------------------------------------------------------------------
+
+@pytest.fixture
+def heap():
+    if compiled.load():
+        pytest.skip(compiled.load())
+    memory.reuse_freed()
+
+
+@linux
+@pytest.mark.parametrize("order", ["as made", "backwards", "at random"])
+def test_neighbours_that_are_freed_in_any_order_are_one_hole_again(heap, order):
+    torch.empty(1 << 30, dtype=torch.uint8)                               # never touched, so no memory: addresses alone
+    pieces = [torch.empty((i % 7 + 1) << 23, dtype=torch.uint8) for i in range(20)]
+    size = status("VmSize")
+    {"as made": lambda x: None, "backwards": list.reverse, "at random": random.Random(0).shuffle}[order](pieces)
+    while pieces:
+        pieces.pop(0)
+    torch.empty(1 << 30, dtype=torch.uint8)
+    assert status("VmSize") < size + 4e6
+
+
+def test_no_two_tensors_share_memory_and_each_keeps_what_is_written_to_it(heap):
+    def work(seed):
+        rng, kept = random.Random(seed), []
+        for i in range(3000):
+            n = rng.choice([100, 20_000, 70_000, 200_000])
+            kept.append((torch.full((n,), float(i)), i))
+            if rng.random() < 0.6 or len(kept) > 40:
+                tensor, value = kept.pop(rng.randrange(len(kept)))
+                wrong.extend([value] * (not (tensor == value).all()))
+    wrong = []
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for step in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            step(thread)
+    assert not wrong
+
+
+def test_a_tensor_can_grow_and_shrink_across_the_size_from_which_memory_is_reused(heap):
+    x = torch.arange(100)
+    for n in (100_000, 10, 300_000):
+        x.resize_(n)
+        assert x[:10].equal(torch.arange(10))
+    memory.reuse_freed()                                                  # twice is once
+    assert x[:10].equal(torch.arange(10))
+
+
+@linux
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_the_peak_of_a_whole_run_is_the_expected_one(heap, tmp_path, quant):
+    measured, expected = bench.measure(tmp_path, 4, 1024, 4096, quant, ctx_len=512, r=64)
+    assert measured == pytest.approx(expected, rel=0.1)

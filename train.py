@@ -333,7 +333,7 @@ def train(args):
             f", held-out loss {log.point((epoch + 1) * steps, val_loss=val_loss(model, held_out, args, autocast)):.4f}" if held_out else ""))
         if epoch in paths:
             save_checkpoint({name: p.detach().to("cpu", save_dtype) for name, p in model.named_parameters() if name in saved_names}, paths[epoch])
-    print(f"wrote {paths[epochs[-1]]}{log.draw()}")
+    print(f"wrote {paths[epochs[-1]]}{log.draw()}; peak memory {memory.peak(device) / 1e9:.2f} GB")
     if args.load_model:
         print(f"next: python {shlex.join(['merge.py', args.load_model, paths[epochs[-1]], 'tuned.pth'])}")
 
