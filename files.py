@@ -16,8 +16,6 @@ import zlib
 
 import torch
 
-MADV_PAGEOUT = 21   # of Linux 5.4 and later
-
 
 def read_checkpoint(path):
     """The dict {name: tensor} in a .pth file, memory-mapped (private: writing to a tensor does not change the file).
@@ -35,15 +33,17 @@ def read_checkpoint(path):
     items = checkpoint.items() if isinstance(checkpoint, dict) else ()
     if not items or not all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.is_floating_point() for k, v in items):
         raise ValueError(f"{path}: not a model checkpoint; a dict of names and floating tensors is needed")
+    for tensor in checkpoint.values():
+        tensor.is_mapped = is_zip  # what is not a zip archive, the format before PyTorch 1.6, is read whole
     return checkpoint
 
 
 def release(tensor):
-    """Give back the memory that reading a mapped tensor took; it is read from the file again if need be. Elsewhere than on Linux, and
-    for a tensor that is no piece of a file, nothing changes: the system is only asked to write pages out, never to forget them."""
-    if sys.platform == "linux":
+    """Forget what reading a tensor of `read_checkpoint` took of memory; it is read from the file again if need be, so it must not have
+    been written to. Any other tensor is left alone, and so is every one where the system is not Linux."""
+    if getattr(tensor, "is_mapped", False) and sys.platform == "linux":
         start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start), MADV_PAGEOUT)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start), mmap.MADV_DONTNEED)
 
 
 @contextlib.contextmanager
@@ -96,19 +96,21 @@ def save_stream(like, make, path):
 
 
 def trained_quant(path, quant):
-    """The quantization that the Bone checkpoint `path` was trained with, by the args.json beside it. `quant`, from the command line or
-    None, must not contradict that, and stands in for it where there is none: None, `int8` or `nf4`."""
+    """The quantization that the Bone checkpoint `path` was trained with, by the args.json beside it: `none`, `int8` or `nf4`. `quant`, from
+    the command line or None, must not contradict that, and stands in for it where there is no such file, or no checkpoint (path "")."""
     remembered = os.path.join(os.path.dirname(path), "args.json")
     trained = quant or "none"
-    if os.path.exists(remembered):
+    if path and os.path.exists(remembered):
         try:
             with open(remembered, encoding="utf-8") as f:
                 trained = json.load(f).get("quant", trained)
+            if trained not in ("none", "int8", "nf4"):
+                raise ValueError(f"quant {trained!r} is unknown")
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{remembered}: not the arguments of a training run ({error}); move it away, and give --quant") from error
     if quant not in (None, trained):
-        raise ValueError(f"{path}: trained with --quant {trained} ({remembered}), but --quant is {quant}; drop the flag")
-    return None if trained == "none" else trained
+        raise ValueError(f"{path}: trained with --quant {trained} ({remembered}), but --quant is {quant}; use {trained}")
+    return trained
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,12 +126,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_cli(main):
-    """Run a program's main(): a ValueError or OSError becomes `error: ...` on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run a program's main(): a ValueError, OSError or want of memory becomes `error: ...` on stderr and exit code 2, Ctrl-C exit code 130."""
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
         file = getattr(error, "filename", None)
-        print(f"error: {file}: {error.strerror}" if file else f"error: {error}", file=sys.stderr)
+        text = str(error).partition("\n")[0] if isinstance(error, torch.OutOfMemoryError) else error
+        print(f"error: {file}: {error.strerror}" if file else f"error: {text}", file=sys.stderr)
         sys.exit(2)

@@ -48,10 +48,11 @@ def tensors(model):
     return [*model.parameters(), *model.buffers()]
 
 
-def expected(model, loss, device):
+def expected(model, loss, device, accumulate=False):
     """Bytes at the peak of training `model`, which is on the meta device: {part: bytes}, to be added up.
 
     loss(): runs `model` on a batch that it makes, and returns the loss; called with fake tensors, it may not look at a value.
+    accumulate: whether the gradients of an earlier micro batch are there already.
     """
     blocks, runs = model.blocks, []
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -60,6 +61,9 @@ def expected(model, loss, device):
         model.to_empty(device=device)
         for model.blocks in (blocks[:1], blocks[:2]):
             with LiveBytes(tensors(model)) as live:
+                if accumulate:
+                    loss().backward()
+                    live.peak = live.now
                 value = loss()
                 forward, live.peak = (live.peak, live.now), live.now
                 value.backward()
@@ -68,7 +72,7 @@ def expected(model, loss, device):
             model.zero_grad()
     model.blocks = blocks
     forward, activations, backward, gradients = runs[0]
-    activations, gradients = runs[1][1] - activations, runs[1][3] - gradients           # of one block
+    activations, gradients = runs[1][1] - activations, runs[1][3] - gradients   # of one block; gradients of earlier micro batches are in both
     more, larger = len(blocks) - 1, max(activations, gradients)
     peak = max(forward + more * activations, backward + more * larger)
     return {"weights": weights, "optimizer": 8 * trained, "activations, gradients": more * larger,

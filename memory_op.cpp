@@ -27,7 +27,10 @@ class TensorHeap final : public c10::Allocator {
 
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    if (bytes < SMALL) return small_->allocate(bytes);
+    if (bytes < SMALL) {
+      void* small = small_->raw_allocate(bytes);
+      return {small, small, raw_deleter(), c10::Device(c10::kCPU)};
+    }
     bytes = (bytes + PAGE - 1) / PAGE * PAGE;
     const std::lock_guard lock(mutex_);
     auto best = holes_.end();
@@ -35,7 +38,7 @@ class TensorHeap final : public c10::Allocator {
       if (hole->second >= bytes && (best == holes_.end() || hole->second < best->second)) best = hole;
     if (best == holes_.end()) {
       void* fresh = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-      TORCH_CHECK_WITH(OutOfMemoryError, fresh != MAP_FAILED, "out of memory: a tensor of ", bytes, " bytes could not be made");
+      TORCH_CHECK_WITH(OutOfMemoryError, fresh != MAP_FAILED, "no memory for a tensor of ", bytes, " bytes");
       best = holes_.emplace(static_cast<char*>(fresh), bytes).first;
     }
     const auto [begin, size] = *best;
@@ -47,23 +50,21 @@ class TensorHeap final : public c10::Allocator {
 
   void release(void* address) {
     const std::lock_guard lock(mutex_);
-    const auto piece = used_.extract(static_cast<char*>(address));
-    if (piece.empty()) return small_->raw_deallocate(address);  // what raw_allocate got from there
-    const auto begin = piece.key();
-    auto bytes = piece.mapped();
-    auto next = holes_.lower_bound(begin);
-    if (next != holes_.end() && next->first == begin + bytes) {
-      bytes += next->second;
+    auto hole = used_.extract(static_cast<char*>(address));
+    if (hole.empty()) return small_->raw_deallocate(address);
+    auto next = holes_.lower_bound(hole.key());
+    if (next != holes_.end() && next->first == hole.key() + hole.mapped()) {
+      hole.mapped() += next->second;
       next = holes_.erase(next);
     }
     if (next != holes_.begin()) {
       const auto before = std::prev(next);
-      if (before->first + before->second == begin) {
-        before->second += bytes;
+      if (before->first + before->second == hole.key()) {
+        before->second += hole.mapped();
         return;
       }
     }
-    holes_.emplace_hint(next, begin, bytes);
+    holes_.insert(next, std::move(hole));  // takes no memory: nothing here may fail
   }
 
   c10::DeleterFnPtr raw_deleter() const override {

@@ -29,15 +29,15 @@ def merge(base_path, bone_path, out_path, quant=None):
         bar.update()
         weight, bone = base.pop(name), checkpoint.get(name.removesuffix("weight") + "bone")
         if bone is None:
-            return checkpoint.get(name, weight).view_as(weight).to(weight.dtype)
-        result = merge_weight(quantize(weight, quant).dequantize(torch.float32) if quant else weight, bone).to(weight.dtype)
+            return checkpoint[name].view_as(weight).to(weight.dtype) if name in checkpoint else weight
+        result = merge_weight(quantize(weight, quant).dequantize(torch.float32) if quant != "none" else weight, bone).to(weight.dtype)
         release(weight)
         return result
 
     with tqdm(total=len(base), desc="merging", unit="tensor", dynamic_ncols=True, delay=0.5) as bar:
         save_stream(dict(base), merged, out_path)
     bones = sum(name.endswith(".bone") for name in checkpoint)
-    on = f", {quant} base" if quant else ""
+    on = f", {quant} base" if quant != "none" else ""
     print(f"merged {bones} weights (Bone {mode}, r {r}{on}) and {len(checkpoint) - bones} other trained tensors into {base_path}")
     print(f"wrote {out_path} ({os.path.getsize(out_path) / 1e9:.2f} GB)")
 

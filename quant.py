@@ -122,4 +122,5 @@ def quantize(weight, kind, dtype=None):
     codes, scale = (torch.cat(parts) for parts in zip(*pieces))
     if not weight.is_meta and not scale.isfinite().all():
         raise ValueError("a weight that holds NaN or infinite values cannot be quantized; the file is damaged")
-    return Quantized(codes, scale, kind, weight.shape, dtype or weight.dtype)
+    dtype = dtype or weight.dtype
+    return Quantized(codes, scale, kind, weight.shape, torch.float32 if dtype == torch.float64 else dtype)  # what it holds is no finer

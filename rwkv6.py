@@ -193,8 +193,8 @@ def config_of(checkpoint, path):
         raise ValueError(f"{path}: not a complete RWKV-6 checkpoint ({error})") from error
 
 
-def load_model(path, dtype=None, device="cpu", quant=None):
-    """Load a published .pth. dtype: of the matrices; None keeps the checkpoint's. quant: `int8` or `nf4`, of the blocks' matrices.
+def load_model(path, dtype=None, device="cpu", quant="none"):
+    """Load a published .pth. dtype: of the matrices; None keeps the checkpoint's. quant: `none`, `int8` or `nf4`, of the blocks' matrices.
 
     The file is mapped; a tensor is placed, then its pages are given back, so memory is never more than the model's and one tensor's.
     Returns an RWKV6. ValueError for a missing, misshapen or non-finite tensor. On the meta device, sizes are all that is looked at.
@@ -213,7 +213,7 @@ def load_model(path, dtype=None, device="cpu", quant=None):
         if torch.device(device).type != "meta" and not all(piece.sum(dtype=torch.float32).isfinite() for piece in tensor.flatten().split(PIECE)):
             raise ValueError(f"{path}: {name} holds NaN or infinite values; the file is damaged or its training went wrong")
         module, kept = name.rpartition(".")[0], storage_dtype(model, name, dtype or tensor.dtype)
-        if quant and name.startswith("blocks.") and isinstance(model.get_submodule(module), nn.Linear):
+        if quant != "none" and name.startswith("blocks.") and isinstance(model.get_submodule(module), nn.Linear):
             try:
                 model.set_submodule(module, quantize(tensor.to(device), quant, kept))
             except ValueError as error:

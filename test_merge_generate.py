@@ -295,6 +295,12 @@ def test_a_model_writes_the_same_with_the_bone_beside_it_and_merged_into_it(say,
     assert apart == tuned != base
 
 
+def test_the_arguments_of_a_run_in_the_current_folder_are_not_those_of_a_complete_model(say):
+    pathlib.Path("args.json").write_text('{"quant": "nf4"}')
+    text = say("world.pth --prompt Hello --length 12 --temperature 0")
+    assert text == say("world.pth --prompt Hello --length 12 --temperature 0 --quant none")
+
+
 @pytest.mark.parametrize("flags, says", [
     ("gone.pth --prompt a", "gone.pth: No such file"), ("ckpt.pth --prompt a", "ckpt.pth: a Bone checkpoint"),
     ("world.pth --bone world.pth --prompt a", "world.pth: holds no tensor named *.bone"),

@@ -17,7 +17,6 @@ import rwkv6
 import train
 from memory import LiveBytes
 
-bnb = pytest.importorskip("bitsandbytes.functional")
 KINDS = ["int8", "nf4"]
 FIXTURE = os.path.join(os.path.dirname(__file__), "fixtures", "x060_bone.pth")
 
@@ -42,6 +41,7 @@ def base(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_nf4_is_that_of_bitsandbytes(dtype):
+    bnb = pytest.importorskip("bitsandbytes.functional")
     weight = matrix(dtype=dtype)
     codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     q = quant.quantize(weight, "nf4")
@@ -62,6 +62,7 @@ def test_every_code_of_nf4_comes_back_as_its_value():
                                                (4096, matrix().float()), (4096, torch.randn(256, 256) ** 3)])
 def test_int8_is_nearer_to_the_weight_than_the_8_bits_of_bitsandbytes(blocksize, weight):
     """4096 is its default. (Of its 8 bits those of blocks of 64 numbers with heavy tails alone, the cubes, are nearer.)"""
+    bnb = pytest.importorskip("bitsandbytes.functional")
     mine = quant.quantize(weight, "int8").dequantize(torch.float32)
     theirs = bnb.dequantize_blockwise(*bnb.quantize_blockwise(weight, blocksize=blocksize))
     assert (mine - weight).norm() < (theirs - weight).norm()
@@ -165,19 +166,19 @@ def test_training_saving_and_merging_under_quantization_give_the_logits_of_train
 
 
 def test_arguments_that_are_none_are_refused(base):
-    for content in ("{", "[]"):
+    for content in ("{", "[]", '{"quant": "4bit"}'):
         with open("args.json", "w") as f:
             f.write(content)
         with pytest.raises(ValueError, match="args.json: not the arguments of a training run"):
             files.trained_quant("ckpt.pth", None)
     with open("args.json", "w") as f:
         json.dump({"bone_r": 64}, f)                                      # of a version that had no --quant
-    assert files.trained_quant("ckpt.pth", "nf4") == "nf4" and files.trained_quant("ckpt.pth", None) is None
+    assert files.trained_quant("ckpt.pth", "nf4") == "nf4" and files.trained_quant("ckpt.pth", None) == "none"
 
 
 def test_quantized_training_reaches_the_loss_of_bfloat16(base):
-    losses = {}
-    for kind in (None, "int8", "nf4"):
+    losses, first = {}, None
+    for kind in ("none", "int8", "nf4"):
         model = bone.add_bone(rwkv6.load_model("base.pth", torch.bfloat16, quant=kind), 32)
         for name, p in model.named_parameters():
             p.requires_grad_(p.requires_grad or "time" in name or "ln" in name)
@@ -186,8 +187,9 @@ def test_quantized_training_reaches_the_loss_of_bfloat16(base):
         for _ in range(20):
             with torch.autocast("cpu", torch.bfloat16):
                 loss = train.loss_fn(model, idx[:, :-1], idx[:, 1:], mask)
+            first = loss.item() if first is None else first
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         losses[kind] = loss.item()
-    assert losses["int8"] < 1.01 * losses[None] and losses["nf4"] < 1.05 * losses[None]
+    assert losses["none"] < 0.5 < 5 < first and losses["int8"] < 1.01 * losses["none"] and losses["nf4"] < 1.05 * losses["none"]

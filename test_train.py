@@ -93,7 +93,7 @@ def test_training_lowers_the_loss_and_writes_its_files(monkeypatch, capsys, mode
     assert type(checkpoint) is dict and {n: t.shape for n, t in checkpoint.items()} == {n: t.shape for n, t in new.items()}
     assert all(t.dtype == torch.bfloat16 and not t.equal(new[name]) for name, t in checkpoint.items())
     wrote, follow = capsys.readouterr().out.splitlines()[-2:]
-    assert wrote == "wrote out/rwkv-0.pth" + " and out/loss.png" * matplotlib
+    assert re.fullmatch(r"wrote out/rwkv-0.pth%s; peak memory \d+\.\d\d GB" % (" and out/loss.png" * matplotlib), wrote)
     assert follow == "next: python merge.py base.pth out/rwkv-0.pth tuned.pth"
 
 
@@ -180,6 +180,21 @@ def test_bone_load_goes_on_where_the_checkpoint_ended():
     assert column("loss", "half")[:5] == pytest.approx(column("loss", "whole")[:5], rel=1e-5) and column("step", "half") == list(range(8))
 
 
+def test_training_goes_on_over_the_quantized_base_of_the_checkpoint():
+    run("--quant nf4")
+    run("--bone_load out/rwkv-0.pth --epoch_begin 1")
+    for proj_dir in ("out", "other"):
+        run(f"--bone_load out/rwkv-0.pth --epoch_begin 2 --proj_dir {proj_dir}")
+        with open(f"{proj_dir}/args.json") as f:
+            assert json.load(f)["quant"] == "nf4"
+
+
+def test_a_dry_run_beside_checkpoints_is_no_danger_to_them(capsys):
+    run()
+    run("--dry_run")
+    assert "expected peak" in capsys.readouterr().out
+
+
 def test_what_a_loaded_checkpoint_trained_is_in_the_next_checkpoint():
     run("--proj_dir first --train_parts time ln emb")
     run("--proj_dir second --bone_load first/rwkv-0.pth --train_parts ln --lr_init 0 --lr_final 0")
@@ -258,6 +273,12 @@ def save(content, path="bad.pth"):
     pathlib.Path(path).write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
 
 
+def of_an_nf4_run():
+    os.mkdir("old")
+    save(bone_of("base.pth"), "old/rwkv-0.pth")
+    save(b'{"quant": "nf4"}', "old/args.json")
+
+
 BASE, BONES, ONE = "--load_model bad.pth", "--bone_load bad.pth", torch.ones(1)
 
 
@@ -296,6 +317,8 @@ BASE, BONES, ONE = "--load_model bad.pth", "--bone_load bad.pth", torch.ones(1)
     ("--train_parts foo", "foo is unknown: time, ln, emb and head", None), ("--accelerator gpu", "use --accelerator cpu", None),
     ("--proj_dir base.pth", "base.pth", None),
     ("--proj_dir old", "old/rwkv-0.pth: already there", lambda: (os.mkdir("old"), save(b"of an earlier run", "old/rwkv-0.pth"))),
+    ("--bone_load old/rwkv-0.pth --quant int8", "old/rwkv-0.pth: trained with --quant nf4 (old/args.json), but --quant is int8; use nf4", of_an_nf4_run),
+    ("--proj_dir old --epoch_begin 1", "old/rwkv-0.pth: trained with --quant nf4 (old/args.json), but --quant is none; use nf4", of_an_nf4_run),
     *[(flag, flag.strip("-"), None) for flag in ("--bone_r 0", "--micro_bsz 0", "--epoch_count 0", "--epoch_steps -1", "--lr_init -1", "--lr_init nan",
                                                  "--lr_init inf", "--lr_final nan", "--warmup_steps -1", "--ctx_len 0")],
     ("--beta2 1.5", "beta", None),

@@ -4,9 +4,11 @@ Data flows one way: file -> tokens -> batch -> model -> loss -> step -> checkpoi
 so a run is a function of its command line.
 """
 
+import contextlib
 import copy
 import csv
 import functools
+import glob
 import json
 import math
 import os
@@ -21,7 +23,7 @@ import bone
 import data
 import memory
 import rwkv6
-from files import Parser, atomic_path, read_checkpoint, run_cli, save_checkpoint
+from files import Parser, atomic_path, read_checkpoint, run_cli, save_checkpoint, trained_quant
 
 
 def parse_args(argv=None):
@@ -76,7 +78,7 @@ def parse_args(argv=None):
     group("machine", [
         ("accelerator", ("auto", "gpu", "cpu"), "auto", "auto: the GPU where there is one"),
         ("precision", ("bf16", "fp32"), "bf16", "of the matrix products; trained parameters are always float32"),
-        ("quant", ("none", "int8", "nf4"), "none", "keep the base model's large matrices in 8 or 4 bits"),
+        ("quant", ("none", "int8", "nf4"), None, "keep the base model's large matrices in 8 or 4 bits (default: none, or as --bone_load was trained)"),
         ("grad_cp", int, 1, "1: recompute activations block by block in the backward pass, to save memory; 0: keep them"),
         ("dry_run", bool, False, "only say what would be trained, and how much memory that takes"),
     ])
@@ -95,7 +97,7 @@ def check_args(args):
             raise ValueError(f"--{name} {getattr(args, name)} must be a number of at least {least}, and below 2^63")
     if not args.load_model and not (args.n_layer and args.n_embd):
         raise ValueError("--load_model is missing: give a base model, or --n_layer and --n_embd to pretrain a new one")
-    if not args.load_model and args.quant != "none":
+    if not args.load_model and args.quant not in (None, "none"):
         raise ValueError(f"--quant {args.quant} is for the frozen matrices of a base model: add --load_model, or drop it")
     if not args.load_model and args.bone_load:
         raise ValueError("--bone_load needs the base model it was trained on: add --load_model")
@@ -120,7 +122,7 @@ class HeadLoss(torch.autograd.Function):
         gx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         ghead = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        for start in range(0, len(x), step := max(1, 7_500_000 // len(head))):    # 30 MB of float32 logits: freed and reused, not returned
+        for start in range(0, len(x), step := max(1, 7_500_000 // len(head))):    # 30 MB of float32 logits
             rows = slice(start, start + step)
             x_rows, t, wt = x[rows].to(dtype), targets[rows, None], weight[rows, None].to(loss.dtype)
             logits = (x_rows @ W.t()).to(loss.dtype)
@@ -183,6 +185,7 @@ def build_model(args, device):
     """The model with exactly the trained parameters requiring gradients, as float32; the names to save, and in which dtype.
     What a --bone_load checkpoint had trained is saved again, even where it is not trained any further: merging needs it."""
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    args.quant = trained_quant(args.bone_load, args.quant)
     if not args.load_model:
         torch.manual_seed(args.random_seed)
         with torch.device("meta" if device.type == "meta" else "cpu"):
@@ -194,7 +197,7 @@ def build_model(args, device):
         if args.bone_load and getattr(args, flag) not in (None, value):
             raise ValueError(f"{args.bone_load}: has {flag} {value}, but --{flag} is {getattr(args, flag)}; drop --{flag} to use {value}")
         setattr(args, flag, getattr(args, flag) if getattr(args, flag) is not None else value)
-    model = rwkv6.load_model(args.load_model, dtype, device, None if args.quant == "none" else args.quant)
+    model = rwkv6.load_model(args.load_model, dtype, device, args.quant)
     for name in ("n_layer", "n_embd"):
         if getattr(args, name) not in (None, getattr(model.config, name)):
             raise ValueError(f"--{name} {getattr(args, name)}, but {args.load_model} has {getattr(model.config, name)}; drop the flag to use that")
@@ -222,29 +225,36 @@ def expected_memory(args, device):
         idx = torch.zeros(args.micro_bsz, args.ctx_len, dtype=torch.int64, device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             return loss_fn(model, idx, idx, torch.ones(idx.shape, device=device), 1, idx.numel())
-    return model, memory.expected(model, loss, device)
+    return model, memory.expected(model, loss, device, args.accumulate_grad_batches > 1)
 
 
 def check_memory(args, device):
-    """With --dry_run, print what is trained and the memory that takes. ValueError, before anything is loaded, where it is not there."""
+    """What is trained, and the memory that takes: printed with --dry_run, or where it is not there, which is a ValueError before anything
+    is loaded. Returns the model on the meta device."""
     model, parts = expected_memory(args, device)
     need, free = sum(parts.values()), memory.available(device)
-    if args.dry_run:
+    if args.dry_run or need > free:
         print(model.config)
         trained, total = count(model)
         for what, number in (("trained", trained), ("frozen", total - trained)):
             size = sum(t.nbytes for t in memory.tensors(model) if t.requires_grad == (what == "trained"))
             print(f"{what:<26}{size / 1e9:8.2f} GB   {number:,} parameters")
-        for part, size in [*parts.items(), ("expected peak", need), (f"free on {device.type}", free)]:
+        for part, size in [*parts.items(), ("expected peak", need),
+                           (f"free on {device.type}: {'it fits' if need <= free else 'too little'}", free)]:
             print(f"{part:<26}{size / 1e9:8.2f} GB")
     if need > free:
-        def need_with(change):
+        def need_with(name, value):
             smaller = copy.copy(args)
-            setattr(smaller, *change)
-            return sum(expected_memory(smaller, device)[1].values())
-        best = min([("grad_cp", 1), ("micro_bsz", 1), ("ctx_len", -(-args.ctx_len // 2))] + [("quant", "nf4")] * bool(args.load_model), key=need_with)
-        raise ValueError(f"training would take {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; what helps most is "
-                         f"--{best[0]} {best[1]}, with which it would take {need_with(best) / 1e9:.2f} GB")
+            setattr(smaller, name, value)
+            with contextlib.suppress(ValueError):  # of a flag that this model cannot take
+                return sum(expected_memory(smaller, device)[1].values())
+            return need
+        changes = [("grad_cp", 1), ("micro_bsz", 1), ("ctx_len", -(-args.ctx_len // 2))] + [("quant", "nf4")] * bool(args.load_model)
+        helpful = [(less, *change) for change in changes if (less := need_with(*change)) < need]
+        advice = "what helps most is --{1} {2}, with which it would take {3:.2f} GB".format(*min(helpful), min(helpful)[0] / 1e9) if helpful else (
+            "no flag helps: take a smaller model, or a larger machine")
+        raise ValueError(f"training would take {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; {advice}")
+    return model
 
 
 def step(model, micro, autocast):
@@ -280,20 +290,23 @@ def train(args):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     epochs, N = range(args.epoch_begin, args.epoch_begin + args.epoch_count), args.accumulate_grad_batches
     paths = {epoch: os.path.join(args.proj_dir, f"rwkv-{epoch}.pth") for epoch in epochs if (epoch + 1 - epochs[0]) % args.epoch_save == 0 or epoch == epochs[-1]}
+    vocab_size = check_memory(args, device).config.vocab_size
+    if args.dry_run:
+        return
     if os.path.exists(args.proj_dir) and not os.path.isdir(args.proj_dir):
         raise ValueError(f"--proj_dir {args.proj_dir} is a file; give a folder, which is made where it is missing")
     for path in filter(os.path.exists, paths.values()):
         raise ValueError(f"{path}: already there, from an earlier run; give another --proj_dir, or move it away")
+    for path in glob.glob(os.path.join(glob.escape(args.proj_dir), "rwkv-*.pth")):
+        trained_quant(path, args.quant)  # args.json, written anew below, must stay true of what is there
+    documents, held_out = (data.open_data(file, vocab_size) if file else None for file in (args.data_file, args.val_file))
 
-    check_memory(args, device)
-    if args.dry_run:
-        return
-    memory.reuse_freed()
+    if device.type == "cpu":
+        memory.reuse_freed()
     model, saved_names, save_dtype = build_model(args, device)
     model.grad_cp = bool(args.grad_cp)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(model, args.lr_init, (args.beta1, args.beta2), args.adam_eps)
-    documents, held_out = (data.open_data(file, model.config.vocab_size) if file else None for file in (args.data_file, args.val_file))
     silent, _ = (data.check_mask(d, args.ctx_len, args.loss_mask) if d else 0 for d in (documents, held_out))
     micro_batch = functools.partial(data.batch, documents, micro_bsz=args.micro_bsz, ctx_len=args.ctx_len, dataload=args.dataload,
                                     loss_mask=args.loss_mask, seed=args.random_seed)
