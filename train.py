@@ -109,6 +109,14 @@ def check_args(args):
 
 # ---- loss and optimizer -------------------------------------------------------------------------------------------------------
 
+def largest_of_rows(x):
+    """x.max(-1, keepdim=True), in a third of the time on a CPU: the block of numbers that holds it first (amax is vectorized, max is not)."""
+    blocks = x.unflatten(-1, (-1, math.gcd(x.shape[-1], 256)))
+    block = blocks.amax(-1).argmax(-1, keepdim=True)
+    largest, at = blocks[torch.arange(len(x), device=x.device), block[:, 0]].max(-1, keepdim=True)
+    return largest, at + block * blocks.shape[-1]
+
+
 class HeadLoss(torch.autograd.Function):
     """Head product, cross-entropy and L2 wrap over chunks of tokens, so that the logits (tokens x vocabulary) never exist whole.
 
@@ -122,13 +130,14 @@ class HeadLoss(torch.autograd.Function):
         gx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         ghead = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        for start in range(0, len(x), step := max(1, 7_500_000 // len(head))):    # 30 MB of float32 logits
+        # 67 MB of float32 logits: fewer tokens at once, and reading W would take longer than multiplying by it
+        for start in range(0, len(x), step := max(1, (1 << 24) // len(head))):
             rows = slice(start, start + step)
             x_rows, t, wt = x[rows].to(dtype), targets[rows, None], weight[rows, None].to(loss.dtype)
-            logits = (x_rows @ W.t()).to(loss.dtype)
-            largest, at = logits.max(-1, keepdim=True)
-            logits_of_targets = logits.gather(-1, t)
-            e = logits.sub_(largest).exp_()
+            logits = x_rows @ W.t()
+            largest, at = largest_of_rows(logits)
+            largest, logits_of_targets = largest.to(loss.dtype), logits.gather(-1, t)
+            e = (logits - largest).exp_()
             total = e.sum(-1, keepdim=True)
             loss += (wt * (total.log() + largest - logits_of_targets)).sum()
             if gx is not None or ghead is not None:
