@@ -1,8 +1,8 @@
 // Memory for CPU tensors that is kept and used again: what PyTorch has for GPUs and not for CPUs. memory::reuse() puts it in place.
 //
 // A C library has two ways with a freed tensor. It returns the pages at once; then the next tensor gets fresh ones, each zeroed by the
-// system at its first touch, which made a training step half as long again. Or it keeps them in its heap; there, small objects come
-// to lie between the tensors, so that holes do not join, and 2.7 GB of tensors took 6 GB.
+// system at its first touch, and a training step takes far longer. Or it keeps them in its heap; there, small objects come to lie
+// between the tensors, so that holes do not join, and the heap grows well beyond what the tensors take.
 //
 // Here tensors are among themselves. What is freed joins its free neighbours to one hole, and a new tensor takes a piece of the
 // smallest hole that it fits in ("best fit"). Nothing is given back before the process ends: what a run takes is what its peak took.

@@ -198,6 +198,12 @@ def test_a_tensor_can_grow_and_shrink_across_the_size_from_which_memory_is_reuse
     assert x[:10].equal(torch.arange(10))
 
 
+def test_a_tensor_that_no_memory_can_hold_is_one_line(heap, capsys):
+    with pytest.raises(SystemExit) as end:
+        files.run_cli(lambda: torch.empty(1 << 60, dtype=torch.uint8))
+    assert end.value.code == 2 and capsys.readouterr().err == f"error: no memory for a tensor of {1 << 60} bytes\n"
+
+
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_the_peak_of_a_whole_run_is_the_expected_one(heap, tmp_path, quant):
     measured, expected = bench.measure(tmp_path, 4, 1024, 4096, quant, ctx_len=512, r=64)

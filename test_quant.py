@@ -89,6 +89,12 @@ def test_a_quantized_layer_is_the_linear_layer_of_its_own_weight_and_keeps_no_de
     assert y.equal(y2) and gx.equal(torch.autograd.grad(y2, x2, gy)[0])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_float64_weight_becomes_a_float32_layer(kind):
+    q = quant.quantize(matrix(dtype=torch.float64), kind)
+    assert q(torch.randn(3, 128)).dtype == torch.float32
+
+
 @pytest.mark.parametrize("mode", ["bat", "bone"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_bone_on_a_quantized_weight_is_bone_on_the_dequantized_one(kind, mode):

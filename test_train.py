@@ -189,6 +189,15 @@ def test_training_goes_on_over_the_quantized_base_of_the_checkpoint():
             assert json.load(f)["quant"] == "nf4"
 
 
+def test_data_that_is_not_there_is_found_out_before_the_base_is_loaded(monkeypatch):
+    devices, load = [], rwkv6.load_model
+    monkeypatch.setattr(rwkv6, "load_model", lambda path, dtype, device, quant: devices.append(device.type) or load(path, dtype, device, quant))
+    for flags in ("--data_file gone", "--val_file gone"):
+        with pytest.raises(FileNotFoundError):
+            run(flags)
+    assert {*devices} == {"meta"}
+
+
 def test_a_dry_run_beside_checkpoints_is_no_danger_to_them(capsys):
     run()
     run("--dry_run")
@@ -234,6 +243,12 @@ def test_head_loss_in_chunks_is_the_loss_on_whole_logits(M, vocab_size, dtype, n
     assert ours.item() == pytest.approx(loss.item(), rel=near)
     for a, e in zip(torch.autograd.grad(ours, [x, head]), torch.autograd.grad(whole, [x, head])):
         assert (a - e).norm() <= near * e.norm()
+
+
+@pytest.mark.parametrize("width", [1, 7, 256, 300, 1024])
+def test_the_largest_of_a_row_is_the_first_of_equals(width):
+    x = torch.randint(5, (50, width), generator=torch.Generator().manual_seed(0)).bfloat16()   # ties in every row, within and across blocks
+    assert all(map(torch.equal, train.largest_of_rows(x), x.max(-1, keepdim=True)))
 
 
 def test_a_frozen_head_gets_no_gradient_and_no_token_that_counts_is_no_loss():

@@ -4,8 +4,8 @@ Data flows one way: file -> tokens -> batch -> model -> loss -> step -> checkpoi
 so a run is a function of its command line.
 """
 
+import argparse
 import contextlib
-import copy
 import csv
 import functools
 import glob
@@ -132,10 +132,11 @@ class HeadLoss(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         many = max(1, (1 << 24) // len(head))  # tokens in a product: with fewer, reading W would take longer than multiplying by it
         few = max(1, many // 8)                # and in what is done in float32: 8 MB, which stay in the cache
-        for x_rows, t_rows, wt_rows, gx_rows in zip(*(a.split(many) for a in (x, targets[:, None], weight[:, None], x if gx is None else gx))):
-            x_rows = x_rows.to(dtype)
+        for start in range(0, len(x), many):
+            rows = slice(start, start + many)
+            x_rows = x[rows].to(dtype)
             g_rows = x_rows @ W.t()            # the logits, and soon, in their place, the gradient
-            for g, t, wt in zip(g_rows.split(few), t_rows.split(few), wt_rows.to(loss.dtype).split(few)):
+            for g, t, wt in zip(*(a.split(few) for a in (g_rows, targets[rows, None], weight[rows, None].to(loss.dtype)))):
                 largest, at = largest_of_rows(g)
                 largest, logits_of_targets = largest.to(loss.dtype), g.gather(-1, t)
                 e = (g - largest).exp_()
@@ -143,7 +144,7 @@ class HeadLoss(torch.autograd.Function):
                 loss += (wt * (total.log() + largest - logits_of_targets)).sum()
                 g.copy_(e.mul_(wt / total).scatter_add_(-1, t, -wt).scatter_add_(-1, at, largest * l2))  # softmax - target + L2 wrap
             if gx is not None:
-                gx_rows.copy_(g_rows @ W)
+                gx[rows] = g_rows @ W
             if ghead is not None:
                 ghead += g_rows.t() @ x_rows
         ctx.save_for_backward(gx, ghead)
@@ -253,15 +254,12 @@ def check_memory(args, device):
             print(f"{part:<26}{size / 1e9:8.2f} GB")
     if need > free:
         def need_with(name, value):
-            smaller = copy.copy(args)
-            setattr(smaller, name, value)
             with contextlib.suppress(ValueError):  # of a flag that this model cannot take
-                return sum(expected_memory(smaller, device)[1].values())
+                return sum(expected_memory(argparse.Namespace(**vars(args) | {name: value}), device)[1].values())
             return need
         changes = [("grad_cp", 1), ("micro_bsz", 1), ("ctx_len", -(-args.ctx_len // 2))] + [("quant", "nf4")] * bool(args.load_model)
-        helpful = [(less, *change) for change in changes if (less := need_with(*change)) < need]
-        advice = "what helps most is --{1} {2}, with which it would take {3:.2f} GB".format(*min(helpful), min(helpful)[0] / 1e9) if helpful else (
-            "no flag helps: take a smaller model, or a larger machine")
+        less, flag = min((need_with(*change), "--{} {}".format(*change)) for change in changes)
+        advice = f"what helps most is {flag}, with which it would take {less / 1e9:.2f} GB" if less < need else "no flag helps: take a smaller model"
         raise ValueError(f"training would take {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; {advice}")
     return model
 
@@ -309,7 +307,6 @@ def train(args):
     for path in glob.glob(os.path.join(glob.escape(args.proj_dir), "rwkv-*.pth")):
         trained_quant(path, args.quant)  # args.json, written anew below, must stay true of what is there
     documents, held_out = (data.open_data(file, vocab_size) if file else None for file in (args.data_file, args.val_file))
-
     if device.type == "cpu":
         memory.reuse_freed()
     model, saved_names, save_dtype = build_model(args, device)
