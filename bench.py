@@ -66,7 +66,7 @@ def layer():
 
 def model_2_blocks(kind, quant=None):
     """Two blocks of the 1.6B model with random weights, fine-tuned by `kind`: bone, built (W') or lora (peft)."""
-    model = rwkv6.RWKV6(rwkv6.Config(2, N_EMBD, VOCAB, DIM_FFN))
+    model = rwkv6.RWKV(rwkv6.Config(2, N_EMBD, VOCAB, DIM_FFN))
     for name, p in model.named_parameters():
         p.data = (0.02 * torch.randn(p.shape)).to(rwkv6.storage_dtype(model, name, torch.bfloat16))
     for name, module in list(model.named_modules()):
@@ -143,7 +143,7 @@ def quantized():
 
 def loss():
     print("\nhead (vocabulary 65536), cross-entropy and L2 wrap, 1024 tokens, bfloat16, forward + backward")
-    model = rwkv6.RWKV6(rwkv6.Config(1, N_EMBD, 65536, DIM_FFN))
+    model = rwkv6.RWKV(rwkv6.Config(1, N_EMBD, 65536, DIM_FFN))
     model.head.weight = torch.nn.Parameter((0.02 * torch.randn(65536, N_EMBD)).bfloat16(), requires_grad=False)
     x, targets = torch.randn(1, 1024, N_EMBD, requires_grad=True), torch.randint(65536, (1, 1024))
     model.hidden = lambda idx: (x, None)
@@ -173,7 +173,7 @@ def wkv():
 def random_checkpoint(n_layer, n_embd, vocab_size, path):
     """A bfloat16 model with random weights. All blocks share theirs, so the file is small; loaded, each has its own."""
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in rwkv6.RWKV6(rwkv6.sizes(n_layer, n_embd, vocab_size)).named_parameters()}
+        shapes = {name: p.shape for name, p in rwkv6.RWKV(rwkv6.sizes(n_layer, n_embd, vocab_size)).named_parameters()}
     shared = {re.sub(r"^blocks.\d+.", "", name): (0.02 * torch.randn(shape)).bfloat16() for name, shape in shapes.items()}
     torch.save({name: shared[re.sub(r"^blocks.\d+.", "", name)] for name in shapes}, path)
 

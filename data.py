@@ -185,19 +185,19 @@ def check_mask(data, ctx_len, loss_mask):
 
 
 def collate(documents, ctx_len, loss_mask="pad"):
-    """B documents, arrays of token ids -> idx, targets (B, T) int64 and mask (B, T) float32; T <= ctx_len.
+    """B documents, arrays of token ids -> idx, targets (B, T) int64, -100 where padding begins, and mask (B, T) float32; T <= ctx_len.
     loss_mask: "pad", the documents count; "none", the 0s after them too, up to ctx_len; "qa", only the answers."""
     # Padding cannot reach the tokens before it, as the model is causal, and with a mask it has no cross-entropy of its own: whole
     # columns of it would be computed for nothing. Without a mask it counts, and stays.
     width = ctx_len + 1 if loss_mask == "none" else min(ctx_len + 1, max(2, *map(len, documents)))  # 2: a lone token is an idx too
-    rows = torch.zeros(len(documents), width, dtype=torch.int64)
+    rows = torch.full((len(documents), width), 0 if loss_mask == "none" else -100)
     mask = torch.full(rows.shape, float(loss_mask == "none"))
     for row, counts, document in zip(rows, mask, documents):
         n = min(width, len(document))
         row[:n] = torch.from_numpy(document[:n])
         # some tokens more are looked at: a marker that the cut goes through is still one
         counts[:n] = torch.from_numpy(qa_mask(document[:n + len("Assistant:")])[:n]) if loss_mask == "qa" else 1
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), mask[:, 1:].contiguous()
+    return rows[:, :-1].clamp(min=0), rows[:, 1:].contiguous(), mask[:, 1:].contiguous()
 
 
 @functools.lru_cache(maxsize=2)  # a batch lies in one epoch or on the border of two

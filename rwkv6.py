@@ -1,21 +1,24 @@
-"""RWKV-6 (x060): the model, loading a checkpoint, and initialization for training from scratch.
+"""RWKV-6 (x060) and RWKV-5 (x052): the model, loading a checkpoint, and initialization for training from scratch.
 
 A block adds two residual branches to x (B, T, C):
 
     x = x + att(ln1(x))      time mix: mixes a token with the one before it, then WKV-6 over the whole sequence (wkv6.py)
     x = x + ffn(ln2(x))      channel mix: the same mixing, then a gated two-layer network with squared ReLU
 
+In RWKV-6 the shares of the mixture, and the decay of WKV-6, depend on the token; in RWKV-5 they are learned constants per channel.
+
 Parallel and recurrent mode are one function. The state of a block is (att_shift (B, C), wkv (B, H, N, N) float32,
 ffn_shift (B, C)): the last token that each branch saw, and the WKV state. Given a state, the model goes on from it and
 returns the next one, with gradients through both; T = 1 is generation, longer T reads a prompt.
 
-Names, shapes and arithmetic are those of the published x060 checkpoints. Matrices are kept in the dtype asked for;
+Names, shapes and arithmetic are those of the published checkpoints. Matrices are kept in the dtype asked for;
 everything else (time_*, ln*) in float32, which is small and wants the precision.
 Source: Peng et al., "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence" (arXiv 2404.05892).
 """
 
 import dataclasses
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +29,7 @@ from files import read_checkpoint, release
 from quant import PIECE, quantize
 from wkv6 import wkv6
 
-MIX = "wkvrg"  # the five mixtures of a time mix, in the order in which time_maa_w1 and time_maa_w2 hold them
+MIX = {"x060": "wkvrg", "x052": "kvrg"}  # the mixtures of a time mix, in the order in which time_maa_w1 and time_maa_w2 hold them
 
 
 @dataclasses.dataclass
@@ -38,9 +41,14 @@ class Config:
     head_size: int = 64
     mix_rank: int = 32      # low-rank width of the five data-dependent mixtures
     decay_rank: int = 64    # and of the data-dependent decay
+    version: str = "x060"
+    pre_ffn: bool = False   # a channel mix in place of the first block's time mix
+    head_qk: int = 0        # width of an attention that adds to the logits of earlier tokens; see `copies`
 
     def __str__(self):
-        return f"RWKV-6 x060: n_layer {self.n_layer}, n_embd {self.n_embd}, vocab_size {self.vocab_size}, head size {self.head_size}"
+        extras = ", pre_ffn" * self.pre_ffn + f", head_qk {self.head_qk}" * bool(self.head_qk)
+        return (f"RWKV-{self.version[2]} {self.version}: n_layer {self.n_layer}, n_embd {self.n_embd}, vocab_size {self.vocab_size}, "
+                f"head size {self.head_size}{extras}")
 
 
 class Linear(nn.Linear):
@@ -62,52 +70,71 @@ def previous(x, last):
     return F.pad(x, (0, 0, 1, -1)) if last is None else torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
 
 
-class TimeMix(nn.Module):
-    def __init__(self, c):
+class Mix(nn.Module):
+    """What both mixes have: the constant share of the previous token in each mixture, time_maa_* of x060, 1 - time_mix_* of x052."""
+
+    def __init__(self, c, mixtures):
         super().__init__()
-        C = c.n_embd
+        self.version, self.mixtures = c.version, mixtures
+        for name in mixtures:
+            setattr(self, f"time_{'maa' if c.version == 'x060' else 'mix'}_{name}", parameter(1, 1, c.n_embd))
+
+    def shares(self):
+        if self.version == "x060":
+            return [getattr(self, f"time_maa_{name}") for name in self.mixtures]
+        return [1 - getattr(self, f"time_mix_{name}") for name in self.mixtures]
+
+
+class TimeMix(Mix):
+    impl = "auto"  # form of WKV-6, see wkv6.py
+
+    def __init__(self, c):
+        super().__init__(c, MIX[c.version])
+        C, H = c.n_embd, c.n_embd // c.head_size
         self.head_size = c.head_size
-        for name in "x" + MIX:
-            setattr(self, f"time_maa_{name}", parameter(1, 1, C))
-        self.time_maa_w1 = parameter(C, len(MIX) * c.mix_rank)
-        self.time_maa_w2 = parameter(len(MIX), c.mix_rank, C)
-        self.time_decay = parameter(1, 1, C)
-        self.time_decay_w1 = parameter(C, c.decay_rank)
-        self.time_decay_w2 = parameter(c.decay_rank, C)
-        self.time_faaaa = parameter(C // c.head_size, c.head_size)
+        if c.version == "x060":
+            self.time_maa_x = parameter(1, 1, C)
+            self.time_maa_w1 = parameter(C, len(self.mixtures) * c.mix_rank)
+            self.time_maa_w2 = parameter(len(self.mixtures), c.mix_rank, C)
+            self.time_decay_w1 = parameter(C, c.decay_rank)
+            self.time_decay_w2 = parameter(c.decay_rank, C)
+        self.time_decay = parameter(*((1, 1, C) if c.version == "x060" else (H, c.head_size)))
+        self.time_faaaa = parameter(H, c.head_size)
         self.receptance, self.key, self.value, self.output, self.gate = (Linear(C, C) for _ in range(5))
-        self.ln_x = nn.GroupNorm(C // c.head_size, C, eps=64e-5)
+        self.ln_x = nn.GroupNorm(H, C, eps=64e-5)
 
     def forward(self, x, last, wkv_state):
         B, T, C = x.shape
         dx = previous(x, last) - x
-        # How much of the previous token goes into each mixture: a learned part per channel, and one that depends on the token.
-        low = torch.tanh((x + dx * self.time_maa_x) @ self.time_maa_w1)                # (B, T, 5 * rank)
-        mix = low.view(B * T, len(MIX), -1).transpose(0, 1) @ self.time_maa_w2                    # (5, B * T, C)
-        xw, xk, xv, xr, xg = (x + dx * (getattr(self, f"time_maa_{name}") + m.view(B, T, C)) for name, m in zip(MIX, mix))
+        shares = self.shares()
+        if self.version == "x060":                                                      # a part that depends on the token
+            low = torch.tanh((x + dx * self.time_maa_x) @ self.time_maa_w1)                       # (B, T, 5 * rank)
+            mix = low.view(B * T, len(shares), -1).transpose(0, 1) @ self.time_maa_w2             # (5, B * T, C)
+            shares = (share + m.view(B, T, C) for share, m in zip(shares, mix))
+        *xw, xk, xv, xr, xg = (x + dx * share for share in shares)
 
         r, k, v, g = self.receptance(xr), self.key(xk), self.value(xv), self.gate(xg)
-        w = self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2            # log(-log(decay)), float32
+        w = self.time_decay.view(1, 1, C)                                                         # log(-log(decay)), float32
+        w = w + torch.tanh(xw[0] @ self.time_decay_w1) @ self.time_decay_w2 if xw else w.expand(B, T, C)
         r, k, v, w = (a.view(B, T, -1, self.head_size) for a in (r, k, v, w))
-        y, wkv_state = wkv6(r, k, v, w, self.time_faaaa, wkv_state)
+        y, wkv_state = wkv6(r, k, v, w, self.time_faaaa, wkv_state, self.impl)
         y = F.layer_norm(y.to(x.dtype), (self.head_size,), eps=self.ln_x.eps).reshape(B, T, C)    # = self.ln_x, in half the time
         y = y * self.ln_x.weight + self.ln_x.bias
         return self.output(y * F.silu(g)), x[:, -1].clone(), wkv_state  # a clone, since a view would keep all of x
 
 
-class ChannelMix(nn.Module):
+class ChannelMix(Mix):
     def __init__(self, c):
-        super().__init__()
-        self.time_maa_k = parameter(1, 1, c.n_embd)
-        self.time_maa_r = parameter(1, 1, c.n_embd)
+        super().__init__(c, "kr")
         self.key = Linear(c.n_embd, c.dim_ffn)
         self.receptance = Linear(c.n_embd, c.n_embd)
         self.value = Linear(c.dim_ffn, c.n_embd)
 
     def forward(self, x, last):
         dx = previous(x, last) - x
-        k = torch.relu(self.key(x + dx * self.time_maa_k))
-        r = torch.sigmoid(self.receptance(x + dx * self.time_maa_r))
+        xk, xr = (x + dx * share for share in self.shares())
+        k = torch.relu(self.key(xk))
+        r = torch.sigmoid(self.receptance(xr))
         return r * self.value(k * k), x[:, -1].clone()
 
 
@@ -118,20 +145,26 @@ class Block(nn.Module):
         self.ln2 = nn.LayerNorm(c.n_embd)
         if first:
             self.ln0 = nn.LayerNorm(c.n_embd)  # after the embedding; the published checkpoints keep it in block 0
-        self.att = TimeMix(c)
+        if first and c.pre_ffn:
+            self.ffnPre = ChannelMix(c)
+        else:
+            self.att = TimeMix(c)
         self.ffn = ChannelMix(c)
 
     def forward(self, x, state=(None, None, None)):
         att_last, wkv_state, ffn_last = state
         if hasattr(self, "ln0"):
             x = self.ln0(x)
-        y, att_last, wkv_state = self.att(self.ln1(x), att_last, wkv_state)
+        if hasattr(self, "ffnPre"):
+            y, att_last = self.ffnPre(self.ln1(x), att_last)
+        else:
+            y, att_last, wkv_state = self.att(self.ln1(x), att_last, wkv_state)
         x = x + y
         y, ffn_last = self.ffn(self.ln2(x), ffn_last)
         return x + y, (att_last, wkv_state, ffn_last)
 
 
-class RWKV6(nn.Module):
+class RWKV(nn.Module):
     """model(idx) -> logits; model(idx, state) -> (logits, state), with model.empty_state() to start from.
 
     idx: (B, T) int64; logits: (B, T, vocab) in the dtype of the head's product. `grad_cp = True` recomputes each block in
@@ -146,9 +179,11 @@ class RWKV6(nn.Module):
         self.blocks = nn.ModuleList(Block(config, first=i == 0) for i in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = Linear(config.n_embd, config.vocab_size)
+        if config.head_qk:
+            self.head_q, self.head_k = (Linear(config.n_embd, config.head_qk) for _ in range(2))
 
     def empty_state(self):
-        return [(None, None, None)] * self.config.n_layer
+        return [(None, None, None)] * self.config.n_layer + [None] * bool(self.config.head_qk)
 
     def hidden(self, idx, state=None):
         """What the head multiplies: (B, T, C) after ln_out, and the new state."""
@@ -162,50 +197,63 @@ class RWKV6(nn.Module):
             new_state.append(s)
         return self.ln_out(x), new_state
 
+    def copies(self, x, idx, seen=None):
+        """head_qk: c (B, T, S), to be added to the logits of the S tokens (B, S) so far, and (keys, tokens), which is its state. As in
+        RWKV-LM: c = q k^T / head_qk, masked causally; x (B, T, C) is what the head multiplies, seen the state before idx (B, T)."""
+        k = self.head_k(x)
+        if seen:
+            k, idx = torch.cat([seen[0], k], 1), torch.cat([seen[1], idx], 1)
+        c = (self.head_q(x) @ k.mT / self.config.head_qk).tril(k.shape[1] - x.shape[1])
+        return c, (k, idx)
+
     def forward(self, idx, state=None):
         x, new_state = self.hidden(idx, state)
         logits = self.head(x)
+        if self.config.head_qk:
+            c, seen = self.copies(x, idx, state and state[-1])
+            logits = logits.scatter_add(2, seen[1][:, None].expand_as(c), c)
+            new_state.append(seen)
         return logits if state is None else (logits, new_state)
 
 
 # ---- checkpoints --------------------------------------------------------------------------------------------------------------
 
 def config_of(checkpoint, path):
-    """Read the sizes off a checkpoint's tensors. ValueError, naming the version, for anything but RWKV-6 x060."""
+    """Read version and sizes off a checkpoint's tensors. ValueError, naming the version, for anything but x060 and x052."""
     names = checkpoint.keys()
     if any(name.endswith(".bone") for name in names):
         raise ValueError(f"{path}: a Bone checkpoint, not a base model; give the base here")
-    if "blocks.0.att.r_k" in names or "blocks.0.att.x_r" in names:
-        raise ValueError(f"{path}: an RWKV-7 checkpoint; only RWKV-6 (x060) is supported here")
-    if "blocks.0.att.time_maa_x" not in names:
-        if "blocks.0.att.time_mix_k" in names:
-            version = 4 if "blocks.0.att.ln_x.weight" not in names else 5
-            raise ValueError(f"{path}: an RWKV-{version} checkpoint; only RWKV-6 (x060) is supported here")
-        raise ValueError(f"{path}: not an RWKV-6 checkpoint; it has no blocks.0.att.time_maa_x")
+    n_layer = 1 + max((int(name.split(".")[1]) for name in names if re.match(r"blocks\.\d+\.", name)), default=0)
+    att = f"blocks.{n_layer - 1}.att."                             # the first block may have pre_ffn instead
+    version = {f"{att}time_maa_x": "x060", f"{att}time_mix_g": "x052"}
+    version = next((version[name] for name in version if name in names), "")
+    if not version or version == "x052" and checkpoint.get(f"{att}time_decay", checkpoint[f"{att}time_mix_g"]).ndim == 1:
+        kinds = {"r_k": "7", "x_r": "7", "ln_x.weight": "5.0 or 5.1", "time_mix_k": "4"}
+        kind = next((f"an RWKV-{kinds[name]} checkpoint" for name in kinds if att + name in names), "not an RWKV-6 or RWKV-5 checkpoint")
+        raise ValueError(f"{path}: {kind}; only RWKV-6 (x060) and RWKV-5.2 (x052) are supported here")
     try:
         vocab_size, n_embd = checkpoint["emb.weight"].shape
-        return Config(
-            n_layer=1 + max(int(name.split(".")[1]) for name in names if name.startswith("blocks.")),
-            n_embd=n_embd, vocab_size=vocab_size, dim_ffn=checkpoint["blocks.0.ffn.key.weight"].shape[0],
-            head_size=checkpoint["blocks.0.att.time_faaaa"].shape[1], mix_rank=checkpoint["blocks.0.att.time_maa_w2"].shape[1],
-            decay_rank=checkpoint["blocks.0.att.time_decay_w1"].shape[1])
+        ranks = {"mix_rank": checkpoint[f"{att}time_maa_w2"].shape[1], "decay_rank": checkpoint[f"{att}time_decay_w1"].shape[1]} if version == "x060" else {}
+        return Config(n_layer, n_embd, vocab_size, dim_ffn=checkpoint["blocks.0.ffn.key.weight"].shape[0],
+                      head_size=checkpoint[f"{att}time_faaaa"].shape[1], **ranks, version=version, pre_ffn="blocks.0.ffnPre.key.weight" in names,
+                      head_qk=checkpoint["head_q.weight"].shape[0] if "head_q.weight" in names else 0)
     except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"{path}: not a complete RWKV-6 checkpoint ({error})") from error
+        raise ValueError(f"{path}: not a complete {version} checkpoint ({error})") from error
 
 
 def load_model(path, dtype=None, device="cpu", quant="none"):
     """Load a published .pth. dtype: of the matrices; None keeps the checkpoint's. quant: `none`, `int8` or `nf4`, of the blocks' matrices.
 
     The file is mapped; a tensor is placed, then its pages are given back, so memory is never more than the model's and one tensor's.
-    Returns an RWKV6. ValueError for a missing, misshapen or non-finite tensor. On the meta device, sizes are all that is looked at.
+    Returns an RWKV. ValueError for a missing, misshapen or non-finite tensor. On the meta device, sizes are all that is looked at.
     """
     checkpoint = read_checkpoint(path)
     config = config_of(checkpoint, path)
     with torch.device("meta"):
-        model = RWKV6(config)
+        model = RWKV(config)
     expected = dict(model.named_parameters())
     for name in expected.keys() ^ checkpoint.keys():
-        raise ValueError(f"{path}: {name} is {'missing' if name in expected else 'not part of RWKV-6 x060'}")
+        raise ValueError(f"{path}: {name} is {'missing' if name in expected else f'not part of RWKV {config.version}'}")
     for name, meta in expected.items():
         tensor = checkpoint.pop(name)
         if tensor.shape != meta.shape and tensor.squeeze().shape != meta.squeeze().shape:
@@ -235,40 +283,47 @@ def put(model, name, tensor):
     setattr(model.get_submodule(module), child, nn.Parameter(tensor))
 
 
-def sizes(n_layer, n_embd, vocab_size, head_size=64):
-    """The Config that the published models of this depth and width have."""
+def sizes(n_layer, n_embd, vocab_size, head_size=64, **options):
+    """The Config that the published models of this depth and width have. options: version, pre_ffn, head_qk."""
     big = n_embd >= 4096
-    return Config(n_layer, n_embd, vocab_size, int(3.5 * n_embd) // 32 * 32, head_size, 64 if big else 32, 128 if big else 64)
+    return Config(n_layer, n_embd, vocab_size, int(3.5 * n_embd) // 32 * 32, head_size, 64 if big else 32, 128 if big else 64, **options)
 
 
 @torch.no_grad()
-def init_model(n_layer, n_embd, vocab_size, head_size=64, device="cpu"):
+def init_model(n_layer, n_embd, vocab_size, head_size=64, device="cpu", **options):
     """A new float32 model, initialized as the comments and code of RWKV-LM have it. ValueError for sizes that do not fit."""
+    config = sizes(n_layer, n_embd, vocab_size, head_size, **options)
     if min(n_layer, n_embd, vocab_size) < 1 or n_embd % head_size:
         raise ValueError(f"n_embd {n_embd} must be a multiple of the head size {head_size}, and n_layer {n_layer} and vocab_size {vocab_size} at least 1")
-    model = RWKV6(sizes(n_layer, n_embd, vocab_size, head_size))
+    if config.pre_ffn and n_layer < 2:
+        raise ValueError("pre_ffn takes the place of the first block's time mix; n_layer must be at least 2")
+    model = RWKV(config)
     channel = torch.arange(n_embd) / n_embd                      # 0 .. 1 over the channels
     last = torch.arange(n_embd) / max(1, n_embd - 1)             # the same, with 1 included
-    nn.init.uniform_(model.emb.weight, -1e-4, 1e-4)              # ln0 follows and makes it large; small steps matter early
-    nn.init.orthogonal_(model.head.weight, gain=0.5 * math.sqrt(max(1, vocab_size / n_embd)))
-    for i, block in enumerate(model.blocks):
+    gains = {"att.key": 0.1, "att.gate": 0.1, "head": 0.5 * math.sqrt(max(1, vocab_size / n_embd)), "head_k": 0.1}
+    zeros = ("att.output", "ffn.value", "ffn.receptance", "ffnPre.value", "ffnPre.receptance", "head_q")  # a new block changes nothing at first
+    for name, p in model.named_parameters():
+        layer, kind = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+?)(?:\.weight)?", name).groups()
+        i = int(layer or 0)
         up, down = i / max(1, n_layer - 1), 1 - i / n_layer      # 0 .. 1 and 1 .. almost 0 over the layers
-        att, ffn = block.att, block.ffn
-        for name, kept in {"x": channel**down, "w": channel**down, "k": channel**down, "v": channel**down + 0.3 * up,
-                           "r": channel ** (down / 2), "g": channel ** (down / 2)}.items():
-            getattr(att, f"time_maa_{name}").copy_(1 - kept)
-        ffn.time_maa_k.copy_(1 - channel ** (down**3))
-        ffn.time_maa_r.copy_(1 - channel ** (down**3))
-        nn.init.zeros_(att.time_maa_w1)
-        nn.init.uniform_(att.time_maa_w2, -0.01, 0.01)
-        nn.init.zeros_(att.time_decay_w1)
-        nn.init.uniform_(att.time_decay_w2, -0.01, 0.01)
-        att.time_decay.copy_(-6 + 5 * last ** (0.7 + 1.3 * up))  # from slow to fast forgetting over the channels
-        zigzag = ((torch.arange(n_embd) + 1) % 3 - 1) * 0.1
-        att.time_faaaa.copy_((up * (1 - last) + zigzag).view_as(att.time_faaaa))
-        nn.init.constant_(att.ln_x.weight, ((1 + i) / n_layer) ** 0.7)
-        for linear, gain in ((att.receptance, 1), (att.key, 0.1), (att.value, 1), (att.gate, 0.1), (ffn.key, 1)):
-            nn.init.orthogonal_(linear.weight, gain=gain)
-        for linear in (att.output, ffn.value, ffn.receptance):   # a new block changes nothing at first
-            nn.init.zeros_(linear.weight)
+        if kind.endswith("_w1") or kind in zeros:
+            nn.init.zeros_(p)
+        elif kind.endswith("_w2"):
+            nn.init.uniform_(p, -0.01, 0.01)
+        elif mixture := re.search("time_(maa|mix)_(.)$", kind):
+            power = down / 2 if mixture[2] in "rg" else down
+            if kind.startswith("ffn"):
+                power = down**3 if config.version == "x060" else down
+            kept = channel**power + (0.3 * up if mixture[2] == "v" else 0)
+            p.copy_(kept if mixture[1] == "mix" else 1 - kept)
+        elif kind == "att.time_decay":
+            p.copy_((-6 + 5 * last ** (0.7 + 1.3 * up)).view_as(p))  # from slow to fast forgetting over the channels
+        elif kind == "att.time_faaaa":
+            p.copy_((up * (1 - last) + ((torch.arange(n_embd) + 1) % 3 - 1) * 0.1).view_as(p))
+        elif kind == "att.ln_x":
+            nn.init.constant_(p, ((1 + i) / n_layer) ** 0.7)
+        elif kind == "emb":
+            nn.init.uniform_(p, -1e-4, 1e-4)                     # ln0 follows and makes it large; small steps matter early
+        elif p.ndim == 2:
+            nn.init.orthogonal_(p, gain=gains.get(kind, 1))
     return model.to(device)

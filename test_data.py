@@ -144,7 +144,7 @@ def test_the_order_of_documents_does_not_depend_on_the_batch_size():
 def test_rows_are_cut_to_ctx_len_and_padded_to_the_longest_and_only_documents_count():
     idx, targets, mask = collate([np.array([1, 2, 0]), np.array([3, 4, 5, 6, 0])], ctx_len=8)
     assert idx.tolist() == [[1, 2, 0, 0], [3, 4, 5, 6]]
-    assert targets.tolist() == [[2, 0, 0, 0], [4, 5, 6, 0]]
+    assert targets.tolist() == [[2, 0, -100, -100], [4, 5, 6, 0]]
     assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert (idx.dtype, targets.dtype, mask.dtype) == (torch.int64, torch.int64, torch.float32)
     idx, targets, mask = collate([np.array([1, 2, 0]), np.array([3, 4, 5, 6, 0])], ctx_len=3)

@@ -7,18 +7,17 @@ import torch
 
 import bone
 import rwkv6
-import wkv6
 from train import loss_fn, make_optimizer
 from wkv6 import kernel_problem
 
 FORMS = ["reference", "chunked", "compiled"]
 
 
-@pytest.fixture(scope="module")
-def x060(tmp_path_factory):
-    """The reference's tiny model: base.pth and ckpt.pth in a folder, and the numbers computed from them."""
-    folder = tmp_path_factory.mktemp("x060")
-    fixture = torch.load(os.path.join(os.path.dirname(__file__), "fixtures", "x060_bone.pth"), weights_only=True)
+@pytest.fixture(scope="module", params=["x060", "x052"])
+def reference(request, tmp_path_factory):
+    """The reference's tiny RWKV-6 or RWKV-5: base.pth and ckpt.pth in a folder, and the numbers computed from them."""
+    folder = tmp_path_factory.mktemp(request.param)
+    fixture = torch.load(os.path.join(os.path.dirname(__file__), "fixtures", f"{request.param}_bone.pth"), weights_only=True)
     for name in ("base", "ckpt"):
         torch.save(fixture[name], folder / f"{name}.pth")
     return folder, fixture
@@ -28,7 +27,7 @@ def x060(tmp_path_factory):
 def form(request, monkeypatch):
     if request.param == "compiled" and kernel_problem():
         pytest.skip(kernel_problem())
-    monkeypatch.setattr(rwkv6, "wkv6", lambda *a, **k: wkv6.wkv6(*a, **k, impl=request.param))
+    monkeypatch.setattr(rwkv6.TimeMix, "impl", request.param)
 
 
 def load(folder, fixture, bone_from="ckpt.pth"):
@@ -47,8 +46,8 @@ def relative(ours, theirs):
     return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
 
 
-def test_logits_loss_and_gradients_are_the_reference_s(x060, form):
-    folder, fixture = x060
+def test_logits_loss_and_gradients_are_the_reference_s(reference, form):
+    folder, fixture = reference
     model, idx = load(folder, fixture), fixture["idx"]
     assert (model(idx[:, :-1]) - fixture["logits"]).abs().max() < 1e-4
     for model.grad_cp in (False, True):
@@ -64,15 +63,15 @@ def test_logits_loss_and_gradients_are_the_reference_s(x060, form):
             assert relative(grads[name], grad) < 1e-4, name
 
 
-def test_merged_weights_are_the_reference_s(x060):
-    _, fixture = x060
+def test_merged_weights_are_the_reference_s(reference):
+    _, fixture = reference
     for name, merged in fixture["merged"].items():
         b = fixture["ckpt"][name.removesuffix("weight") + "bone"]
         assert (bone.merge_weight(fixture["base"][name].float(), b) - merged).abs().max() < 1e-6
 
 
-def test_twenty_steps_of_training_are_the_reference_s(x060):
-    folder, fixture = x060
+def test_twenty_steps_of_training_are_the_reference_s(reference):
+    folder, fixture = reference
     config, idx = fixture["config"], fixture["idx"]
     model = load(folder, fixture, bone_from=None)
     optimizer = make_optimizer(model, config["lr"], tuple(config["betas"]), config["eps"])
@@ -89,8 +88,8 @@ def test_twenty_steps_of_training_are_the_reference_s(x060):
         assert relative(trained[name], final) < 1e-3, name
 
 
-def test_the_rwkv_package_reads_the_merged_model_and_agrees(x060, tmp_path):
-    folder, fixture = x060
+def test_the_rwkv_package_reads_the_merged_model_and_agrees(reference, tmp_path):
+    folder, fixture = reference
     import merge
     # A float32 file: of a bfloat16 one the package rounds the normalized embedding to bfloat16 while loading.
     torch.save({name: tensor.float() for name, tensor in fixture["base"].items()}, tmp_path / "base.pth")
@@ -103,8 +102,8 @@ def test_the_rwkv_package_reads_the_merged_model_and_agrees(x060, tmp_path):
     assert (ours[0] - theirs).abs().max() < 1e-3
 
 
-def test_recurrent_mode_is_parallel_mode(x060, form):
-    folder, fixture = x060
+def test_recurrent_mode_is_parallel_mode(reference, form):
+    folder, fixture = reference
     model, idx = load(folder, fixture), fixture["idx"]
     state, logits = model.empty_state(), []
     with torch.no_grad():
@@ -114,8 +113,8 @@ def test_recurrent_mode_is_parallel_mode(x060, form):
         assert (torch.cat(logits, 1) - model(idx)).abs().max() < 1e-5
 
 
-def test_gradients_flow_through_a_carried_state(x060):
-    folder, fixture = x060
+def test_gradients_flow_through_a_carried_state(reference):
+    folder, fixture = reference
     model, idx = load(folder, fixture), fixture["idx"][:1]
     model(idx).square().mean().backward()
     whole = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -129,11 +128,11 @@ def test_gradients_flow_through_a_carried_state(x060):
             assert relative(dict(model.named_parameters())[name].grad, grad) < 1e-4, name
 
 
-def test_matrices_keep_the_dtype_of_the_file_and_the_small_rest_is_float32(x060):
-    model = rwkv6.load_model(x060[0] / "base.pth")
+def test_matrices_keep_the_dtype_of_the_file_and_the_small_rest_is_float32(reference):
+    model = rwkv6.load_model(reference[0] / "base.pth")
     assert model.blocks[0].att.key.weight.dtype == model.emb.weight.dtype == torch.bfloat16
     assert model.blocks[0].att.time_decay.dtype == model.blocks[0].ln1.weight.dtype == torch.float32
-    assert (model(x060[1]["idx"]).float() - load(*x060, bone_from=None)(x060[1]["idx"])).abs().max() < 0.1    # without autocast too
+    assert (model(reference[1]["idx"]).float() - load(*reference, bone_from=None)(reference[1]["idx"])).abs().max() < 0.1    # without autocast too
 
 
 def test_a_new_model_is_initialized_as_rwkv_lm_describes():
@@ -147,8 +146,60 @@ def test_a_new_model_is_initialized_as_rwkv_lm_describes():
     torch.testing.assert_close(att.key.weight @ att.key.weight.T, torch.eye(128) * 0.01, rtol=0, atol=1e-5)
     assert att.time_decay[0, 0, 0] == -6 and att.time_decay[0, 0, -1] == -1
     assert att.ln_x.weight[0].item() == pytest.approx((2 / 3) ** 0.7)
+    i = torch.arange(128) / 128
+    for name, kept in {"x": i ** (2 / 3), "v": i ** (2 / 3) + 0.15, "g": i ** (1 / 3)}.items():
+        torch.testing.assert_close(getattr(att, f"time_maa_{name}")[0, 0], 1 - kept)
+    torch.testing.assert_close(ffn.time_maa_k[0, 0], 1 - i ** (8 / 27))
+    old = rwkv6.init_model(3, 128, 300, version="x052").blocks[1]
+    torch.testing.assert_close(old.att.time_mix_v[0, 0], i ** (2 / 3) + 0.15)
+    torch.testing.assert_close(old.ffn.time_mix_r[0, 0], i ** (2 / 3))
+    assert old.att.time_decay.shape == (2, 64) and old.att.time_decay.flatten().equal(att.time_decay.flatten())
     assert all(p.isfinite().all() for p in model.parameters()) and model(torch.arange(5)[None]).shape == (1, 5, 300)
     assert all(p.isfinite().all() for p in rwkv6.init_model(1, 64, 50).parameters())
+
+
+@pytest.fixture
+def with_extras():
+    """A model with pre_ffn and head_qk; after initialization, in which these change nothing, every parameter is disturbed."""
+    torch.manual_seed(0)
+    model = rwkv6.init_model(2, 64, 30, pre_ffn=True, head_qk=16)
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+def test_pre_ffn_and_head_qk_are_what_rwkv_lm_defines(with_extras, tmp_path):
+    model, idx = with_extras, torch.randint(30, (2, 9))
+    block, x = model.blocks[0], model.emb(idx)
+    x = block.ln0(x)
+    x = x + block.ffnPre(block.ln1(x), None)[0]                          # a channel mix in place of the time mix
+    x, _ = model.blocks[1](x + block.ffn(block.ln2(x), None)[0])
+    x = model.ln_out(x)
+    c = (model.head_q(x) @ model.head_k(x).mT / 16).masked_fill(torch.ones(9, 9).tril() == 0, 0)
+    expected = model.head(x) + c @ torch.nn.functional.one_hot(idx, 30).float()
+    assert (model(idx) - expected).abs().max() < 1e-5 and c.abs().max() > 0.1
+    torch.save(dict(model.named_parameters()), tmp_path / "extras.pth")
+    loaded = rwkv6.load_model(tmp_path / "extras.pth")
+    assert loaded.config == model.config and "pre_ffn, head_qk 16" in str(model.config) and loaded(idx).equal(model(idx))
+    with pytest.raises(ValueError, match="at least 2"):
+        rwkv6.init_model(1, 64, 30, pre_ffn=True)
+
+
+def test_pre_ffn_and_head_qk_in_recurrent_mode_and_in_the_loss(with_extras):
+    model, idx = with_extras, torch.randint(30, (2, 9))
+    state, logits = model.empty_state(), []
+    for part in idx.split([3, 1, 5], dim=1):
+        out, state = model(part, state)
+        logits.append(out)
+    assert (torch.cat(logits, 1) - model(idx)).abs().max() < 1e-5
+    targets, mask = torch.randint(30, (2, 9)), torch.rand(2, 9).round()
+    logits = model(idx)
+    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none") @ mask.flatten() / mask.sum()
+    wrapped = plain + 0.5e-4 / 18 * logits.max(-1).values.square().sum()
+    ours, parameters = loss_fn(model, idx, targets, mask), list(model.parameters())
+    assert ours.item() == pytest.approx(plain.item(), rel=1e-5)
+    for a, e in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(wrapped, parameters)):
+        assert (a - e).norm() <= 1e-4 * e.norm()
 
 
 # ---- checkpoints that are not for us --------------------------------------------------------------------------------------------
@@ -161,19 +212,20 @@ def refused(tmp_path, checkpoint, words):
 
 
 @pytest.mark.parametrize("names, words", [
-    (["blocks.0.att.time_mix_k", "blocks.0.att.time_first"], "RWKV-4"),
-    (["blocks.0.att.time_mix_k", "blocks.0.att.ln_x.weight"], "RWKV-5"),
-    (["blocks.0.att.r_k", "blocks.0.att.x_r"], "RWKV-7"),
-    (["blocks.0.att.key.bone"], "Bone checkpoint"),
+    (["blocks.0.att.time_mix_k", "blocks.0.att.time_first"], "an RWKV-4"),
+    (["blocks.0.att.time_mix_k", "blocks.0.att.ln_x.weight"], "an RWKV-5.0 or 5.1"),
+    (["blocks.0.att.r_k", "blocks.0.att.x_r"], "an RWKV-7"),
+    (["blocks.0.att.key.bone"], "a Bone checkpoint"),
     (["model.layers.0.mlp.weight"], "not an RWKV-6"),
-    (["blocks.0.att.time_maa_x"], "not a complete"),
+    (["blocks.0.att.time_maa_x"], "not a complete x060"),
+    (["blocks.0.att.time_mix_g"], "not a complete x052"),
 ])
 def test_other_checkpoints_are_named_for_what_they_are(tmp_path, names, words):
     refused(tmp_path, {name: torch.ones(4, 4) for name in names}, words)
 
 
-def test_missing_misshapen_and_nan_tensors_are_named(x060, tmp_path):
-    base = x060[1]["base"]
+def test_missing_misshapen_and_nan_tensors_are_named(reference, tmp_path):
+    base = reference[1]["base"]
     name = "blocks.1.att.gate.weight"
     refused(tmp_path, {k: v for k, v in base.items() if k != name}, f"{name} is missing")
     refused(tmp_path, {**base, "blocks.1.extra": torch.ones(2)}, "blocks.1.extra is not part of")
@@ -200,8 +252,8 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path, content):
         rwkv6.load_model(tmp_path / "x.pth")
 
 
-def test_a_cut_checkpoint_is_refused(x060, tmp_path):
-    whole = (x060[0] / "base.pth").read_bytes()
+def test_a_cut_checkpoint_is_refused(reference, tmp_path):
+    whole = (reference[0] / "base.pth").read_bytes()
     for size in (len(whole) // 2, len(whole) - 10):
         (tmp_path / "x.pth").write_bytes(whole[:size])
         with pytest.raises(ValueError, match="cut or damaged"):

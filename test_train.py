@@ -130,14 +130,14 @@ def test_the_first_loss_is_that_of_the_base_and_checkpoints_have_its_dtype(dtype
     assert {tensor.dtype for tensor in read("out/rwkv-0.pth").values()} == {dtype}
 
 
-def test_four_micro_batches_of_one_row_are_one_of_four():
+@pytest.mark.parametrize("loss_mask", ["pad", "none"])
+def test_four_micro_batches_of_one_row_are_one_of_four(loss_mask):
+    """Each padded to its own length, or to ctx_len; the loss's mask, and the L2 wrap, see no difference."""
     model, *_ = train.build_model(arguments("--precision fp32"), torch.device("cpu"))
-    whole = data.collate([data.Binidx("x")[i] for i in (1, 3, 5, 7)], 32)      # 32, 8, 29 and 11 tokens count
-    rows = [[x[i:i + 1] for x in whole] for i in range(4)]
-    losses, grads = [], []
-    for micro in ([whole], rows):
+    documents, losses, grads = [data.Binidx("x")[i] for i in (1, 3, 5, 7)], [], []      # 32, 8, 29 and 11 tokens count
+    for rows in ([documents], [[document] for document in documents]):
         model.zero_grad()
-        losses.append(train.step(model, micro, contextlib.nullcontext()))
+        losses.append(train.step(model, [data.collate(row, 32, loss_mask) for row in rows], contextlib.nullcontext()))
         grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert all((grad - grads[1][name]).norm() <= 1e-5 * grad.norm() for name, grad in grads[0].items())
@@ -239,7 +239,7 @@ def test_head_loss_in_chunks_is_the_loss_on_whole_logits(M, vocab_size, dtype, n
     logits = x @ head.t()
     loss = F.cross_entropy(logits, targets, reduction="none") @ weight
     whole = loss + 0.01 / 2 * (logits.max(-1).values ** 2).sum()               # its gradient adds 0.01 * the largest logit: the L2 wrap
-    ours = train.HeadLoss.apply(x, head, targets, weight, 0.01, dtype)
+    ours = train.HeadLoss.apply(x, head, targets, weight, torch.full((M,), 0.01, dtype=dtype), dtype, None, None)
     assert ours.item() == pytest.approx(loss.item(), rel=near)
     for a, e in zip(torch.autograd.grad(ours, [x, head]), torch.autograd.grad(whole, [x, head])):
         assert (a - e).norm() <= near * e.norm()

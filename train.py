@@ -118,17 +118,18 @@ def largest_of_rows(x):
 
 
 class HeadLoss(torch.autograd.Function):
-    """Head product, cross-entropy and L2 wrap over chunks of tokens, so that the logits (tokens x vocabulary) never exist whole.
+    """Head product, summed cross-entropy and L2 wrap over chunks of tokens, so that the logits (tokens x vocabulary) never exist whole.
 
-    x: (M, C); head: (vocab, C); targets: (M,); weight: (M,) of each token in the loss; l2: the L2 wrap's factor per position.
-    The gradient is made with the loss, chunk by chunk, and only scaled in the backward pass.
+    x: (M, C); head: (vocab, C); targets: (M,); weight: (M,) of each token in the sum; l2: (M,) factor of each position's L2 wrap.
+    copies: (M, S) or None, added to the logits of the tokens seen: (M, S). The gradient is made with the loss, chunk by chunk, and
+    only scaled in the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, x, head, targets, weight, l2, dtype):
+    def forward(ctx, x, head, targets, weight, l2, dtype, copies, seen):
         W = head.to(dtype)
-        gx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        ghead = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
+        gx, ghead, gcopies = (make(a) if needed else None for make, a, needed in zip(
+            (torch.empty_like, torch.zeros_like, torch.empty_like), (x, head, copies), (*ctx.needs_input_grad[:2], copies is not None)))
         loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         many = max(1, (1 << 24) // len(head))  # tokens in a product: with fewer, reading W would take longer than multiplying by it
         few = max(1, many // 8)                # and in what is done in float32: 8 MB, which stay in the cache
@@ -136,38 +137,48 @@ class HeadLoss(torch.autograd.Function):
             rows = slice(start, start + many)
             x_rows = x[rows].to(dtype)
             g_rows = x_rows @ W.t()            # the logits, and soon, in their place, the gradient
-            for g, t, wt in zip(*(a.split(few) for a in (g_rows, targets[rows, None], weight[rows, None].to(loss.dtype)))):
+            if copies is not None:
+                g_rows.scatter_add_(-1, seen[rows], copies[rows].to(dtype))
+            for g, t, wt, l2_t in zip(*(a.split(few) for a in (g_rows, targets[rows, None], weight[rows, None], l2[rows, None]))):
                 largest, at = largest_of_rows(g)
                 largest, logits_of_targets = largest.to(loss.dtype), g.gather(-1, t)
                 e = (g - largest).exp_()
                 total = e.sum(-1, keepdim=True)
                 loss += (wt * (total.log() + largest - logits_of_targets)).sum()
-                g.copy_(e.mul_(wt / total).scatter_add_(-1, t, -wt).scatter_add_(-1, at, largest * l2))  # softmax - target + L2 wrap
+                g.copy_(e.mul_(wt / total).scatter_add_(-1, t, -wt).scatter_add_(-1, at, largest * l2_t))  # softmax - target + L2 wrap
             if gx is not None:
                 gx[rows] = g_rows @ W
             if ghead is not None:
                 ghead += g_rows.t() @ x_rows
-        ctx.save_for_backward(gx, ghead)
+            if copies is not None:
+                gcopies[rows] = g_rows.gather(-1, seen[rows]).to(gcopies.dtype)
+        ctx.save_for_backward(gx, ghead, gcopies)
         return loss
 
     @staticmethod
     def backward(ctx, gloss):
-        return *(g if g is None else g * gloss for g in ctx.saved_tensors), None, None, None, None
+        gx, ghead, gcopies = (g if g is None else g * gloss for g in ctx.saved_tensors)
+        return gx, ghead, None, None, None, None, gcopies, None
 
 
 def loss_fn(model, idx, targets, mask, tokens=None, positions=None):
-    """Mean cross-entropy over the masked tokens; its backward includes the RWKV L2 wrap, + 1e-4 / (B T) * the largest logit.
+    """Mean cross-entropy over the masked tokens; its backward includes the RWKV L2 wrap, + 1e-4 / positions * the largest logit.
 
-    idx, targets: (B, T) int64; mask: (B, T), 1 where a token counts. A micro batch of a larger step gives the step's
-    `tokens` (sum of masks) and `positions` (sum of B T), so that the losses and gradients of its micro batches add up.
+    idx, targets: (B, T) int64; mask: (B, T), 1 where a token counts. A negative target is padding, and no position. A micro batch of
+    a larger step gives the step's `tokens` (sum of masks) and `positions`, so that losses and gradients of its micro batches add up.
     """
-    tokens = mask.sum() if tokens is None else tokens
-    positions = idx.numel() if positions is None else positions
+    targets, mask = targets.reshape(-1), mask.reshape(-1)
+    tokens = max(float(mask.sum() if tokens is None else tokens), 1.0)
+    positions = max(int((targets >= 0).sum()) if positions is None else positions, 1)
     x, _ = model.hidden(idx)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.head.weight.dtype
-    weight = mask.reshape(-1) / max(float(tokens), 1.0)
-    return HeadLoss.apply(x.reshape(-1, x.shape[-1]), model.head.weight, targets.reshape(-1), weight, 1e-4 / positions, dtype)
+    copies = seen = None
+    if model.config.head_qk:
+        copies = model.copies(x, idx)[0].flatten(0, 1)
+        seen = idx[:, None].expand(-1, idx.shape[1], -1).reshape(copies.shape)
+    l2 = (targets >= 0).to(x.dtype) * (1e-4 * tokens / positions)   # the sum is divided only below, so that fp16 can hold its gradient
+    return HeadLoss.apply(x.flatten(0, 1), model.head.weight, targets.clamp(min=0), mask.to(x.dtype), l2, dtype, copies, seen) / tokens
 
 
 def make_optimizer(model, lr, betas=(0.9, 0.99), eps=1e-8):
@@ -266,7 +277,7 @@ def check_memory(args, device):
 
 def step(model, micro, autocast):
     """Forward and backward of an optimizer step's micro batches. Returns the mean loss over all their counting tokens."""
-    tokens, positions = sum(mask.sum().item() for _, _, mask in micro), sum(idx.numel() for idx, _, _ in micro)
+    tokens, positions = sum(mask.sum().item() for _, _, mask in micro), sum((targets >= 0).sum().item() for _, targets, _ in micro)
     total = 0.0
     for batch in micro:
         with autocast:
