@@ -1,4 +1,4 @@
-"""From text to batches: jsonl -> tokens -> binidx files -> (idx, targets, mask).
+"""From text to batches: jsonl -> tokens -> binidx files -> (idx, targets, mask); or characters, or tokens, of one long text.
 
 A data set is a pair of binidx files (from Megatron-LM), mapped and never read whole: it may be larger than memory. x.bin
 holds the tokens of all documents, each ended by token 0, and nothing else; x.idx (little-endian) says where each one lies:
@@ -33,6 +33,8 @@ from files import Parser, atomic_path, run_cli
 MAGIC, HEADER = b"MMIDIDX\0\0", struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 LIKE = 'each line must look like {"text": "..."}'
+CHARACTERS = ("utf-8", "utf-16le", "dummy")  # kinds of data whose tokens are characters
+MARKERS = {"qa": ("Assistant:", "User:")}     # loss masks that count what follows the first text, up to the second
 _tokenizer = functools.cache(RWKVTokenizer)
 
 
@@ -88,9 +90,33 @@ def _prefix(path):
     return re.sub(r"\.(bin|idx)$", "", os.fspath(path))
 
 
-class Binidx:
-    """The documents of prefix.bin and prefix.idx, mapped. A damaged pair is a ValueError in one line, before memory is taken.
-    len(data): documents; data[i]: (size of document i) int64, a copy; data.sizes: (documents) int32; data.tokens: all tokens."""
+class Documents:
+    """len(data): documents; data[i]: (size of document i) int64, a copy; data.sizes: (documents) ints; data.tokens: all tokens.
+    What this class makes of one long text is pieces of ctx_len + 1 tokens, each beginning with the last one of the piece before."""
+
+    characters = ""  # those of a character-level vocabulary, in the order of their ids
+
+    def __init__(self, name, tokens, ctx_len):
+        if len(tokens) < 2:
+            raise ValueError(f"{name}: holds {len(tokens)} tokens; at least 2 are needed")
+        starts = np.arange(0, len(tokens) - 1, ctx_len)
+        self.prefix, self.tokens = name, tokens
+        self.pointers, self.sizes = starts * tokens.itemsize, np.minimum(ctx_len + 1, len(tokens) - starts)
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, i):
+        start = self.pointers[i] // self.tokens.itemsize
+        return self.tokens[start:start + self.sizes[i]].astype(np.int64)
+
+    def vocab_size(self):
+        """The smallest vocabulary with which a model can read this."""
+        return len(self.characters) or int(self.tokens.max()) + 1
+
+
+class Binidx(Documents):
+    """The documents of prefix.bin and prefix.idx, mapped. A damaged pair is a ValueError in one line, before memory is taken."""
 
     def __init__(self, prefix):
         self.prefix = _prefix(prefix)
@@ -115,12 +141,9 @@ class Binidx:
             raise ValueError(f"{bin_path}: {size} bytes, but the index needs {need}; copy or convert both again")
         self.tokens = np.frombuffer(np.memmap(bin_path, mode="r"), dtype)
 
-    def __len__(self):
-        return len(self.sizes)
-
-    def __getitem__(self, i):
-        start = self.pointers[i] // self.tokens.itemsize
-        return self.tokens[start:start + self.sizes[i]].astype(np.int64)
+    def vocab_size(self):
+        """That of RWKV World, whose tokens these files hold, or more where there are others."""
+        return 65536 if self.tokens.dtype.itemsize < 4 else max(65536, super().vocab_size())
 
 
 def write_binidx(prefix, documents, dtype=np.uint16):
@@ -140,9 +163,7 @@ def write_binidx(prefix, documents, dtype=np.uint16):
     return n, sum(sizes)
 
 
-def open_data(path, vocab_size=None):
-    """The Binidx of a prefix, or of a .jsonl, which is converted beside itself (x.jsonl.bin, x.jsonl.idx) when new or changed.
-    With vocab_size, a token outside 0 ... vocab_size - 1 is a ValueError that names its document, counted from 0 as in data[i]."""
+def _open_binidx(path):
     def missing():
         return [prefix + end for end in (".bin", ".idx") if not os.path.exists(prefix + end)]
 
@@ -154,49 +175,121 @@ def open_data(path, vocab_size=None):
             jsonl_to_binidx(jsonl, prefix)
     if missing():
         raise FileNotFoundError(f"{path}: no {' and '.join(missing())}, and no {jsonl}; give a .jsonl, or the prefix of a .bin and .idx")
-    data = Binidx(prefix)
+    return Binidx(prefix)
+
+
+def read_vocabulary(path):
+    """The characters of a vocab.json, {"0": "a", "1": "b", ...}, in one string. ValueError for anything else."""
+    try:
+        vocabulary = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        characters = [vocabulary[str(i)] for i in range(len(vocabulary))]
+        if not characters or {*map(len, characters)} != {1} or len({*characters}) < len(characters):
+            raise ValueError("one character each")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'{path}: not a vocabulary, {{"0": "a", "1": "b", ...}} ({error}); delete it to have it made anew') from error
+    return "".join(characters)
+
+
+def _open_text(path, kind, ctx_len, characters):
+    """The characters of a text as Documents; their ids are their places in `characters`, or in those that occur, sorted."""
+    if kind == "dummy":  # 100,000 sums, as in RWKV-LM
+        text = "".join(f".{a}+{b}={a + b}." for a, b in ((i % 10000, i * i % 10000) for i in range(100_000)))
+    else:
+        try:
+            text = pathlib.Path(path).read_text(encoding=kind).removeprefix("\ufeff")
+        except UnicodeError as error:
+            raise ValueError(f"{path}: not {kind} ({error}); another --data_type may fit") from error
+    characters = characters or "".join(sorted({*text}))
+    ids = np.full(0x110000, -1, np.int32)
+    ids[list(map(ord, characters))] = range(len(characters))
+    tokens = ids[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
+    if (tokens < 0).any():
+        raise ValueError(f"{path}: has the character {text[(tokens < 0).argmax()]!r}, which the model's vocab.json has not; leave it out of the text")
+    data = Documents(path or kind, tokens, ctx_len)
+    data.characters = characters
+    return data
+
+
+def _open_tokens(path, kind, ctx_len):
+    """One long row of tokens: a .npy file, or bare uint16 numbers; mapped."""
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False) if kind == "numpy" else np.memmap(path, "<u2", "r")
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise ValueError(f"{tokens.dtype}, {tokens.ndim} dimensions")
+    except (ValueError, EOFError, AttributeError) as error:
+        raise ValueError(f"{path}: not {kind}, a row of integers ({error}); another --data_type may fit") from error
+    return Documents(path, tokens, ctx_len)
+
+
+def kind_of(path):
+    """The --data_type that a file's name tells: numpy for .npy, utf-8 for .txt, and else binidx, which a .jsonl becomes."""
+    return {".npy": "numpy", ".txt": "utf-8"}.get(os.path.splitext(path)[1], "binidx")
+
+
+def open_data(path, vocab_size=None, kind=None, ctx_len=512, characters=""):
+    """The Documents of a file. kind, a --data_type; None: by the name.
+    binidx, jsonl        a prefix, or a .jsonl, which is converted beside itself (x.jsonl.bin, x.jsonl.idx) when new or changed
+    utf-8, utf-16le      a text, whose tokens are its characters, in pieces of ctx_len + 1; dummy: a text of sums, without a file
+    numpy, uint16        the tokens of a .npy file, or of bare little-endian numbers, in such pieces
+    With vocab_size, a token outside 0 ... vocab_size - 1 is a ValueError that names its document, counted from 0 as in data[i]."""
+    kind = kind or kind_of(path)
+    if kind in CHARACTERS:
+        data = _open_text(path, kind, ctx_len, characters)
+    else:
+        data = _open_tokens(path, kind, ctx_len) if kind in ("numpy", "uint16") else _open_binidx(path)
     tokens, limits = data.tokens, np.iinfo(data.tokens.dtype)
     if vocab_size is not None and (limits.min < 0 or limits.max >= vocab_size):  # uint16 always fits in 65536
         for at in (tokens.argmin(), tokens.argmax()):  # these read the mapped file through, and take no memory
             if not 0 <= tokens[at] < vocab_size:
                 i = np.searchsorted(data.pointers, at * tokens.itemsize, side="right") - 1
-                raise ValueError(f"{prefix}: document {i} holds token {tokens[at]}, but the model's vocabulary is {vocab_size}")
+                raise ValueError(f"{data.prefix}: document {i} holds token {tokens[at]}, but the model's vocabulary is {vocab_size}")
     return data
 
 
-def qa_mask(tokens):
-    """1 where a token counts as a target: in an answer, after "Assistant:", before the next "User:". (n) ints -> (n) float32.
+def qa_mask(tokens, begin="Assistant:", end="User:"):
+    """1 where a token counts as a target: in an answer, after `begin`, before the next `end`. (n) ints -> (n) float32.
     Token 0 after an answer counts, and ends it. Markers are looked for in the bytes, as a token may hold a piece of one and more."""
     pieces = [b"\xff" if token == 0 else token_bytes().get(token, b"?") for token in np.asarray(tokens).tolist()]  # no text holds \xff
     text, begins = b"".join(pieces), np.cumsum([0, *map(len, pieces)])[:-1]
     counts = np.zeros(len(text), bool)
-    for answer in re.finditer(rb"Assistant:(.*?)((?<=\xff)|(?=Assistant:|User:|\Z))", text, re.DOTALL):
+    begin, end = (re.escape(marker.encode()) for marker in (begin, end))
+    for answer in re.finditer(b"%b(.*?)((?<=\xff)|(?=%b|%b|\\Z))" % (begin, begin, end), text, re.DOTALL):
         counts[answer.start(1):answer.end(1)] = True
     return np.logical_and.reduceat(counts, begins).astype(np.float32)  # a token that touches a marker belongs to it
 
 
 def check_mask(data, ctx_len, loss_mask):
     """How many of the first 1000 documents have no token that counts; ValueError where that is all of them."""
-    n = min(1000, len(data)) if loss_mask == "qa" else 0
-    silent = sum(not collate([data[i]], ctx_len, "qa")[2].any() for i in range(n))
-    if silent == n > 0:
-        raise ValueError(f"{data.prefix}: no answer in {n} documents, cut at --ctx_len; use --loss_mask pad, or User: ... Assistant: ...")
+    markers = MARKERS.get(loss_mask, loss_mask)
+    if markers in ("pad", "none"):
+        return 0
+    if data.characters:
+        raise ValueError(f"{data.prefix}: its tokens are characters, in which --loss_mask finds no marker; use pad or none")
+    n = min(1000, len(data))
+    silent = sum(not collate([data[i]], ctx_len, markers)[2].any() for i in range(n))
+    if silent == n:
+        begin, end = markers
+        raise ValueError(f"{data.prefix}: no answer in {n} documents, cut at --ctx_len; use --loss_mask pad, or {end} ... {begin} ...")
     return silent
 
 
 def collate(documents, ctx_len, loss_mask="pad"):
     """B documents, arrays of token ids -> idx, targets (B, T) int64, -100 where padding begins, and mask (B, T) float32; T <= ctx_len.
-    loss_mask: "pad", the documents count; "none", the 0s after them too, up to ctx_len; "qa", only the answers."""
+    loss_mask: "pad", the documents count; "none", the 0s after them too, up to ctx_len; "qa", only the answers; or what stands for
+    "Assistant:" and "User:" there, a pair."""
     # Padding cannot reach the tokens before it, as the model is causal, and with a mask it has no cross-entropy of its own: whole
     # columns of it would be computed for nothing. Without a mask it counts, and stays.
-    width = ctx_len + 1 if loss_mask == "none" else min(ctx_len + 1, max(2, *map(len, documents)))  # 2: a lone token is an idx too
-    rows = torch.full((len(documents), width), 0 if loss_mask == "none" else -100)
-    mask = torch.full(rows.shape, float(loss_mask == "none"))
+    markers = MARKERS.get(loss_mask, loss_mask)
+    width = ctx_len + 1 if markers == "none" else min(ctx_len + 1, max(2, *map(len, documents)))  # 2: a lone token is an idx too
+    rows = torch.full((len(documents), width), 0 if markers == "none" else -100)
+    mask = torch.full(rows.shape, float(markers == "none"))
     for row, counts, document in zip(rows, mask, documents):
         n = min(width, len(document))
         row[:n] = torch.from_numpy(document[:n])
-        # some tokens more are looked at: a marker that the cut goes through is still one
-        counts[:n] = torch.from_numpy(qa_mask(document[:n + len("Assistant:")])[:n]) if loss_mask == "qa" else 1
+        if markers in ("pad", "none"):
+            counts[:n] = 1
+        else:  # some tokens more are looked at: a marker that the cut goes through is still one
+            counts[:n] = torch.from_numpy(qa_mask(document[:n + len(markers[0].encode())], *markers)[:n])
     return rows[:, :-1].clamp(min=0), rows[:, 1:].contiguous(), mask[:, 1:].contiguous()
 
 
@@ -205,12 +298,12 @@ def _permutation(seed, epoch, n):
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def batch(data, step, micro_bsz, ctx_len, dataload="pad", loss_mask="pad", seed=0):
+def batch(data, step, micro_bsz, ctx_len, dataload="pad", loss_mask="pad", seed=0, shuffle=True):
     """Micro batch number `step`: idx, targets (B, T) int64 and mask (B, T) float32, a function of nothing but its arguments.
-    "pad", "only" (B = 1): the next B = micro_bsz documents of an endless stream, in which each epoch is a permutation of all.
-    "get": B windows of T = ctx_len at random places of the whole token stream."""
-    if dataload not in ("pad", "only", "get") or loss_mask not in ("pad", "none", "qa"):
-        raise ValueError(f"--dataload {dataload} --loss_mask {loss_mask}: there are pad, only, get and pad, none, qa")
+    "pad", "only" (B = 1): the next B = micro_bsz documents of an endless stream, in which each epoch is a permutation of all (without
+    shuffle, their order). "get": B windows of T = ctx_len at random places of the whole token stream."""
+    if dataload not in ("pad", "only", "get") or isinstance(loss_mask, str) and loss_mask not in ("pad", "none", *MARKERS):
+        raise ValueError(f"--dataload {dataload} --loss_mask {loss_mask}: there are pad, only, get and pad, none, qa, se")
     if dataload == "get":
         n, width = len(data.tokens), ctx_len + 1  # the last token of a window is a target only
         if n < width:
@@ -221,7 +314,7 @@ def batch(data, step, micro_bsz, ctx_len, dataload="pad", loss_mask="pad", seed=
         raise ValueError(f"--dataload only takes one document at a time, but --micro_bsz is {micro_bsz}; use --dataload only --micro_bsz 1")
     loss_mask = "pad" if (dataload, loss_mask) == ("only", "none") else loss_mask  # the same, where nothing is padded
     places = [divmod(step * micro_bsz + b, len(data)) for b in range(micro_bsz)]
-    return collate([data[_permutation(seed, epoch, len(data))[i]] for epoch, i in places], ctx_len, loss_mask)
+    return collate([data[_permutation(seed, epoch, len(data))[i] if shuffle else i] for epoch, i in places], ctx_len, loss_mask)
 
 
 def main(argv=None):

@@ -120,8 +120,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options, allow_abbrev=False)
 
     def error(self, message):
-        words = re.findall(r"--[\w-]+", message)
-        near = [flag for word in words for flag in difflib.get_close_matches(word, self._option_string_actions, 1) if flag != word]
+        if message.startswith("argument "):  # of a known flag: what is wrong with it
+            raise ValueError(message.removeprefix("argument "))
+        near = [flag for word in re.findall(r"--[\w-]+", message) for flag in difflib.get_close_matches(word, self._option_string_actions, 1)]
         raise ValueError(f"{message}; " + (f"did you mean {near[0]}?" if near else f"python {self.prog} --help lists all flags"))
 
 

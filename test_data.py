@@ -148,7 +148,7 @@ def test_rows_are_cut_to_ctx_len_and_padded_to_the_longest_and_only_documents_co
     assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert (idx.dtype, targets.dtype, mask.dtype) == (torch.int64, torch.int64, torch.float32)
     idx, targets, mask = collate([np.array([1, 2, 0]), np.array([3, 4, 5, 6, 0])], ctx_len=3)
-    assert idx.tolist() == [[1, 2, 0], [3, 4, 5]] and targets.tolist() == [[2, 0, 0], [4, 5, 6]] and mask.tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert idx.tolist() == [[1, 2, 0], [3, 4, 5]] and targets.tolist() == [[2, 0, -100], [4, 5, 6]] and mask.tolist() == [[1, 1, 0], [1, 1, 1]]
 
 
 def test_without_a_mask_rows_are_padded_to_ctx_len_and_the_padding_counts():

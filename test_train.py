@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import math
 import os
 import pathlib
 import re
@@ -148,9 +149,9 @@ def test_held_out_loss_is_the_mean_over_its_tokens_before_and_after(capsys):
     run("--val_file held --epoch_count 2 --epoch_steps 8")
     before, middle, after = column("val_loss")
     assert after < middle < before and re.search(f"before training: {before:.4f}\n(.|\n)*, held-out loss {after:.4f}\n", capsys.readouterr().out)
-    args, model, found = arguments(), rwkv6.load_model("base.pth", torch.float32), []
-    for args.micro_bsz in (1, 2, 3):
-        found.append(train.val_loss(model, data.Binidx("held"), args, contextlib.nullcontext()))
+    model, found = rwkv6.load_model("base.pth", torch.float32), []
+    for micro_bsz in (1, 2, 3):
+        found.append(train.val_loss(model, data.Binidx("held"), micro_bsz, 32, "pad", contextlib.nullcontext()))
     assert found == pytest.approx(found[:1] * 3, rel=1e-5) and found[0] == pytest.approx(before, rel=2e-2)
 
 
@@ -260,21 +261,52 @@ def test_a_frozen_head_gets_no_gradient_and_no_token_that_counts_is_no_loss():
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("step, lr_init, lr_final, warmup, expected", [
-    (0, 1e-3, 1e-3, 0, 1e-3), (99, 1e-3, 1e-3, 0, 1e-3),                                        # constant
-    (49, 1e-2, 1e-4, 0, 1e-3), (99, 1e-2, 1e-4, 0, 1e-4), (0, 1e-2, 1e-4, 0, 1e-2 * 10**-0.02),   # exponential
-    (49, 1e-3, 0, 0, 5e-4), (99, 1e-3, 0, 0, 0), (49, 0, 1e-3, 0, 5e-4),                       # linear where one is 0
-    (0, 1e-3, 1e-3, 10, 2e-4), (5, 1e-3, 1e-3, 10, 6e-4), (10, 1e-3, 1e-3, 10, 1e-3), (99, 1e-2, 1e-4, 10, 1e-4),
-])
-def test_learning_rate(step, lr_init, lr_final, warmup, expected):
-    assert train.learning_rate(step, 100, lr_init, lr_final, warmup) == pytest.approx(expected, rel=1e-9)
+def reference_learning_rate(global_step, epoch_begin, epoch_count, epoch_steps, lr_init, lr_final, warmup_steps):
+    """As RWKV-PEFT has it: global_step counts from the beginning of the run, real_step from epoch 0."""
+    real_step = global_step + epoch_begin * epoch_steps
+    if lr_final == lr_init:
+        lr = lr_init
+    else:
+        progress = (real_step - warmup_steps + 1) / (epoch_count * epoch_steps - warmup_steps)
+        progress = min(1, max(0, progress))
+        lr = lr_init + (lr_final - lr_init) * progress if 0 in (lr_final, lr_init) else lr_init * math.exp(math.log(lr_final / lr_init) * progress)
+    return lr * (0.2 + 0.8 * global_step / warmup_steps) if global_step < warmup_steps else lr
 
 
-def test_time_decay_alone_learns_at_twice_the_rate():
-    model = rwkv6.load_model("base.pth")
+@pytest.mark.parametrize("warmup_steps", [-1, 0, 1, 7])
+@pytest.mark.parametrize("lr_init, lr_final", [(1e-3, 1e-3), (1e-2, 1e-4), (1e-3, 0), (0, 1e-3), (1e-5, 1e-3)])
+@pytest.mark.parametrize("epoch_begin, epoch_count", [(0, 1), (0, 3), (1, 3), (3, 2)])
+def test_the_learning_rate_of_every_step_is_the_reference_s(epoch_begin, epoch_count, lr_init, lr_final, warmup_steps):
+    for n in range(epoch_count * 10):
+        ours = train.learning_rate(epoch_begin * 10 + n, epoch_begin * 10, epoch_count * 10, lr_init, lr_final, warmup_steps)
+        assert ours == pytest.approx(reference_learning_rate(n, epoch_begin, epoch_count, 10, lr_init, lr_final, warmup_steps), rel=1e-9), n
+
+
+def test_a_run_follows_the_curve():
+    run("--epoch_begin 1 --epoch_count 3 --epoch_steps 4 --lr_init 1e-2 --lr_final 1e-3 --warmup_steps 2")
+    assert column("lr") == pytest.approx([reference_learning_rate(n, 1, 3, 4, 1e-2, 1e-3, 2) for n in range(12)], rel=1e-6)
+
+
+@pytest.mark.parametrize("version", ["x060", "x052"])
+@pytest.mark.parametrize("layerwise_lr, weight_decay", [(1, 0.0), (1, 0.1), (0, 0.0), (0, 0.1)])
+def test_parameters_are_grouped_as_the_reference_groups_them(version, layerwise_lr, weight_decay):
+    model = bone.add_bone(rwkv6.init_model(2, 64, 300, version=version), 16).requires_grad_(True)
     names = {p: name for name, p in model.named_parameters()}
-    rate = {names[p]: group["lr"] for group in train.make_optimizer(model, 1e-3).param_groups for p in group["params"]}
-    assert rate == {name: 2e-3 if name in ("blocks.0.att.time_decay", "blocks.1.att.time_decay") else 1e-3 for name in names.values()}
+    found = {names[p]: (group["lr"], group["lr_scale"], group["weight_decay"])
+             for group in train.make_optimizer(model, 1e-3, weight_decay=weight_decay, layerwise_lr=layerwise_lr).param_groups for p in group["params"]}
+    for p, name in names.items():
+        if layerwise_lr and "time_" in name:
+            scale, decay = 2.0 if name in ("blocks.0.att.time_decay", "blocks.1.att.time_decay") else 1.0, 0.0
+        else:
+            scale, decay = 1.0, weight_decay if len([n for n in p.shape if n > 1]) >= 2 else 0.0
+        assert found[name] == (1e-3 * scale, scale, decay), name
+
+
+def test_weight_decay_shrinks_what_it_is_for():
+    run("--weight_decay 100 --lr_init 1e-3 --lr_final 1e-3 --train_parts emb --proj_dir decayed --epoch_steps 1")
+    run("--lr_init 1e-3 --lr_final 1e-3 --train_parts emb --proj_dir plain --epoch_steps 1")
+    decayed, plain, base = (read(path)["emb.weight"].float() for path in ("decayed/rwkv-0.pth", "plain/rwkv-0.pth", "base.pth"))
+    assert (plain - decayed - 0.1 * base).norm() < 0.01 * base.norm()       # 1 - lr * weight_decay
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------------------
@@ -326,16 +358,16 @@ BASE, BONES, ONE = "--load_model bad.pth", "--bone_load bad.pth", torch.ones(1)
     ("--loss_mask qa", "x: no answer", None),
     ("--data_file qa --loss_mask qa --val_file x", "x: no answer", lambda: data.write_binidx("qa", [[1 + b for b in b"User: a\n\nAssistant: b"]])),
     ("--dataload only", "--micro_bsz 1", None), ("--dataload get --ctx_len 400", "--ctx_len 311", None),
-    ("--n_layer 3", "--n_layer 3, but base.pth has 2", None), ("--n_embd 128", "--n_embd 128, but base.pth has 64", None),
+    ("--n_layer 3", "base.pth: has n_layer 2, but --n_layer is 3", None), ("--n_embd 128", "base.pth: has n_embd 64, but --n_embd is 128", None),
     ("--bone_r 24", "24 does not divide blocks.0.att.receptance (64 x 64); this model takes [8, 16, 32]", None),
     ("--load_model ''", "--load_model is missing", None), ("--load_model '' --n_layer 2 --n_embd 60", "n_embd 60 must be a multiple", None),
-    ("--train_parts foo", "foo is unknown: time, ln, emb and head", None), ("--accelerator gpu", "use --accelerator cpu", None),
+    ("--train_parts foo", "--train_parts foo is unknown: time, ln, emb and head", None), ("--accelerator gpu", "use --accelerator cpu", None),
     ("--proj_dir base.pth", "base.pth", None),
     ("--proj_dir old", "old/rwkv-0.pth: already there", lambda: (os.mkdir("old"), save(b"of an earlier run", "old/rwkv-0.pth"))),
     ("--bone_load old/rwkv-0.pth --quant int8", "old/rwkv-0.pth: trained with --quant nf4 (old/args.json), but --quant is int8; use nf4", of_an_nf4_run),
     ("--proj_dir old --epoch_begin 1", "old/rwkv-0.pth: trained with --quant nf4 (old/args.json), but --quant is none; use nf4", of_an_nf4_run),
-    *[(flag, flag.strip("-"), None) for flag in ("--bone_r 0", "--micro_bsz 0", "--epoch_count 0", "--epoch_steps -1", "--lr_init -1", "--lr_init nan",
-                                                 "--lr_init inf", "--lr_final nan", "--warmup_steps -1", "--ctx_len 0")],
+    *[(flag, flag.replace(" ", ": ") + " must be a number of at least", None) for flag in ("--bone_r 0", "--micro_bsz 0", "--epoch_count 0", "--epoch_steps -1", "--lr_init -1", "--lr_init nan",
+                                                 "--lr_init inf", "--lr_final nan", "--warmup_steps -2", "--ctx_len 0")],
     ("--beta2 1.5", "beta", None),
 ])
 def test_what_cannot_work_is_refused_in_one_line_that_names_it(monkeypatch, capsys, flags, says, prepare):

@@ -6,6 +6,7 @@ so a run is a function of its command line.
 
 import argparse
 import contextlib
+import importlib.util
 import csv
 import functools
 import glob
@@ -23,88 +24,10 @@ import bone
 import data
 import memory
 import rwkv6
-from files import Parser, atomic_path, read_checkpoint, run_cli, save_checkpoint, trained_quant
+from files import atomic_path, read_checkpoint, run_cli, save_checkpoint, trained_quant
+from options import parse_args
 
-
-def parse_args(argv=None):
-    parser = Parser(prog="train.py", usage="train.py --load_model base.pth --data_file data.jsonl [flags]",
-                    description="Fine-tune an RWKV-6 model with Bone, on a GPU or a CPU. merge.py makes a complete model of the result.")
-
-    def group(title, flags):
-        g = parser.add_argument_group(title)
-        for name, kind, default, text in flags:
-            shown = "" if default in (None, "", False) else f" (default: {' '.join(default) if kind is list else default})"
-            options = {list: {"nargs": "*"}, bool: {"action": "store_true"}}.get(kind) or (
-                {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": kind.__name__.upper()})
-            g.add_argument(f"--{name}", default=default, help=text + shown, **options)
-
-    group("model", [
-        ("load_model", str, "", "base model, a published x060 .pth; without it a new model of --n_layer and --n_embd is pretrained"),
-        ("n_layer", int, None, "number of blocks; read from the base model, where it must agree"),
-        ("n_embd", int, None, "width; likewise"),
-        ("vocab_size", int, 65536, "vocabulary of a new model; a base model brings its own"),
-    ])
-    group("Bone", [
-        ("bone_r", int, None, "rank: the side of a block; must divide every layer's sizes (default: 64, or that of --bone_load)"),
-        ("bone_mode", ("bat", "bone"), None, "bat: block affine; bone: shard sharing (default: bat, or that of --bone_load)"),
-        ("bone_load", str, "", "go on from this Bone checkpoint"),
-        ("train_parts", list, ["time", "ln"], "also train parameters whose names contain these: time ln emb head, or nothing"),
-    ])
-    group("data", [
-        ("data_file", str, None, "a .jsonl with a \"text\" per line, or a binidx prefix (x for x.bin and x.idx)"),
-        ("val_file", str, "", "held-out data of the same kind; its loss is measured after every epoch"),
-        ("ctx_len", int, 512, "longest row in tokens; longer documents are cut"),
-        ("dataload", ("pad", "only", "get"), "pad", "pad: one document per row; only: the same without padding, micro_bsz 1; get: random windows"),
-        ("loss_mask", ("pad", "none", "qa"), "pad", "what counts: pad: the documents; none: the padding too; qa: only what follows Assistant:"),
-    ])
-    group("training", [
-        ("proj_dir", str, "out", "folder for checkpoints and logs"),
-        ("epoch_count", int, 1, "number of epochs"),
-        ("epoch_begin", int, 0, "number of the first epoch"),
-        ("epoch_steps", int, 0, "optimizer steps in an epoch; 0: as many as it takes to see the data once"),
-        ("epoch_save", int, 1, "save a checkpoint every this many epochs"),
-        ("micro_bsz", int, 1, "rows in a micro batch: what goes through the model at once"),
-        ("accumulate_grad_batches", int, 1, "micro batches in an optimizer step"),
-        ("random_seed", int, 0, "seed of the data order and of a new model"),
-    ])
-    group("optimizer (Adam)", [
-        ("lr_init", float, 2e-5, "learning rate at the start; 6e-4 suits a new small model"),
-        ("lr_final", float, 2e-5, "and at the end; exponential in between, linear where one is 0"),
-        ("warmup_steps", int, 0, "steps over which the learning rate rises from a fifth to the whole"),
-        ("beta1", float, 0.9, "decay of the mean of gradients"),
-        ("beta2", float, 0.99, "decay of the mean of squared gradients"),
-        ("adam_eps", float, 1e-8, "added to the denominator"),
-    ])
-    group("machine", [
-        ("accelerator", ("auto", "gpu", "cpu"), "auto", "auto: the GPU where there is one"),
-        ("precision", ("bf16", "fp32"), "bf16", "of the matrix products; trained parameters are always float32"),
-        ("quant", ("none", "int8", "nf4"), None, "keep the base model's large matrices in 8 or 4 bits (default: none, or as --bone_load was trained)"),
-        ("grad_cp", int, 1, "1: recompute activations block by block in the backward pass, to save memory; 0: keep them"),
-        ("dry_run", bool, False, "only say what would be trained, and how much memory that takes"),
-    ])
-    args = parser.parse_args(argv)
-    args.train_parts = [word for part in args.train_parts for word in part.strip("[]").replace(",", " ").replace('"', " ").split()]
-    check_args(args)
-    return args
-
-
-def check_args(args):
-    if not args.data_file and not args.dry_run:
-        raise ValueError("--data_file is missing: give a .jsonl or a binidx prefix, as in --data_file data.jsonl")
-    for name, least in dict(ctx_len=1, epoch_count=1, epoch_begin=0, epoch_steps=0, epoch_save=1, micro_bsz=1, accumulate_grad_batches=1,
-                            lr_init=0, lr_final=0, warmup_steps=0, vocab_size=1, random_seed=0).items():
-        if not least <= getattr(args, name) < 2**63:
-            raise ValueError(f"--{name} {getattr(args, name)} must be a number of at least {least}, and below 2^63")
-    if not args.load_model and not (args.n_layer and args.n_embd):
-        raise ValueError("--load_model is missing: give a base model, or --n_layer and --n_embd to pretrain a new one")
-    if not args.load_model and args.quant not in (None, "none"):
-        raise ValueError(f"--quant {args.quant} is for the frozen matrices of a base model: add --load_model, or drop it")
-    if not args.load_model and args.bone_load:
-        raise ValueError("--bone_load needs the base model it was trained on: add --load_model")
-    if unknown := set(args.train_parts) - {"time", "ln", "emb", "head"}:
-        raise ValueError(f"--train_parts {unknown.pop()} is unknown: time, ln, emb and head can be trained")
-    if args.accelerator == "gpu" and not torch.cuda.is_available():
-        raise ValueError("--accelerator gpu, but PyTorch sees no GPU here; use --accelerator cpu or leave it out")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}  # of frozen matrices, by --precision
 
 
 # ---- loss and optimizer -------------------------------------------------------------------------------------------------------
@@ -181,23 +104,28 @@ def loss_fn(model, idx, targets, mask, tokens=None, positions=None):
     return HeadLoss.apply(x.flatten(0, 1), model.head.weight, targets.clamp(min=0), mask.to(x.dtype), l2, dtype, copies, seen) / tokens
 
 
-def make_optimizer(model, lr, betas=(0.9, 0.99), eps=1e-8):
-    """Adam over the parameters that require gradients; time_decay (not its _w1, _w2) at twice the rate."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    fast = [p for name, p in trained.items() if name.endswith("time_decay")]
-    rest = [p for name, p in trained.items() if not name.endswith("time_decay")]
-    groups = [{"params": params, "lr": lr * scale, "lr_scale": scale} for params, scale in ((rest, 1.0), (fast, 2.0)) if params]
-    return torch.optim.Adam(groups, lr=lr, betas=betas, eps=eps, fused=True)
+def make_optimizer(model, lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, layerwise_lr=True):
+    """Adam over the parameters that require gradients, grouped as RWKV-LM groups them. With layerwise_lr time_decay (not its _w1, _w2)
+    learns at twice the rate, and no time parameter decays; otherwise what has two dimensions decays (as in AdamW) by lr * weight_decay."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            apart = layerwise_lr and "time_" in name
+            scale = 2.0 if apart and name.endswith("time_decay") else 1.0
+            decay = weight_decay if not apart and p.squeeze().ndim >= 2 else 0.0
+            groups.setdefault((scale, decay), {"params": [], "lr": lr * scale, "lr_scale": scale, "weight_decay": decay})["params"].append(p)
+    return torch.optim.AdamW(groups.values(), lr=lr, betas=betas, eps=eps, fused=True)
 
 
-def learning_rate(step, total, lr_init, lr_final, warmup_steps):
-    """Learning rate of optimizer step `step` of `total`, as RWKV-LM computes it; the warm-up goes from 0.2 to 1."""
+def learning_rate(step, first, total, lr_init, lr_final, warmup_steps):
+    """Learning rate of optimizer step `step`, as RWKV-LM computes it: from lr_init to lr_final over `total` steps counted from epoch 0,
+    whatever the first step of this run is; from there the warm-up goes from 0.2 to 1."""
     progress = min(1.0, max(0.0, (step - warmup_steps + 1) / max(1, total - warmup_steps)))
     if lr_init == 0 or lr_final == 0:
         lr = lr_init + (lr_final - lr_init) * progress
     else:
         lr = lr_init * math.exp(math.log(lr_final / lr_init) * progress)
-    return lr * (0.2 + 0.8 * step / warmup_steps if step < warmup_steps else 1.0)
+    return lr * (0.2 + 0.8 * (step - first) / warmup_steps if step - first < warmup_steps else 1.0)
 
 
 # ---- what is trained ----------------------------------------------------------------------------------------------------------
@@ -205,30 +133,35 @@ def learning_rate(step, total, lr_init, lr_final, warmup_steps):
 def build_model(args, device):
     """The model with exactly the trained parameters requiring gradients, as float32; the names to save, and in which dtype.
     What a --bone_load checkpoint had trained is saved again, even where it is not trained any further: merging needs it."""
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     args.quant = trained_quant(args.bone_load, args.quant)
     if not args.load_model:
         torch.manual_seed(args.random_seed)
         with torch.device("meta" if device.type == "meta" else "cpu"):
-            model = rwkv6.init_model(args.n_layer, args.n_embd, args.vocab_size, device=device)
-        return model, set(dict(model.named_parameters())), dtype
-    loaded = read_checkpoint(args.bone_load) if args.bone_load else {}
-    r, mode = bone.rank_and_mode(loaded, args.bone_load) if loaded else (64, "bat")
-    for flag, value in (("bone_r", r), ("bone_mode", mode)):
-        if args.bone_load and getattr(args, flag) not in (None, value):
-            raise ValueError(f"{args.bone_load}: has {flag} {value}, but --{flag} is {getattr(args, flag)}; drop --{flag} to use {value}")
-        setattr(args, flag, getattr(args, flag) if getattr(args, flag) is not None else value)
-    model = rwkv6.load_model(args.load_model, dtype, device, args.quant)
-    for name in ("n_layer", "n_embd"):
-        if getattr(args, name) not in (None, getattr(model.config, name)):
-            raise ValueError(f"--{name} {getattr(args, name)}, but {args.load_model} has {getattr(model.config, name)}; drop the flag to use that")
-    bone.load_bone(model, args.bone_load) if args.bone_load else bone.add_bone(model, args.bone_r, args.bone_mode)
-    for name, p in model.named_parameters():
-        if not name.endswith(".bone") and any(part in name for part in args.train_parts):
-            p.data = p.data.float()
-            p.requires_grad_(True)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    return model, trained | loaded.keys(), read_checkpoint(args.load_model)["emb.weight"].dtype
+            model = rwkv6.init_model(args.n_layer, args.n_embd, args.vocab_size or 65536, device=device, version=args.my_testing or "x060",
+                                     pre_ffn=bool(args.pre_ffn), head_qk=args.head_qk or 0)
+        trained, save_dtype = dict(model.named_parameters()).keys(), DTYPES[args.precision]
+    else:
+        loaded = read_checkpoint(args.bone_load) if args.bone_load else {}
+        r, mode = bone.rank_and_mode(loaded, args.bone_load) if loaded else (args.bone_r or 64, args.bone_mode or "bat")
+        model = rwkv6.load_model(args.load_model, DTYPES[args.precision], device, args.quant)
+        config = vars(model.config) | {"my_testing": model.config.version}
+        for flag, value, path in (("bone_r", r, args.bone_load), ("bone_mode", mode, args.bone_load), *(
+                (flag, config[flag], args.load_model) for flag in ("n_layer", "n_embd", "vocab_size", "my_testing", "pre_ffn", "head_qk"))):
+            if getattr(args, flag) and getattr(args, flag) != value:
+                raise ValueError(f"{path}: has {flag} {value}, but --{flag} is {getattr(args, flag)}; drop --{flag} to use {value}")
+            setattr(args, flag, value)
+        bone.load_bone(model, args.bone_load) if args.bone_load else bone.add_bone(model, r, mode)
+        for name, p in model.named_parameters():
+            if not name.endswith(".bone") and any(part in name for part in args.train_parts):
+                p.data = p.data.float()
+                p.requires_grad_(True)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad} | loaded.keys()
+        save_dtype = read_checkpoint(args.load_model)["emb.weight"].dtype
+    model.grad_cp = bool(args.grad_cp)
+    for time_mix in model.modules():
+        if args.fla and isinstance(time_mix, rwkv6.TimeMix):
+            time_mix.impl = "fla" if device.type == "cuda" and importlib.util.find_spec("fla") else "chunked"
+    return model, trained, save_dtype
 
 
 def count(model):
@@ -237,14 +170,36 @@ def count(model):
     return trained, sum(math.prod(shape) for shape in bone.weight_shapes(model).values())
 
 
+def precision(args, device):
+    """The autocast of --precision, and the gradient scaler, which only fp16 needs."""
+    dtype = DTYPES[args.precision]
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")  # of a GPU's products
+    half = dtype != torch.float32
+    return torch.autocast(device.type, dtype if half else torch.bfloat16, enabled=half), torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def open_documents(args, vocab_size=None):
+    """Training and held-out data, None where there is none. What characters mean is said by a vocab.json in proj_dir or beside the base."""
+    kind, characters = args.data_type or data.kind_of(args.data_file), ""
+    if kind in data.CHARACTERS:
+        folders = [args.proj_dir] + [os.path.dirname(args.load_model)] * bool(args.load_model)
+        found = next(filter(os.path.exists, (os.path.join(folder, "vocab.json") for folder in folders)), None)
+        if args.load_model and not found:
+            raise ValueError(f"{args.load_model}: has no vocab.json beside it, which says what its tokens are; copy it from where the model was trained")
+        characters = data.read_vocabulary(found) if found else ""
+    documents = data.open_data(args.data_file, vocab_size, kind, args.ctx_len, characters)
+    kind = "utf-8" if kind == "dummy" else kind
+    return documents, data.open_data(args.val_file, vocab_size, kind, args.ctx_len, documents.characters) if args.val_file else None
+
+
 def expected_memory(args, device):
     """The model that the flags ask for, on the meta device, and {part: bytes} of what its training takes at the peak."""
     model, _, _ = build_model(args, torch.device("meta"))
-    model.grad_cp = bool(args.grad_cp)
+    autocast, _ = precision(args, device)
 
     def loss():
         idx = torch.zeros(args.micro_bsz, args.ctx_len, dtype=torch.int64, device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        with autocast:
             return loss_fn(model, idx, idx, torch.ones(idx.shape, device=device), 1, idx.numel())
     return model, memory.expected(model, loss, device, args.accumulate_grad_batches > 1)
 
@@ -275,25 +230,25 @@ def check_memory(args, device):
     return model
 
 
-def step(model, micro, autocast):
+def step(model, micro, autocast, scaler=None):
     """Forward and backward of an optimizer step's micro batches. Returns the mean loss over all their counting tokens."""
     tokens, positions = sum(mask.sum().item() for _, _, mask in micro), sum((targets >= 0).sum().item() for _, targets, _ in micro)
     total = 0.0
     for batch in micro:
         with autocast:
             loss = loss_fn(model, *(x.to(model.head.weight.device) for x in batch), tokens, positions)
-        loss.backward()
+        (scaler.scale(loss) if scaler else loss).backward()
         total += loss.item()
     return total
 
 
 @torch.no_grad()
-def val_loss(model, documents, args, autocast):
+def val_loss(model, documents, micro_bsz, ctx_len, loss_mask, autocast):
     """Mean loss over the counting tokens of all documents, each seen once."""
     total = tokens = 0.0
-    for start in range(0, len(documents), args.micro_bsz):
-        rows = [documents[i] for i in range(start, min(start + args.micro_bsz, len(documents)))]
-        idx, targets, mask = (x.to(model.head.weight.device) for x in data.collate(rows, args.ctx_len, args.loss_mask))
+    for start in range(0, len(documents), micro_bsz):
+        rows = [documents[i] for i in range(start, min(start + micro_bsz, len(documents)))]
+        idx, targets, mask = (x.to(model.head.weight.device) for x in data.collate(rows, ctx_len, loss_mask))
         with autocast:
             total += loss_fn(model, idx, targets, mask, tokens=1).item()
         tokens += mask.sum().item()
@@ -305,9 +260,10 @@ def val_loss(model, documents, args, autocast):
 def train(args):
     """A whole run: data and model, then epochs of optimizer steps, with logs, held-out losses and checkpoints in proj_dir."""
     device = torch.device("cuda" if args.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
     epochs, N = range(args.epoch_begin, args.epoch_begin + args.epoch_count), args.accumulate_grad_batches
     paths = {epoch: os.path.join(args.proj_dir, f"rwkv-{epoch}.pth") for epoch in epochs if (epoch + 1 - epochs[0]) % args.epoch_save == 0 or epoch == epochs[-1]}
+    if not (args.load_model or args.vocab_size or args.dry_run):
+        args.vocab_size = open_documents(args)[0].vocab_size()
     vocab_size = check_memory(args, device).config.vocab_size
     if args.dry_run:
         return
@@ -317,17 +273,19 @@ def train(args):
         raise ValueError(f"{path}: already there, from an earlier run; give another --proj_dir, or move it away")
     for path in glob.glob(os.path.join(glob.escape(args.proj_dir), "rwkv-*.pth")):
         trained_quant(path, args.quant)  # args.json, written anew below, must stay true of what is there
-    documents, held_out = (data.open_data(file, vocab_size) if file else None for file in (args.data_file, args.val_file))
+    documents, held_out = open_documents(args, vocab_size)
+    loss_mask = args.loss_mask if args.loss_mask != "se" else (args.mask_id["mask1"], args.mask_id["mask0"])
+    silent, _ = (data.check_mask(d, args.ctx_len, loss_mask) if d else 0 for d in (documents, held_out))
+    micro_batch = functools.partial(data.batch, documents, micro_bsz=args.micro_bsz, ctx_len=args.ctx_len, dataload=args.dataload,
+                                    loss_mask=loss_mask, seed=args.random_seed, shuffle=bool(args.data_shuffle))
+    micro_batch(0)  # what cannot be batched is refused here
     if device.type == "cpu":
         memory.reuse_freed()
     model, saved_names, save_dtype = build_model(args, device)
-    model.grad_cp = bool(args.grad_cp)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = make_optimizer(model, args.lr_init, (args.beta1, args.beta2), args.adam_eps)
-    silent, _ = (data.check_mask(d, args.ctx_len, args.loss_mask) if d else 0 for d in (documents, held_out))
-    micro_batch = functools.partial(data.batch, documents, micro_bsz=args.micro_bsz, ctx_len=args.ctx_len, dataload=args.dataload,
-                                    loss_mask=args.loss_mask, seed=args.random_seed)
-    micro_batch(0)  # what cannot be batched is refused here
+    optimizer = make_optimizer(model, args.lr_init, (args.beta1, args.beta2), args.adam_eps, args.weight_decay, args.layerwise_lr)
+    autocast, scaler = precision(args, device)
+    held_out_loss = functools.partial(val_loss, model, held_out, args.micro_bsz, args.ctx_len, loss_mask, autocast)
     once = len(documents) if args.dataload != "get" else len(documents.tokens) / args.ctx_len
     steps = args.epoch_steps or math.ceil(once / (args.micro_bsz * N))
     print(f"{model.config}\n{f'Bone {args.bone_mode} r {args.bone_r}' if args.load_model else 'from scratch'}: "
@@ -335,47 +293,57 @@ def train(args):
           f"{len(documents):,} documents, {len(documents.tokens):,} tokens; "
           f"{len(epochs)} x {steps} steps of {args.micro_bsz * N} rows up to {args.ctx_len} tokens")
     if silent:
-        print(f"note: {silent} of the first {min(1000, len(documents))} documents have nothing after Assistant: within {args.ctx_len} tokens and count for nothing")
+        print(f"note: {silent} of the first {min(1000, len(documents))} documents have nothing after the marker within {args.ctx_len} tokens and count for nothing")
+    if "deepspeed" in args.strategy:
+        print(f"note: {args.strategy} shares out what several devices hold; on one, plain PyTorch stands in for it (--dry_run says the memory)")
 
-    log = Log(args)
+    log = Log(args, documents.characters)
     if held_out:
-        print(f"held-out loss before training: {log.point(epochs[0] * steps, val_loss=val_loss(model, held_out, args, autocast)):.4f}")
+        print(f"held-out loss before training: {log.point(epochs[0] * steps, val_loss=held_out_loss()):.4f}")
     for epoch in epochs:
         losses = []
         with tqdm(total=steps, desc=f"epoch {epoch}", unit="step", dynamic_ncols=True) as bar:
             for i in range(epoch * steps, (epoch + 1) * steps):
                 started = time.perf_counter()
-                lr = learning_rate(i, (epochs[-1] + 1) * steps, args.lr_init, args.lr_final, args.warmup_steps)
+                lr = learning_rate(i, epochs[0] * steps, args.epoch_count * steps, args.lr_init, args.lr_final, args.warmup_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = lr * group["lr_scale"]
                 micro = [micro_batch(i * N + n) for n in range(N)]
-                losses.append(step(model, micro, autocast))
+                losses.append(step(model, micro, autocast, scaler))
+                scaler.unscale_(optimizer)
                 norm = nn.utils.clip_grad_norm_(trained.values(), 1.0).item()
-                if not math.isfinite(losses[-1] + norm):
+                if not math.isfinite(losses[-1] + (norm if scaler.get_scale() <= 1 else 0)):
                     raise ValueError(f"step {i}: loss {losses[-1]}, gradient norm {norm}; what is saved is good. Try a smaller --lr_init, or --precision fp32")
-                optimizer.step()
+                scaler.step(optimizer)  # fp16: no step where a gradient is infinite; the scale is halved then, and 1 at last
+                scaler.update()
                 optimizer.zero_grad()
                 log.point(i, loss=losses[-1], lr=lr)
                 speed = sum(idx.numel() for idx, _, _ in micro) / (time.perf_counter() - started)
                 bar.set_postfix_str(f"loss {losses[-1]:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s, {memory.peak(device) / 1e9:.1f} GB")
                 bar.update()
         log.line(f"epoch {epoch}: mean loss {sum(losses) / steps:.4f}" + (
-            f", held-out loss {log.point((epoch + 1) * steps, val_loss=val_loss(model, held_out, args, autocast)):.4f}" if held_out else ""))
+            f", held-out loss {log.point((epoch + 1) * steps, val_loss=held_out_loss()):.4f}" if held_out else ""))
         if epoch in paths:
             save_checkpoint({name: p.detach().to("cpu", save_dtype) for name, p in model.named_parameters() if name in saved_names}, paths[epoch])
-    print(f"wrote {paths[epochs[-1]]}{log.draw()}; peak memory {memory.peak(device) / 1e9:.2f} GB")
+    print(f"wrote {paths[epochs[-1]]}{log.close()}; peak memory {memory.peak(device) / 1e9:.2f} GB")
     if args.load_model:
         print(f"next: python {shlex.join(['merge.py', args.load_model, paths[epochs[-1]], 'tuned.pth'])}")
 
 
 class Log:
-    """In proj_dir: args.json, train_log.txt (a line per epoch), loss.csv (a row per step and held-out loss), loss.png."""
+    """In proj_dir: args.json, train_log.txt (a line per epoch), loss.csv (a row per step and held-out loss), loss.png, and vocab.json where
+    tokens are characters. With --wandb losses and learning rate go there, too."""
 
-    def __init__(self, args):
+    def __init__(self, args, characters):
         os.makedirs(args.proj_dir, exist_ok=True)
         self.curve, self.picture = (os.path.join(args.proj_dir, name) for name in ("loss.csv", "loss.png"))
-        with atomic_path(os.path.join(args.proj_dir, "args.json")) as path, open(path, "w") as f:
-            json.dump(vars(args), f, indent=1)
+        for name, content in [("args.json", vars(args))] + [("vocab.json", dict(enumerate(characters)))] * bool(characters):
+            with atomic_path(os.path.join(args.proj_dir, name)) as path, open(path, "w", encoding="utf-8") as f:
+                json.dump(content, f, indent=1, ensure_ascii=False)
+        self.wandb = None
+        if args.wandb:
+            import wandb
+            self.wandb = wandb.init(project=args.wandb, config=vars(args), dir=args.proj_dir, save_code=False)
         self.text, self.csv = open(os.path.join(args.proj_dir, "train_log.txt"), "a", buffering=1), open(self.curve, "a", buffering=1)
         self.text.write(f"NEW RUN {json.dumps(vars(args))}\n")
         if self.csv.tell() == 0:
@@ -387,10 +355,14 @@ class Log:
 
     def point(self, step, loss="", lr="", val_loss=""):
         self.csv.write(f"{step},{loss},{lr},{val_loss}\n")
+        if self.wandb:
+            self.wandb.log({name: value for name, value in (("loss", loss), ("lr", lr), ("val_loss", val_loss)) if value != ""}, step=step)
         return val_loss
 
-    def draw(self):
-        """Draw loss.png, where matplotlib is. Returns what to say of it."""
+    def close(self):
+        """End the wandb run; draw loss.png, where matplotlib is. Returns what to say of it."""
+        if self.wandb:
+            self.wandb.finish()
         try:
             from matplotlib.figure import Figure
         except ImportError:

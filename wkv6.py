@@ -14,9 +14,10 @@ For t = 0, 1, 2 from an empty state, which shows that a token is seen with its o
 `reference`  the loop, as above. Any device, any dtype; computes in float64. The judge of the others.
 `chunked`    matrix products over chunks of the sequence, plain PyTorch: any device, no compiler.
 `compiled`   wkv6_op.cpp, built with the machine's C++ compiler when first needed and kept.
+`fla`        the Triton operator of flash-linear-attention, where that is installed; for a GPU. (Not run here so far.)
 `auto`       compiled where it can be had, else chunked, after one line that says why.
 
-All three are exact and finite for decays from 1e-8 to 1 - 1e-8, in the gradients too, which flow into and out of the state.
+The first three are exact and finite for decays from 1e-8 to 1 - 1e-8, in the gradients too, which flow into and out of the state.
 Source: Peng et al., "Eagle and Finch" (arXiv 2404.05892), section 4; the chunked form halves a chunk again and again instead
 of scaling by inverse decays as usual (those overflow).
 """
@@ -43,11 +44,18 @@ def wkv6(r, k, v, w, u, state=None, impl="auto"):
     if state is None:
         state = torch.zeros(B, H, N, N, device=r.device, dtype=torch.promote_types(r.dtype, torch.float32))
     if impl == "auto":
-        fits = r.device.type == "cpu" and N in COMPILED_HEAD_SIZES and r.dtype in (torch.float32, torch.bfloat16)
+        fits = r.device.type == "cpu" and N in COMPILED_HEAD_SIZES and r.dtype != torch.float64
         impl = "compiled" if fits and not kernel_problem() else "chunked"
+    if impl == "fla":
+        from fla.ops.rwkv6 import chunk_rwkv6
+        y, state = chunk_rwkv6(r, k, v, -torch.exp(w.float()), u, scale=1.0, initial_state=state, output_final_state=True)
+        return y.to(r.dtype), state
     if impl == "compiled":
         if kernel_problem():
             raise RuntimeError(kernel_problem())
+        if r.dtype == torch.float16:  # which the kernel does not read
+            y, state = wkv6(r.float(), k.float(), v.float(), w, u, state, impl)
+            return y.half(), state
         return torch.ops.wkv6.forward(*(x.contiguous() for x in (r, k, v, w.float(), u.float(), state)))
     return {"reference": _reference, "chunked": _chunked}[impl](r, k, v, w, u, state)
 
