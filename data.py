@@ -33,6 +33,7 @@ from files import Parser, atomic_path, run_cli
 MAGIC, HEADER = b"MMIDIDX\0\0", struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 LIKE = 'each line must look like {"text": "..."}'
+END = 0                                      # the token that ends a document
 CHARACTERS = ("utf-8", "utf-16le", "dummy")  # kinds of data whose tokens are characters
 MARKERS = {"qa": ("Assistant:", "User:")}     # loss masks that count what follows the first text, up to the second
 _tokenizer = functools.cache(RWKVTokenizer)
@@ -178,16 +179,29 @@ def _open_binidx(path):
     return Binidx(prefix)
 
 
-def read_vocabulary(path):
-    """The characters of a vocab.json, {"0": "a", "1": "b", ...}, in one string. ValueError for anything else."""
-    try:
-        vocabulary = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        characters = [vocabulary[str(i)] for i in range(len(vocabulary))]
-        if not characters or {*map(len, characters)} != {1} or len({*characters}) < len(characters):
-            raise ValueError("one character each")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'{path}: not a vocabulary, {{"0": "a", "1": "b", ...}} ({error}); delete it to have it made anew') from error
-    return "".join(characters)
+class Vocabulary:
+    """The characters of a vocab.json, {"0": "a", "1": "b", ...}, in the place of the World vocabulary. ValueError for anything else."""
+
+    END = None
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            vocabulary = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+            characters = [vocabulary[str(i)] for i in range(len(vocabulary))]
+            if {*map(len, characters)} != {1} or len({*characters}) < len(characters):
+                raise ValueError("each id has one character, and each character one id")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f'{path}: not a vocabulary, {{"0": "a", "1": "b", ...}} ({error}); delete it to have it made anew') from error
+        self.characters = "".join(characters)
+
+    def encode(self, text):
+        if unknown := {*text} - {*self.characters}:
+            raise ValueError(f"{self.path}: does not have the character {min(unknown)!r}; leave it out")
+        return list(map(self.characters.index, text))
+
+    def decode_bytes(self, ids):
+        return "".join(self.characters[i] for i in ids).encode()
 
 
 def _open_text(path, kind, ctx_len, characters):

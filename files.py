@@ -95,6 +95,22 @@ def save_stream(like, make, path):
                 entry += 46 + len(record.filename.encode()) + len(record.extra) + len(record.comment)
 
 
+def save_safetensors(like, make, path):
+    """Write {name: make(name)}, as save_stream does, in the safetensors format. like: {name: tensor}, of their shapes; all float16.
+
+    The format: the header's length, the header in JSON, which says where each tensor lies, and the tensors. Written out here since the
+    safetensors package wants all of them in memory at once."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in like.items():
+        header[name] = {"dtype": "F16", "shape": [*tensor.shape], "data_offsets": [end, end := end + 2 * tensor.numel()]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                                                     # so that the tensors are aligned
+    with atomic_path(path) as temporary, open(temporary, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for name in like:
+            f.write(make(name).numpy())
+
+
 def trained_quant(path, quant):
     """The quantization that the Bone checkpoint `path` was trained with, by the args.json beside it: `none`, `int8` or `nf4`. `quant`, from
     the command line or None, must not contradict that, and stands in for it where there is no such file, or no checkpoint (path "")."""

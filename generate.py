@@ -1,8 +1,9 @@
-"""Write text with an RWKV-6 model: a base, a base with a Bone checkpoint, or a merged model. Without --prompt it chats, in the
+"""Write text with an RWKV-6 or RWKV-5 model: a base, a base with a Bone checkpoint, or a merged model. Without --prompt it chats, in the
 `User: ... Assistant: ...` form that fine-tuning data has."""
 
 import codecs
 import contextlib
+import os
 import sys
 
 import torch
@@ -24,8 +25,8 @@ def sample(logits, temperature, top_p, generator):
 
 
 @torch.no_grad()
-def stream(model, state, tokens, length, temperature, top_p, generator, stop=""):
-    """Read `tokens`, then yield (text, state, unread) while the model writes: whole characters only, up to `length` tokens, the
+def stream(model, state, tokens, length, temperature, top_p, generator, stop="", vocabulary=data):
+    """Read `tokens`, which are of `vocabulary` (RWKV World's, or a data.Vocabulary), then yield (text, state, unread) while the model writes: whole characters only, up to `length` tokens, the
     end of the document, or the text `stop`, which is not shown. The last `unread` are the tokens that the last state has yet to
     read for the text to end in a blank line."""
     device = model.emb.weight.device
@@ -34,17 +35,17 @@ def stream(model, state, tokens, length, temperature, top_p, generator, stop="")
         with torch.autocast(device.type, torch.bfloat16, enabled=model.head.weight.dtype == torch.bfloat16):
             logits, state = model(torch.tensor([tokens], device=device), state)
         token = sample(logits[0, -1].float().cpu(), temperature, top_p, generator)
-        tokens = [token] if token else []
+        tokens = [token] if token != vocabulary.END else []
         if not tokens:
             break
-        held += decoder.decode(data.decode_bytes(tokens))
+        held += decoder.decode(vocabulary.decode_bytes(tokens))
         if stop and stop in held:
             yield held.partition(stop)[0], state, tokens
             return
         shown = len(held) - max(n for n in range(len(stop) + 1) if held.endswith(stop[:n]))
         yield held[:shown], state, tokens
         held = held[shown:]
-    yield held + decoder.decode(b"", final=True), state, tokens + data.encode("\n\n")
+    yield held + decoder.decode(b"", final=True), state, tokens + (data.encode("\n\n") if vocabulary is data else [])
 
 
 def main():
@@ -67,15 +68,18 @@ def main():
     model = rwkv6.load_model(args.model, device="cuda" if torch.cuda.is_available() else "cpu", quant=quant)
     if args.bone:
         bone.load_bone(model, args.bone)
+    vocabulary, characters = data, os.path.join(os.path.dirname(args.model), "vocab.json")
     if model.config.vocab_size < 65530:
-        raise ValueError(f"{args.model}: its vocabulary of {model.config.vocab_size} is not that of RWKV World; give a World model")
+        if not os.path.exists(characters):
+            raise ValueError(f"{args.model}: its vocabulary of {model.config.vocab_size} is not that of RWKV World, and no {characters} says what it is")
+        vocabulary = data.Vocabulary(characters)
 
     settings = (args.length, args.temperature, args.top_p, torch.Generator().manual_seed(args.seed))
     state, unread = model.empty_state(), []
     if args.prompt is not None:
         prompt = args.prompt.replace("\\n", "\n")
         print(prompt, end="")
-        for text, *_ in stream(model, state, data.encode(prompt) or [0], *settings):
+        for text, *_ in stream(model, state, vocabulary.encode(prompt) or [0], *settings, vocabulary=vocabulary):
             print(text, end="", flush=True)
         print()
         return
@@ -84,8 +88,8 @@ def main():
     with contextlib.suppress(EOFError):
         while message := input("User: ").strip():
             print("Assistant:", end="")
-            tokens = unread + data.encode(f"User: {message}\n\nAssistant:")
-            for text, state, unread in stream(model, state, tokens, *settings, stop="\n\n"):
+            tokens = unread + vocabulary.encode(f"User: {message}\n\nAssistant:")
+            for text, state, unread in stream(model, state, tokens, *settings, "\n\n", vocabulary):
                 print(text, end="", flush=True)
             print()
 

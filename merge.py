@@ -1,17 +1,27 @@
-"""Merge a Bone checkpoint into its base model: `python merge.py base.pth out/rwkv-0.pth tuned.pth`.
+"""Merge a Bone checkpoint into its base model: `python merge.py base.pth out/rwkv-0.pth tuned.pth`; or into tuned.st, for Ai00.
 
 Adapted weights W become W' = W + W B + B (see bone.py), computed in float32 and rounded once; other trained tensors replace the base's.
 Where a quantized base was trained on, W is what that was: quantized and dequantized.
 """
 
+import argparse
 import os
+import re
 
 import torch
 from tqdm import tqdm
 
 from bone import check_fits, merge_weight
-from files import Parser, read_checkpoint, release, run_cli, save_stream, trained_quant
+from files import Parser, read_checkpoint, release, run_cli, save_safetensors, save_stream, trained_quant
 from quant import FORMATS, quantize
+
+
+def for_ai00(name, tensor):
+    """(name, tensor) as Ai00's converter would have it: float16, some names changed, low-rank matrices transposed."""
+    tensor = tensor.half()
+    if re.search(r"time_(maa|decay)_w[12]$", name):
+        tensor = tensor.mT.contiguous()
+    return name.replace("time_faaaa", "time_first").replace("time_maa", "time_mix"), tensor
 
 
 def merge(base_path, bone_path, out_path, quant=None):
@@ -34,8 +44,18 @@ def merge(base_path, bone_path, out_path, quant=None):
         release(weight)
         return result
 
+    def merged_float16(name):
+        weight = merged(names[name])
+        if not (half := for_ai00(names[name], weight)[1]).isfinite().all():
+            raise ValueError(f"{names[name]} reaches {weight.abs().max().item():g}, but float16, which {out_path} would hold, ends at 65504; write a .pth")
+        return half
+
     with tqdm(total=len(base), desc="merging", unit="tensor", dynamic_ncols=True, delay=0.5) as bar:
-        save_stream(dict(base), merged, out_path)
+        if str(out_path).endswith((".st", ".safetensors")):
+            names = {for_ai00(name, tensor.to("meta"))[0]: name for name, tensor in base.items()}
+            save_safetensors(dict(for_ai00(name, tensor.to("meta")) for name, tensor in base.items()), merged_float16, out_path)
+        else:
+            save_stream(dict(base), merged, out_path)
     bones = sum(name.endswith(".bone") for name in checkpoint)
     on = f", {quant} base" if quant != "none" else ""
     print(f"merged {bones} weights (Bone {mode}, r {r}{on}) and {len(checkpoint) - bones} other trained tensors into {base_path}")
@@ -43,13 +63,19 @@ def merge(base_path, bone_path, out_path, quant=None):
 
 
 def main():
-    parser = Parser(description="Merge a Bone checkpoint into its base model.")
-    parser.add_argument("base", help="the base model (.pth) that was trained on")
-    parser.add_argument("checkpoint", help="the Bone checkpoint (proj_dir/rwkv-N.pth)")
-    parser.add_argument("out", help="the merged model to write")
+    parser = Parser(prog="merge.py", usage="merge.py base.pth out/rwkv-0.pth tuned.pth [--quant {none,int8,nf4}]",
+                    description="Merge a Bone checkpoint into its base model. The files are given in this order, or by the flags of RWKV-PEFT.")
+    parser.add_argument("files", nargs="*", metavar="file", help=argparse.SUPPRESS)
+    parser.add_argument("--base_model", metavar="STR", help="the base model (.pth) that was trained on")
+    parser.add_argument("--lora_checkpoint", metavar="STR", help="the Bone checkpoint (proj_dir/rwkv-N.pth)")
+    parser.add_argument("--output", metavar="STR", help="the merged model to write: a .pth, or a .st (safetensors, float16) for Ai00")
     parser.add_argument("--quant", choices=("none", *FORMATS), help="of the base in training (default: as args.json beside the checkpoint says)")
     args = parser.parse_args()
-    merge(args.base, args.checkpoint, args.out, args.quant)
+    files = iter(args.files)
+    paths = [given or next(files, None) for given in (args.base_model, args.lora_checkpoint, args.output)]
+    if None in paths or [*files]:
+        parser.error("three files are needed, base model, checkpoint and output")
+    merge(*paths, args.quant)
 
 
 if __name__ == "__main__":

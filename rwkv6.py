@@ -258,9 +258,13 @@ def load_model(path, dtype=None, device="cpu", quant="none"):
         tensor = checkpoint.pop(name)
         if tensor.shape != meta.shape and tensor.squeeze().shape != meta.squeeze().shape:
             raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, but the other tensors ask for {tuple(meta.shape)}")
-        if torch.device(device).type != "meta" and not all(piece.sum(dtype=torch.float32).isfinite() for piece in tensor.flatten().split(PIECE)):
-            raise ValueError(f"{path}: {name} holds NaN or infinite values; the file is damaged or its training went wrong")
         module, kept = name.rpartition(".")[0], storage_dtype(model, name, dtype or tensor.dtype)
+        if torch.device(device).type != "meta":
+            for piece in tensor.flatten().split(PIECE):
+                if not piece.sum(dtype=torch.float32).isfinite():
+                    raise ValueError(f"{path}: {name} holds NaN or infinite values; the file is damaged or its training went wrong")
+                if kept == torch.float16 and not piece.half().isfinite().all():
+                    raise ValueError(f"{path}: {name} reaches {piece.abs().max().item():g}, but float16 ends at 65504; use --precision bf16")
         if quant != "none" and name.startswith("blocks.") and isinstance(model.get_submodule(module), nn.Linear):
             try:
                 model.set_submodule(module, quantize(tensor.to(device), quant, kept))

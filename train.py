@@ -186,7 +186,7 @@ def open_documents(args, vocab_size=None):
         found = next(filter(os.path.exists, (os.path.join(folder, "vocab.json") for folder in folders)), None)
         if args.load_model and not found:
             raise ValueError(f"{args.load_model}: has no vocab.json beside it, which says what its tokens are; copy it from where the model was trained")
-        characters = data.read_vocabulary(found) if found else ""
+        characters = data.Vocabulary(found).characters if found else ""
     documents = data.open_data(args.data_file, vocab_size, kind, args.ctx_len, characters)
     kind = "utf-8" if kind == "dummy" else kind
     return documents, data.open_data(args.val_file, vocab_size, kind, args.ctx_len, documents.characters) if args.val_file else None
