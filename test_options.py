@@ -1,0 +1,351 @@
+"""Every flag of the tutorial does what it says: its scripts run as they stand, every value of every option trains, checkpoints go
+both ways, and the README's tables are those of --help."""
+
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import bone
+import data
+import files
+import merge
+import options
+import rwkv6
+import train
+from test_train import DEFAULTS, arguments, base_file, bone_of, column, folder, read, run, tiny  # noqa: F401 (two are fixtures)
+
+HERE = pathlib.Path(__file__).parent
+TUTORIAL = """--load_model base.pth --proj_dir out --data_file data/lora-test --data_type binidx --vocab_size 65536 --ctx_len 512 --epoch_steps 500
+--epoch_count 5 --epoch_begin 0 --epoch_save 1 --micro_bsz 1 --n_layer 32 --n_embd 2560 --pre_ffn 0 --head_qk 0 --lr_init 2e-5 --lr_final 2e-5
+--warmup_steps 0 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8 --accelerator gpu --devices 1 --precision bf16 --strategy deepspeed_stage_1 --grad_cp 1
+--my_testing "x060" --dataload pad --loss_mask pad --peft bone --bone_config '{"bone_load":"","bone_r":64}'"""
+SMALL = "--n_layer 2 --n_embd 128 --epoch_steps 1 --accelerator cpu"
+
+
+def refused(capsys, main):
+    with pytest.raises(SystemExit) as end:
+        files.run_cli(main)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+# ---- the tutorial -------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def world():
+    """base.pth with the sizes of SMALL and the vocabulary of RWKV World, and the data set of the tutorial's name."""
+    torch.save(tiny(n_embd=128, vocab_size=65536), "base.pth")
+    os.mkdir("data")
+    data.write_binidx("data/lora-test", [data.encode(f"User: {i}?\n\nAssistant: {i}!") + [0] for i in range(6)])
+
+
+def test_the_tutorial_s_command_trains_word_for_word_but_for_the_size(world, capsys):
+    """What follows --bone_config stands for another base and another machine, and nothing else."""
+    train.train(train.parse_args(shlex.split(f"{TUTORIAL} {SMALL} --quant nf4")))
+    assert {path.name for path in pathlib.Path("out").glob("*.pth")} == {f"rwkv-{epoch}.pth" for epoch in range(5)}
+    assert column("lr") == [2e-5] * 5 and {t.shape for n, t in read("out/rwkv-4.pth").items() if n.endswith("key.bone")} == {(2, 64, 64)}
+    assert "deepspeed_stage_1 shares out what several devices hold; on one, plain PyTorch stands in" in capsys.readouterr().out
+
+
+def test_the_tutorial_s_gpu_is_asked_for_only_where_there_is_one(world, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--accelerator cpu or leave it out" in refused(capsys, lambda: train.parse_args(shlex.split(TUTORIAL)))
+
+
+def test_both_scripts_run_as_they_stand(world):
+    """Paths and sizes, which a user edits in them, are given after them."""
+    def script(name, flags):
+        environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        command = ["sh", f"scripts/{name}", *(f"{here}/{word}" if re.search("^(base|out|data|tuned)", word) else word for word in flags.split())]
+        end = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, encoding="utf-8")
+        assert end.returncode == 0, end.stderr
+    here = os.getcwd()
+    script("run_bone.sh", f"--load_model base.pth --data_file data/lora-test --proj_dir out {SMALL}")
+    script("merge_bone.sh", "--base_model base.pth --lora_checkpoint out/rwkv-4.pth --output tuned.pth")
+    assert {n: (t.shape, t.dtype) for n, t in read("tuned.pth").items()} == {n: (t.shape, t.dtype) for n, t in read("base.pth").items()}
+
+
+def merge_main(monkeypatch, line):
+    monkeypatch.setattr(sys, "argv", ["merge.py", *shlex.split(line)])
+    merge.main()
+
+
+def test_merging_takes_the_tutorial_s_flags_and_plain_order(monkeypatch, capsys):
+    run("--quant nf4 --epoch_steps 1 --epoch_begin 4")
+    merge_main(monkeypatch, "--base_model base.pth --lora_checkpoint out/rwkv-4.pth --output tuned.pth --quant nf4")
+    for line in ("base.pth out/rwkv-4.pth plain.pth", "out/rwkv-4.pth mixed.pth --base_model base.pth"):
+        merge_main(monkeypatch, line)
+        merged = read(re.search(r"\w+.pth(?= --|$)", line)[0])
+        assert all(tensor.equal(merged[name]) for name, tensor in read("tuned.pth").items())
+    capsys.readouterr()
+    for line in ("base.pth out/rwkv-4.pth", "base.pth out/rwkv-4.pth a.pth b.pth", "--output a.pth"):
+        assert "three files are needed" in refused(capsys, lambda: merge_main(monkeypatch, line))
+    assert "did you mean --lora_checkpoint?" in refused(capsys, lambda: merge_main(monkeypatch, "--lora_chekpoint a"))
+
+
+# ---- every value of every option ----------------------------------------------------------------------------------------------
+
+NEW = "--load_model '' --n_layer 2 --n_embd 64 "
+WITH = {  # what a value needs beside it
+    ("my_testing", "x052"): NEW, ("pre_ffn", 1): NEW, ("bone_mode", "bat"): "--bone_r 32", ("dataload", "only"): "--micro_bsz 1",
+    ("loss_mask", "qa"): "--data_file qa", ("loss_mask", "se"): "--data_file qa --mask_id '{\"mask0\":\"r:\",\"mask1\":\"t:\"}'",
+    ("data_type", "jsonl"): NEW + "--data_file t.jsonl", ("data_type", "utf-8"): NEW + "--data_file t", ("data_type", "dummy"): NEW,
+    ("data_type", "utf-16le"): NEW + "--data_file t16", ("data_type", "numpy"): "--data_file t.npy", ("data_type", "uint16"): "--data_file t.raw",
+}
+OTHER = {  # values of options that have no list of choices
+    "load_model": ["base.pth"], "n_layer": [2], "n_embd": [64], "vocab_size": [0, 300], "head_qk": [0, "16 " + NEW], "bone_r": [8],
+    "bone_load": ["ckpt.pth", "''"], "bone_config": ["""'{"bone_load":"","bone_r":32}'""", """'{"bone_mode":"bone","bone_load":"","bone_r":24}'"""],
+    "train_parts": ["", "'[\"time\",' '\"ln\"]'", "[time, ln]", "emb head"], "data_file": ["x", "x.bin"], "val_file": ["x"], "ctx_len": [16],
+    "mask_id": ["'{\"mask0\":\"0\",\"mask1\":\"1\"}'"], "proj_dir": ["out"], "epoch_count": [1], "epoch_begin": [3], "epoch_steps": [2],
+    "epoch_save": [5], "micro_bsz": [2], "accumulate_grad_batches": [2], "random_seed": [7], "lr_init": [1e-3], "lr_final": [0],
+    "warmup_steps": [2, -1], "beta1": [0.8], "beta2": [0.999], "adam_eps": [1e-6], "weight_decay": [0.1], "devices": [1], "fla": [""],
+}
+APART = {"wandb", "dry_run"}  # tested below, and in test_train.py
+VALUES = [(name, value) for flags in options.TABLE.values() for name, kind, *_ in flags
+          for value in (kind if isinstance(kind, tuple) else OTHER.get(name, [])) if (name, value) != ("accelerator", "gpu")]
+
+
+@pytest.mark.parametrize("name, value", VALUES)
+def test_every_value_of_every_option_trains(name, value):
+    data.write_binidx("qa", [[1 + b for b in b"User: a\n\nAssistant: b"] + [0]])
+    pathlib.Path("t.jsonl").write_text('{"text": "one"}\n{"text": "two, three"}\n')
+    for path, encoding in (("t", "utf-8"), ("t16", "utf-16le")):
+        pathlib.Path(path).write_text("many words, 很多词\n" * 20, encoding=encoding)
+    np.save("t.npy", np.arange(100) % 90)
+    (np.arange(100) % 90).astype("<u2").tofile("t.raw")
+    torch.save(bone_of("base.pth"), "ckpt.pth")
+    flags = f"--epoch_steps 2 --{name} {value} {WITH.get((name, value), '')}"
+    args = train.parse_args(shlex.split((DEFAULTS.replace("--bone_r 16 ", "") if name == "bone_config" else DEFAULTS) + flags))
+    train.train(args)
+    losses = column("loss")
+    assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
+    last = f"out/rwkv-{args.epoch_begin}.pth"
+    assert all(tensor.isfinite().all() for tensor in read(last).values())
+    if args.load_model:
+        merge.merge("base.pth", last, "tuned.pth")
+    assert rwkv6.load_model("tuned.pth" if args.load_model else last).config.version == (args.my_testing or "x060")
+
+
+def test_no_option_is_left_out():
+    assert {name for name, _ in VALUES} | APART == {name for flags in options.TABLE.values() for name, *_ in flags}
+
+
+@pytest.mark.parametrize("quant", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("parts", [" ".join(parts) for n in range(5) for parts in itertools.combinations(["time", "ln", "emb", "head"], n)])
+def test_each_quantization_with_each_set_of_parts_trains_saves_resumes_and_merges(quant, parts):
+    run(f"--epoch_steps 1 --quant {quant} --train_parts {parts}")
+    run(f"--epoch_steps 1 --epoch_begin 1 --bone_load out/rwkv-0.pth --train_parts {parts}")
+    first, second = read("out/rwkv-0.pth"), read("out/rwkv-1.pth")
+    merge.merge("base.pth", "out/rwkv-1.pth", "tuned.pth")
+    base, tuned = read("base.pth"), read("tuned.pth")
+    assert first.keys() == second.keys() == {n for n in bone_of("base.pth") if n.endswith(".bone")} | {
+        n for n in base if any(part in n for part in parts.split())}
+    for name, tensor in tuned.items():
+        adapted = name.removesuffix("weight") + "bone" in second
+        assert tensor.equal(second.get(name, base[name])) or adapted, name
+        assert not tensor.equal(base[name]) or not adapted and name not in second, name
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--peft lora", "lora is another method than Bone; RWKV-PEFT (github.com/JL-er/RWKV-PEFT) has it"), ("--peft pissa", "RWKV-PEFT"),
+    ("--peft state", "RWKV-PEFT"), ("--peft bnoe", "bnoe is unknown; there are bone"), ("--data_type wds_img", "take no images"),
+    ("--my_testing x070", "RWKV-7"), ("--my_testing x052", "base.pth: has my_testing x060, but --my_testing is x052"), ("--quant fp4", "nf4"),
+    ("--vocab_size 500", "base.pth: has vocab_size 300, but --vocab_size is 500"), ("--head_qk 8", "has head_qk 0, but --head_qk is 8"),
+    ("--pre_ffn 1", "has pre_ffn False, but --pre_ffn is 1"), ("--devices 2", "--devices 2: only one"),
+    ("--lora_config '{}'", "did you mean --bone_config?"), ("--ctxlen 5", "did you mean --ctx_len?"), ("--mirco_bsz 1", "did you mean --micro_bsz?"),
+    ("--bone_config '{\"bone_r\":0}'", "--bone_r: 0 must be"), ("--bone_config bone_r", "--bone_config: invalid json"),
+    ("--bone_config '{\"lora_r\":8}'", "must be a JSON object with bone_load, bone_r, bone_mode"),
+    ("--bone_config '{\"bone_r\":64}'", "--bone_r 16, but --bone_config has 64"),
+    ("--mask_id '{\"mask0\":\"a\"}'", "--mask_id needs two texts"), ("--mask_id '{\"mask0\":1,\"mask1\":2}'", "--mask_id needs two texts"),
+    ("--data_file t.txt", "base.pth: has no vocab.json beside it"), ("--data_type numpy", "x: No such file"),
+    ("--data_file t.txt --data_type numpy", "t.txt: not numpy"), ("--data_file table.npy", "table.npy: not numpy, a row of integers (float64, 2 dim"),
+    ("--data_file odd --data_type uint16", "odd: not uint16, a row of integers"), ("--data_file latin.txt " + NEW, "latin.txt: not utf-8"),
+    ("--data_file one.txt " + NEW, "one.txt: holds 1 tokens"), ("--data_file t.txt --loss_mask qa " + NEW, "t.txt: its tokens are characters"),
+    ("--val_file latin.txt --data_file t.txt " + NEW, "latin.txt: not utf-8"), ("--val_file other.txt --data_file t.txt " + NEW, "other.txt: has the character 'z'"),
+    ("--precision fp16 --load_model large.pth", "large.pth: head.weight reaches 70000, but float16 ends at 65504; use --precision bf16"),
+    ("--data_type dummy --proj_dir run " + NEW, "run/vocab.json: not a vocabulary"),
+    ("--pre_ffn 1 --load_model '' --n_layer 1 --n_embd 64", "at least 2"),
+])
+def test_what_cannot_be_is_refused_with_what_to_do(capsys, flags, says):
+    pathlib.Path("t.txt").write_text("a text")
+    pathlib.Path("one.txt").write_text("a")
+    pathlib.Path("odd").write_bytes(b"odd")
+    pathlib.Path("other.txt").write_text("a taxz")
+    pathlib.Path("latin.txt").write_bytes("é".encode("latin-1") * 5)
+    np.save("table.npy", np.ones((3, 3)))
+    torch.save(tiny(torch.float32) | {"head.weight": torch.full((300, 64), 7e4)}, "large.pth")
+    os.mkdir("run")
+    pathlib.Path("run/vocab.json").write_text('{"0": "ab"}')
+    before = {path: path.read_bytes() for path in pathlib.Path().rglob("*") if path.is_file()}
+    assert says in refused(capsys, lambda: run(flags))
+    assert before == {path: path.read_bytes() for path in pathlib.Path().rglob("*") if path.is_file()}
+
+
+# ---- what single options do ---------------------------------------------------------------------------------------------------
+
+def test_characters_have_the_ids_of_vocab_json_which_is_kept():
+    pathlib.Path("t.txt").write_text("cab, 词 cab\n" * 30)
+    run(NEW + "--data_file t.txt --epoch_steps 1")
+    vocabulary = json.load(open("out/vocab.json"))
+    assert vocabulary == {str(i): c for i, c in enumerate(sorted("\n ,abc词"))} and rwkv6.load_model("out/rwkv-0.pth").config.vocab_size == 7
+    pathlib.Path("t.txt").write_text("bc\n" * 30)                   # fewer characters; the vocabulary of the folder, and of the base, stays
+    run(NEW + "--data_file t.txt --epoch_steps 1 --epoch_begin 1")
+    run("--load_model out/rwkv-0.pth --data_file t.txt --proj_dir tuned --epoch_steps 1")
+    assert json.load(open("out/vocab.json")) == json.load(open("tuned/vocab.json")) == vocabulary
+    assert data.open_data("t.txt", characters=data.Vocabulary("out/vocab.json").characters)[0].tolist()[:3] == [4, 5, 0]
+
+
+def test_a_text_is_cut_into_pieces_that_share_a_token_and_leave_none_out():
+    for n, ctx_len in ((10, 3), (11, 3), (2, 5), (9, 1)):
+        np.save("n.npy", np.arange(n))
+        pieces = [piece.tolist() for piece in data.open_data("n.npy", ctx_len=ctx_len)]
+        assert [token for piece in pieces for token in piece[1:]] == list(range(1, n)) and all(a[-1] == b[0] for a, b in zip(pieces, pieces[1:]))
+        assert {len(piece) for piece in pieces[:-1]} <= {ctx_len + 1} and len(pieces[-1]) >= 2
+
+
+def test_the_dummy_text_is_that_of_rwkv_lm():
+    text = data.open_data("", kind="dummy")
+    assert "".join(text.characters[i] for i in text.tokens[:30]) == ".0+0=0..1+1=2..2+4=6..3+9=12.."[:30] and sorted("0123456789.+=") == list(text.characters)
+
+
+@pytest.mark.parametrize("name, kind, expected", [("x", None, 65536), ("t.jsonl", None, 65536), ("n.npy", None, 91), ("n.raw", "uint16", 91), ("t.txt", None, 4)])
+def test_the_vocabulary_of_a_new_model_is_found_from_the_data(name, kind, expected):
+    np.save("n.npy", np.arange(91))
+    np.arange(91).astype("<u2").tofile("n.raw")
+    pathlib.Path("t.txt").write_text("abacad")
+    pathlib.Path("t.jsonl").write_text('{"text": "abc"}\n')
+    assert data.open_data(name, kind=kind).vocab_size() == expected
+
+
+def test_without_shuffling_documents_come_in_the_order_of_the_file():
+    documents = data.Binidx("x")
+    for step in range(20):
+        idx, *_ = data.batch(documents, step, 1, 50, shuffle=False)
+        assert idx[0].tolist() == documents[step % 12][:-1].tolist()
+
+
+def test_se_counts_what_follows_mask1_up_to_mask0_and_qa_is_one_case_of_it():
+    tokens = data.encode("<q>one<a>two, three<q>four<a>five") + [0]
+    mask = data.qa_mask(tokens, "<a>", "<q>")
+    assert data.decode_bytes(token for token, counts in zip(tokens, mask) if counts) == b"two, threefive" and mask[-1] == 1
+    tokens = data.encode("User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d") + [0]
+    assert data.qa_mask(tokens).tolist() == data.qa_mask(tokens, "Assistant:", "User:").tolist()
+    ours, theirs = (data.collate([np.array(tokens)], 40, mask)[2] for mask in ("qa", ("Assistant:", "User:")))
+    assert ours.equal(theirs) and 0 < ours.sum() < len(tokens) - 1
+
+
+def test_fp16_scales_the_gradient_and_leaves_out_a_step_that_overflows(monkeypatch):
+    """Gradients are those of float32 to the precision of fp16, although most of them would be 0 there, unscaled; the scale of 2^16 is halved
+    upon an infinite one, and nothing changes in that step."""
+    run("--precision fp16 --epoch_steps 4 --proj_dir half")
+    run("--precision fp32 --epoch_steps 4 --proj_dir whole")
+    assert column("loss", "half") == pytest.approx(column("loss", "whole"), rel=1e-3)
+    scales, before = [], []
+
+    def step(model, micro, autocast, scaler, plain=train.step):
+        loss = plain(model, micro, autocast, scaler)
+        scales.append(scaler.get_scale())
+        before.append(model.blocks[0].ln1.bias.clone())
+        if len(scales) == 2:
+            model.blocks[1].ln1.bias.grad[3] = math.inf
+        return loss
+    monkeypatch.setattr(train, "step", step)
+    run("--precision fp16 --epoch_steps 4")
+    assert scales == [65536, 65536, 32768, 32768] and before[1].equal(before[2]) and not before[2].equal(before[3])
+
+
+def test_a_gradient_in_fp16_is_that_of_fp32():
+    grads = []
+    for precision in ("fp32", "fp16"):
+        args = arguments(f"--precision {precision}")
+        model, *_ = train.build_model(args, torch.device("cpu"))
+        autocast, scaler = train.precision(args, torch.device("cpu"))
+        train.step(model, [data.batch(data.Binidx("x"), 0, 4, 32)], autocast, scaler)
+        grads.append({name: p.grad / scaler.get_scale() for name, p in model.named_parameters() if p.requires_grad})
+    for name, grad in grads[0].items():
+        assert (grad - grads[1][name]).norm() <= 2e-2 * grad.norm(), name
+
+
+def test_fla_is_the_chunked_form_where_there_is_no_gpu():
+    model, *_ = train.build_model(arguments("--fla"), torch.device("cpu"))
+    assert {block.att.impl for block in model.blocks} == {"chunked"}
+    assert {block.att.impl for block in train.build_model(arguments(), torch.device("cpu"))[0].blocks} == {"auto"}
+
+
+def test_wandb_gets_losses_and_learning_rate(monkeypatch, capsys):
+    pytest.importorskip("wandb")
+    for name, value in (("MODE", "offline"), ("SILENT", "true"), ("CONFIG_DIR", "wandb_config"), ("CACHE_DIR", "wandb_cache")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    run("--wandb project --val_file x --epoch_steps 2")
+    [log] = pathlib.Path("out/wandb").glob("offline-run-*/*.wandb")
+    assert all(word in log.read_bytes() for word in (b"project", b"loss", b"val_loss", b"bone_r"))
+    monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)
+    capsys.readouterr()
+    assert "wandb is not installed; pip install wandb, or drop --wandb" in refused(capsys, lambda: run("--wandb project --proj_dir other"))
+
+
+# ---- checkpoints that travel --------------------------------------------------------------------------------------------------
+
+def merge_of_the_reference(base, checkpoint):
+    """What merge_bone.py of RWKV-PEFT does, with its roundings: every tensor of the checkpoint goes in, bones are multiplied out."""
+    w = base | checkpoint
+    for name in [name for name in w if name.endswith(".weight") and name.removesuffix("weight") + "bone" in w]:
+        b = w.pop(name.removesuffix("weight") + "bone")
+        r = b.shape[1]
+        blocks = w[name].unflatten(1, (-1, r)).unflatten(0, (-1, r)).transpose(1, 2)       # (a, b, r, r)
+        w[name] = w[name] + (blocks @ b + b).transpose(1, 2).reshape(w[name].shape)
+    assert not any("bone" in name for name in w)
+    return w
+
+
+@pytest.mark.parametrize("version", ["x060", "x052"])
+def test_checkpoints_go_both_ways_between_rwkv_peft_and_here(version):
+    fixture = read(HERE / "fixtures" / f"{version}_bone.pth")
+    for name in ("base", "ckpt"):
+        torch.save(fixture[name], f"{name}.pth")
+    data.write_binidx("x", fixture["idx"].tolist())
+    run(f"--bone_r 32 --my_testing {version} --epoch_steps 2")
+    ours = read("out/rwkv-0.pth")
+    assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in fixture["ckpt"].items()}
+    run("--bone_r 32 --bone_load ckpt.pth --epoch_steps 2 --epoch_begin 1")             # theirs, trained on
+    for path in ("ckpt.pth", "out/rwkv-1.pth"):
+        merge.merge("base.pth", path, "tuned.pth")
+        tuned, theirs = read("tuned.pth"), merge_of_the_reference(fixture["base"], read(path))
+        assert tuned.keys() == theirs.keys() == fixture["base"].keys()
+        for name, tensor in tuned.items():
+            assert tensor.dtype == theirs[name].dtype and (tensor - theirs[name]).float().norm() <= 1e-2 * theirs[name].float().norm(), name
+    mode = bone.rank_and_mode(ours, "")
+    assert mode == (32, "bat")
+
+
+@pytest.mark.parametrize("version", ["x060", "x052"])
+def test_a_st_file_is_what_the_converter_of_ai00_makes_of_the_merged_model(version, capsys):
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    fixture = read(HERE / "fixtures" / f"{version}_bone.pth")
+    for name in ("base", "ckpt"):
+        torch.save(fixture[name], f"{name}.pth")
+    for out in ("tuned.pth", "tuned.st"):
+        merge.merge("base.pth", "ckpt.pth", out)
+    expected = {}
+    for name, tensor in read("tuned.pth").items():
+        name = name.replace("time_faaaa", "time_first").replace("time_maa", "time_mix")
+        lies = any(low_rank in name for low_rank in ("time_mix_w1", "time_mix_w2", "time_decay_w1", "time_decay_w2"))
+        expected[name] = (tensor.transpose(-2, -1) if lies else tensor).half()
+    found = load_file("tuned.st")
+    assert found.keys() == expected.keys() and all(found[name].equal(tensor) for name, tensor in expected.items())
+    large = fixture["base"] | {"blocks.1.ffn.key.weight": torch.full((448, 128), 7e4)}
+    torch.save(large, "base.pth")
+    before = found.keys(), pathlib.Path("tuned.st").read_bytes()
+    assert "blocks.1.ffn.key.weight reaches" in refused(capsys, lambda: merge.merge("base.pth", "ckpt.pth", "tuned.st"))
+    assert pathlib.Path("tuned.st").read_bytes() == before[1] and not [path for path in os.listdir() if path.startswith("tuned.st.")]
