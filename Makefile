@@ -2,13 +2,20 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test bench clean
+.PHONY: demo test interop bench clean
 
 demo: $(VENV)/ready
 	bash demo.sh $(BIN)/python
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q
+
+# The programs that read what is written here: web-rwkv (Ai00) on a GPU that Mesa plays, the rwkv package (RWKV Runner), RWKV-PEFT's format.
+interop: $(VENV)/ready
+	$(BIN)/python -m pip install -q --disable-pip-version-check web-rwkv-py -c constraints.txt
+	ls /usr/share/vulkan/icd.d/lvp_icd.* >/dev/null 2>&1 || { sudo=$$(command -v sudo || true); $$sudo apt-get update -q && $$sudo apt-get install -q -y mesa-vulkan-drivers; }
+	LP_NUM_THREADS=0 VK_ICD_FILENAMES=$$(echo /usr/share/vulkan/icd.d/lvp_icd.*) $(BIN)/python -m pytest -q -s test_interop.py
+	$(BIN)/python -m pytest -q test_rwkv6.py test_options.py -k "rwkv_package or go_both_ways or st_file"
 
 bench: $(VENV)/ready
 	$(BIN)/python bench.py
