@@ -55,7 +55,7 @@ def main():
     parser.add_argument("--quant", choices=("none", *FORMATS), help="keep the matrices in few bits (default: as args.json beside CKPT says)")
     parser.add_argument("--prompt", help="text to go on from (\\n is a line break); without it, chat")
     parser.add_argument("--length", type=int, default=200, help="at most this many tokens (default: 200)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token; 1: as the model has it (default)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token; 1: as the model has it (default: 1.0)")
     parser.add_argument("--top_p", type=float, default=0.7, help="sample from the likeliest tokens of this probability (default: 0.7)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same text (default: 0)")
     args = parser.parse_args()

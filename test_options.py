@@ -18,6 +18,7 @@ import torch
 import bone
 import data
 import files
+import generate
 import merge
 import options
 import rwkv6
@@ -190,6 +191,24 @@ def test_what_cannot_be_is_refused_with_what_to_do(capsys, flags, says):
     before = {path: path.read_bytes() for path in pathlib.Path().rglob("*") if path.is_file()}
     assert says in refused(capsys, lambda: run(flags))
     assert before == {path: path.read_bytes() for path in pathlib.Path().rglob("*") if path.is_file()}
+
+
+# ---- --help and README ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("readme, heading", [("README.md", "| flag of {} |"), ("README.zh.md", "| {} 的参数 |")])
+@pytest.mark.parametrize("program", ["train", "merge", "generate"])
+def test_the_readme_s_table_is_that_of_help(monkeypatch, readme, heading, program):
+    """The same flags in the same order with the same defaults, each of which its --help line says, too."""
+    parsers = []
+    monkeypatch.setattr(files.Parser, "parse_args", lambda parser, argv=None: sys.exit(parsers.append(parser)))
+    with pytest.raises(SystemExit):
+        {"train": options.parse_args, "merge": merge.main, "generate": generate.main}[program]()
+    flags = [action for action in parsers[0]._actions if action.option_strings and action.dest != "help"]
+    defaults = {action.option_strings[0]: options.shown_default(action.default) for action in flags}
+    table = (HERE / readme).read_text(encoding="utf-8").partition(heading.format(f"{program}.py"))[2].partition("\n\n")[0]
+    assert dict(re.findall(r"^\| `(--\w+)` \| (?:`([^`]*)`)? ?\| .*\S \|$", table, re.M)) == defaults
+    assert list(defaults) == re.findall(r"^\| `(--\w+)`", table, re.M)
+    assert all(f"(default: {defaults[action.option_strings[0]]})" in action.help for action in flags if defaults[action.option_strings[0]])
 
 
 # ---- what single options do ---------------------------------------------------------------------------------------------------
