@@ -10,7 +10,7 @@ rm -rf demo
 run demo_data.py demo
 run data.py demo/docs.jsonl demo/docs --ctx_len 128
 
-echo; echo "--- a small base model, pretrained from scratch on Python's documentation"
+echo; echo "--- a small base model, pretrained from scratch on Python's help topics"
 run train.py --data_file demo/docs --proj_dir demo/base --n_layer 4 --n_embd 128 --dataload get --ctx_len 128 --micro_bsz 8 \
     --epoch_steps 130 --lr_init 4e-3 --lr_final 4e-4 --warmup_steps 10 --grad_cp 0
 

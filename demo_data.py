@@ -1,34 +1,20 @@
 """Texts for `make demo`, made from what is already installed: `python demo_data.py demo` writes
-docs.jsonl      to pretrain a small base model: docstrings and help topics of Python's standard library
+docs.jsonl      to pretrain a small base model: the help topics of Python
 chat.jsonl      to fine-tune it: English and Chinese dialogues of the chatterbot-corpus package
 chat_val.jsonl  a tenth of the dialogues; none of their questions occurs in chat.jsonl
 """
 
-import ast
 import json
 import random
 import re
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import chatterbot_corpus
 import yaml
 
-SKIP = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages"}
 ALTERNATIVES = {"computers", "emotion"}  # in these two files, the lines after a question are different answers to it
-
-
-def stdlib_docs():
-    """Docstrings and help topics of the standard library, read from its source: no module is imported."""
-    root = Path(ast.__file__).parent
-    documents = {}  # a dict, for a set that keeps its order
-    for path in sorted(p for p in root.rglob("*.py") if not SKIP & set(p.relative_to(root).parts)):
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                documents[ast.get_docstring(node) or ""] = None
-            elif path.parent.name == "pydoc_data" and isinstance(node, ast.Constant):
-                documents[str(node.value).strip()] = None  # topics = {"if": "The if statement ...", ...}
-    return [text for text in documents if len(text) >= 200]
 
 
 def dialogues():
@@ -52,7 +38,7 @@ def main(folder):
     held_out = {question for questions, _ in conversations[:n] for question in questions}
     chat = [text for questions, text in conversations[n:] if held_out.isdisjoint(questions)]
     folder.mkdir(parents=True, exist_ok=True)
-    for name, texts in {"docs": stdlib_docs(), "chat": chat, "chat_val": [text for _, text in conversations[:n]]}.items():
+    for name, texts in {"docs": topics.values(), "chat": chat, "chat_val": [text for _, text in conversations[:n]]}.items():
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
         print(f"{path}: {len(texts):,} documents, {sum(map(len, texts)):,} characters")
