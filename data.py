@@ -95,7 +95,7 @@ class Documents:
     """len(data): documents; data[i]: (size of document i) int64, a copy; data.sizes: (documents) ints; data.tokens: all tokens.
     What this class makes of one long text is pieces of ctx_len + 1 tokens, each beginning with the last one of the piece before."""
 
-    characters = ""  # those of a character-level vocabulary, in the order of their ids
+    vocabulary = None  # a Vocabulary, where tokens are characters
 
     def __init__(self, name, tokens, ctx_len):
         if len(tokens) < 2:
@@ -113,7 +113,7 @@ class Documents:
 
     def vocab_size(self):
         """The smallest vocabulary with which a model can read this."""
-        return len(self.characters) or int(self.tokens.max()) + 1
+        return len(self.vocabulary.characters) if self.vocabulary else int(self.tokens.max()) + 1
 
 
 class Binidx(Documents):
@@ -180,47 +180,47 @@ def _open_binidx(path):
 
 
 class Vocabulary:
-    """The characters of a vocab.json, {"0": "a", "1": "b", ...}, in the place of the World vocabulary. ValueError for anything else."""
+    """Characters as tokens, in the place of RWKV World's: an id is a place in `characters`, which has each once."""
 
     END = None
 
-    def __init__(self, path):
-        self.path = path
-        try:
-            vocabulary = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-            characters = [vocabulary[str(i)] for i in range(len(vocabulary))]
-            if {*map(len, characters)} != {1} or len({*characters}) < len(characters):
-                raise ValueError("each id has one character, and each character one id")
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f'{path}: not a vocabulary, {{"0": "a", "1": "b", ...}} ({error}); delete it to have it made anew') from error
-        self.characters = "".join(characters)
+    def __init__(self, characters):
+        self.characters = characters
 
-    def encode(self, text):
-        if unknown := {*text} - {*self.characters}:
-            raise ValueError(f"{self.path}: does not have the character {min(unknown)!r}; leave it out")
-        return list(map(self.characters.index, text))
+    def encode(self, text, where="the text"):
+        ids = {character: i for i, character in enumerate(self.characters)}
+        if unknown := {*text} - {*ids}:
+            raise ValueError(f"{where} has the character {min(unknown)!r}, which is not in the model's vocab.json; leave it out")
+        return [ids[character] for character in text]
 
     def decode_bytes(self, ids):
         return "".join(self.characters[i] for i in ids).encode()
 
 
-def _open_text(path, kind, ctx_len, characters):
-    """The characters of a text as Documents; their ids are their places in `characters`, or in those that occur, sorted."""
-    if kind == "dummy":  # 100,000 sums, as in RWKV-LM
-        text = "".join(f".{a}+{b}={a + b}." for a, b in ((i % 10000, i * i % 10000) for i in range(100_000)))
-    else:
-        try:
+def read_vocabulary(path):
+    """The Vocabulary of a vocab.json, {"0": "a", "1": "b", ...}. ValueError for anything else."""
+    try:
+        vocabulary = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        characters = [vocabulary[str(i)] for i in range(len(vocabulary))]
+        if {*map(len, characters)} != {1} or len({*characters}) < len(characters):
+            raise ValueError("each id has one character, and each character one id")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'{path}: not a vocabulary, {{"0": "a", "1": "b", ...}} ({error}); delete it to have it made anew') from error
+    return Vocabulary("".join(characters))
+
+
+def _open_text(path, kind, ctx_len, vocabulary):
+    """The characters of a text as Documents, in the vocabulary given, or in one of those that occur, sorted."""
+    try:
+        if kind == "dummy":  # 100,000 sums, as in RWKV-LM
+            text = "".join(f".{a}+{b}={a + b}." for a, b in ((i % 10000, i * i % 10000) for i in range(100_000)))
+        else:
             text = pathlib.Path(path).read_text(encoding=kind).removeprefix("\ufeff")
-        except UnicodeError as error:
-            raise ValueError(f"{path}: not {kind} ({error}); another --data_type may fit") from error
-    characters = characters or "".join(sorted({*text}))
-    ids = np.full(0x110000, -1, np.int32)
-    ids[list(map(ord, characters))] = range(len(characters))
-    tokens = ids[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
-    if (tokens < 0).any():
-        raise ValueError(f"{path}: has the character {text[(tokens < 0).argmax()]!r}, which the model's vocab.json has not; leave it out of the text")
-    data = Documents(path or kind, tokens, ctx_len)
-    data.characters = characters
+        vocabulary = vocabulary or Vocabulary("".join(sorted({*text})))
+        data = Documents(path or kind, np.array(vocabulary.encode(text, path), np.int32), ctx_len)
+    except UnicodeError as error:
+        raise ValueError(f"{path}: not {kind} ({error}); another --data_type may fit") from error
+    data.vocabulary = vocabulary
     return data
 
 
@@ -240,7 +240,7 @@ def kind_of(path):
     return {".npy": "numpy", ".txt": "utf-8"}.get(os.path.splitext(path)[1], "binidx")
 
 
-def open_data(path, vocab_size=None, kind=None, ctx_len=512, characters=""):
+def open_data(path, vocab_size=None, kind=None, ctx_len=512, vocabulary=None):
     """The Documents of a file. kind, a --data_type; None: by the name.
     binidx, jsonl        a prefix, or a .jsonl, which is converted beside itself (x.jsonl.bin, x.jsonl.idx) when new or changed
     utf-8, utf-16le      a text, whose tokens are its characters, in pieces of ctx_len + 1; dummy: a text of sums, without a file
@@ -248,7 +248,7 @@ def open_data(path, vocab_size=None, kind=None, ctx_len=512, characters=""):
     With vocab_size, a token outside 0 ... vocab_size - 1 is a ValueError that names its document, counted from 0 as in data[i]."""
     kind = kind or kind_of(path)
     if kind in CHARACTERS:
-        data = _open_text(path, kind, ctx_len, characters)
+        data = _open_text(path, kind, ctx_len, vocabulary)
     else:
         data = _open_tokens(path, kind, ctx_len) if kind in ("numpy", "uint16") else _open_binidx(path)
     tokens, limits = data.tokens, np.iinfo(data.tokens.dtype)
@@ -277,7 +277,7 @@ def check_mask(data, ctx_len, loss_mask):
     markers = MARKERS.get(loss_mask, loss_mask)
     if markers in ("pad", "none"):
         return 0
-    if data.characters:
+    if data.vocabulary:
         raise ValueError(f"{data.prefix}: its tokens are characters, in which --loss_mask finds no marker; use pad or none")
     n = min(1000, len(data))
     silent = sum(not collate([data[i]], ctx_len, markers)[2].any() for i in range(n))

@@ -72,7 +72,7 @@ def main():
     if model.config.vocab_size < 65530:
         if not os.path.exists(characters):
             raise ValueError(f"{args.model}: its vocabulary of {model.config.vocab_size} is not that of RWKV World, and no {characters} says what it is")
-        vocabulary = data.Vocabulary(characters)
+        vocabulary = data.read_vocabulary(characters)
 
     settings = (args.length, args.temperature, args.top_p, torch.Generator().manual_seed(args.seed))
     state, unread = model.empty_state(), []

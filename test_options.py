@@ -173,7 +173,7 @@ def test_each_quantization_with_each_set_of_parts_trains_saves_resumes_and_merge
     ("--data_file t.txt --data_type numpy", "t.txt: not numpy"), ("--data_file table.npy", "table.npy: not numpy, a row of integers (float64, 2 dim"),
     ("--data_file odd --data_type uint16", "odd: not uint16, a row of integers"), ("--data_file latin.txt " + NEW, "latin.txt: not utf-8"),
     ("--data_file one.txt " + NEW, "one.txt: holds 1 tokens"), ("--data_file t.txt --loss_mask qa " + NEW, "t.txt: its tokens are characters"),
-    ("--val_file latin.txt --data_file t.txt " + NEW, "latin.txt: not utf-8"), ("--val_file other.txt --data_file t.txt " + NEW, "other.txt: has the character 'z'"),
+    ("--val_file latin.txt --data_file t.txt " + NEW, "latin.txt: not utf-8"), ("--val_file other.txt --data_file t.txt " + NEW, "other.txt has the character 'z', which is not in"),
     ("--precision fp16 --load_model large.pth", "large.pth: head.weight reaches 70000, but float16 ends at 65504; use --precision bf16"),
     ("--data_type dummy --proj_dir run " + NEW, "run/vocab.json: not a vocabulary"),
     ("--pre_ffn 1 --load_model '' --n_layer 1 --n_embd 64", "at least 2"),
@@ -222,7 +222,7 @@ def test_characters_have_the_ids_of_vocab_json_which_is_kept():
     run(NEW + "--data_file t.txt --epoch_steps 1 --epoch_begin 1")
     run("--load_model out/rwkv-0.pth --data_file t.txt --proj_dir tuned --epoch_steps 1")
     assert json.load(open("out/vocab.json")) == json.load(open("tuned/vocab.json")) == vocabulary
-    assert data.open_data("t.txt", characters=data.Vocabulary("out/vocab.json").characters)[0].tolist()[:3] == [4, 5, 0]
+    assert data.open_data("t.txt", vocabulary=data.read_vocabulary("out/vocab.json"))[0].tolist()[:3] == [4, 5, 0]
 
 
 def test_a_text_is_cut_into_pieces_that_share_a_token_and_leave_none_out():
@@ -235,7 +235,7 @@ def test_a_text_is_cut_into_pieces_that_share_a_token_and_leave_none_out():
 
 def test_the_dummy_text_is_that_of_rwkv_lm():
     text = data.open_data("", kind="dummy")
-    assert "".join(text.characters[i] for i in text.tokens[:30]) == ".0+0=0..1+1=2..2+4=6..3+9=12.."[:30] and sorted("0123456789.+=") == list(text.characters)
+    assert text.vocabulary.decode_bytes(text.tokens[:30]).decode() == ".0+0=0..1+1=2..2+4=6..3+9=12.."[:30] and sorted("0123456789.+=") == list(text.vocabulary.characters)
 
 
 @pytest.mark.parametrize("name, kind, expected", [("x", None, 65536), ("t.jsonl", None, 65536), ("n.npy", None, 91), ("n.raw", "uint16", 91), ("t.txt", None, 4)])

@@ -180,16 +180,16 @@ def precision(args, device):
 
 def open_documents(args, vocab_size=None):
     """Training and held-out data, None where there is none. What characters mean is said by a vocab.json in proj_dir or beside the base."""
-    kind, characters = args.data_type or data.kind_of(args.data_file), ""
+    kind, vocabulary = args.data_type or data.kind_of(args.data_file), None
     if kind in data.CHARACTERS:
         folders = [args.proj_dir] + [os.path.dirname(args.load_model)] * bool(args.load_model)
         found = next(filter(os.path.exists, (os.path.join(folder, "vocab.json") for folder in folders)), None)
         if args.load_model and not found:
             raise ValueError(f"{args.load_model}: has no vocab.json beside it, which says what its tokens are; copy it from where the model was trained")
-        characters = data.Vocabulary(found).characters if found else ""
-    documents = data.open_data(args.data_file, vocab_size, kind, args.ctx_len, characters)
+        vocabulary = data.read_vocabulary(found) if found else None
+    documents = data.open_data(args.data_file, vocab_size, kind, args.ctx_len, vocabulary)
     kind = "utf-8" if kind == "dummy" else kind
-    return documents, data.open_data(args.val_file, vocab_size, kind, args.ctx_len, documents.characters) if args.val_file else None
+    return documents, data.open_data(args.val_file, vocab_size, kind, args.ctx_len, documents.vocabulary) if args.val_file else None
 
 
 def expected_memory(args, device):
@@ -297,7 +297,7 @@ def train(args):
     if "deepspeed" in args.strategy:
         print(f"note: {args.strategy} shares out what several devices hold; on one, plain PyTorch stands in for it (--dry_run says the memory)")
 
-    log = Log(args, documents.characters)
+    log = Log(args, documents.vocabulary)
     if held_out:
         print(f"held-out loss before training: {log.point(epochs[0] * steps, val_loss=held_out_loss()):.4f}")
     for epoch in epochs:
@@ -334,10 +334,11 @@ class Log:
     """In proj_dir: args.json, train_log.txt (a line per epoch), loss.csv (a row per step and held-out loss), loss.png, and vocab.json where
     tokens are characters. With --wandb losses and learning rate go there, too."""
 
-    def __init__(self, args, characters):
+    def __init__(self, args, vocabulary):
         os.makedirs(args.proj_dir, exist_ok=True)
         self.curve, self.picture = (os.path.join(args.proj_dir, name) for name in ("loss.csv", "loss.png"))
-        for name, content in [("args.json", vars(args))] + [("vocab.json", dict(enumerate(characters)))] * bool(characters):
+        files = {"args.json": vars(args)} | ({"vocab.json": dict(enumerate(vocabulary.characters))} if vocabulary else {})
+        for name, content in files.items():
             with atomic_path(os.path.join(args.proj_dir, name)) as path, open(path, "w", encoding="utf-8") as f:
                 json.dump(content, f, indent=1, ensure_ascii=False)
         self.wandb = None
