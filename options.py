@@ -26,33 +26,27 @@ REFUSED = {  # values that RWKV-PEFT takes, and why they are not taken here
 }
 
 
-def number(kind, least):
-    """int or float, of at least `least`."""
+def checked(name, convert, fits, need):
+    """A type for argparse: what `convert` makes of a text, where that `fits`; else an error that says what it needs to be."""
     def parse(text):
-        if not least <= (value := kind(text)) < 2**63:
-            raise argparse.ArgumentTypeError(f"{text} must be a number of at least {least}, and below 2^63")
+        if not fits(value := convert(text)):
+            raise argparse.ArgumentTypeError(f"{text} {need(text)}")
         return value
-    parse.__name__ = kind.__name__
+    parse.__name__ = name
     return parse
+
+
+def number(kind, least):
+    return checked(kind.__name__, kind, lambda n: least <= n < 2**63, lambda _: f"must be a number of at least {least}, and below 2^63")
 
 
 def json_with(*keys):
-    """A JSON object with some of these keys; as in RWKV-PEFT, whose methods have their settings in one flag."""
-    def parse(text):
-        value = json.loads(text)
-        if not isinstance(value, dict) or not {*value} <= {*keys}:
-            raise argparse.ArgumentTypeError(f"{text} must be a JSON object with {', '.join(keys)}")
-        return value
-    parse.__name__ = "json"
-    return parse
+    return checked("json", json.loads, lambda x: isinstance(x, dict) and {*x} <= {*keys}, lambda _: f"must be a JSON object with {', '.join(keys)}")
 
 
 def choice(name, values):
-    def parse(text):
-        if text not in map(str, values):
-            raise argparse.ArgumentTypeError(f"{text} {REFUSED.get(name, {}).get(text, 'is unknown; there are ' + ', '.join(map(str, values)))}")
-        return next(value for value in values if str(value) == text)
-    return parse
+    unknown = f"is unknown; there are {', '.join(map(str, values))}"
+    return checked(name, {str(value): value for value in values}.get, lambda value: value is not None, lambda text: REFUSED.get(name, {}).get(text, unknown))
 
 
 TABLE = {

@@ -29,8 +29,6 @@ from files import read_checkpoint, release
 from quant import PIECE, quantize
 from wkv6 import wkv6
 
-MIX = {"x060": "wkvrg", "x052": "kvrg"}  # the mixtures of a time mix, in the order in which time_maa_w1 and time_maa_w2 hold them
-
 
 @dataclasses.dataclass
 class Config:
@@ -89,7 +87,7 @@ class TimeMix(Mix):
     impl = "auto"  # form of WKV-6, see wkv6.py
 
     def __init__(self, c):
-        super().__init__(c, MIX[c.version])
+        super().__init__(c, "wkvrg" if c.version == "x060" else "kvrg")  # in the order in which time_maa_w1 and time_maa_w2 hold them
         C, H = c.n_embd, c.n_embd // c.head_size
         self.head_size = c.head_size
         if c.version == "x060":
@@ -271,7 +269,7 @@ def load_model(path, dtype=None, device="cpu", quant="none"):
             except ValueError as error:
                 raise ValueError(f"{path}: {name}: {error}") from error
         else:
-            put(model, name, tensor.view(meta.shape).to(device, kept, copy=True))
+            setattr(model.get_submodule(module), name.rpartition(".")[2], nn.Parameter(tensor.view(meta.shape).to(device, kept, copy=True)))
         release(tensor)
     return model
 
@@ -280,11 +278,6 @@ def storage_dtype(model, name, dtype):
     """`dtype` for the matrices of the embedding, the head and the linear layers; at least float32 for the small rest."""
     module = model.get_submodule(name.rpartition(".")[0])
     return dtype if isinstance(module, (nn.Linear, nn.Embedding)) else torch.promote_types(dtype, torch.float32)
-
-
-def put(model, name, tensor):
-    module, _, child = name.rpartition(".")
-    setattr(model.get_submodule(module), child, nn.Parameter(tensor))
 
 
 def sizes(n_layer, n_embd, vocab_size, head_size=64, **options):
