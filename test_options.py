@@ -254,6 +254,29 @@ def test_without_shuffling_documents_come_in_the_order_of_the_file():
         assert idx[0].tolist() == documents[step % 12][:-1].tolist()
 
 
+def test_the_order_of_the_file_does_not_depend_on_the_seed():
+    for proj_dir, flags in (("a", "--data_shuffle 0"), ("b", "--data_shuffle 0 --random_seed 1"), ("c", "--random_seed 1")):
+        run(f"{flags} --proj_dir {proj_dir}")
+    assert column("loss", "a") == column("loss", "b") != column("loss", "c")
+
+
+def test_layerwise_lr_is_what_makes_time_decay_learn_at_twice_the_rate():
+    torch.save(tiny(torch.float32), "base.pth")
+    base, moved = read("base.pth")["blocks.0.att.time_decay"], []
+    for switch in (0, 1):
+        run(f"--precision fp32 --epoch_steps 1 --layerwise_lr {switch} --proj_dir {switch}")
+        moved.append(read(f"{switch}/rwkv-0.pth")["blocks.0.att.time_decay"] - base)
+    torch.testing.assert_close(moved[1], 2 * moved[0])
+
+
+def test_qa_is_se_with_the_markers_of_a_dialogue():
+    data.write_binidx("qa", [[1 + b for b in f"User: {i}\n\nAssistant: b{i}\n\nUser: c".encode()] + [0] for i in range(4)])
+    for proj_dir, flags in (("qa", "qa"), ("se", """se --mask_id '{"mask0":"User:","mask1":"Assistant:"}'"""),
+                            ("swapped", """se --mask_id '{"mask1":"User:","mask0":"Assistant:"}'""")):
+        run(f"--data_file qa --ctx_len 64 --proj_dir {proj_dir} --loss_mask {flags}")
+    assert column("loss", "qa") == column("loss", "se") != column("loss", "swapped")
+
+
 def test_se_counts_what_follows_mask1_up_to_mask0_and_qa_is_one_case_of_it():
     tokens = data.encode("<q>one<a>two, three<q>four<a>five") + [0]
     mask = data.qa_mask(tokens, "<a>", "<q>")

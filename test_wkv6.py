@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,9 +68,23 @@ def test_batches_heads_and_head_sizes(impl, N):
     check(inputs(3, 37, 2, N), impl, torch.float32, 1e-5)
 
 
-@pytest.mark.parametrize("impl", ["chunked", "compiled"])
-def test_bfloat16_inputs_are_accumulated_in_float32(impl):
-    check(inputs(2, 300, 2, 64), impl, torch.bfloat16, 4e-3)  # half a step of bfloat16 is 2e-3
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])  # half a step is 2e-3, and 2.4e-4
+@pytest.mark.parametrize("impl", ["chunked", "compiled", "auto"])
+def test_inputs_of_16_bits_are_accumulated_in_float32(impl, dtype, bound):
+    check(inputs(2, 300, 2, 64), impl, dtype, bound)
+
+
+def test_fla_s_operator_is_called_by_its_definition(monkeypatch):
+    """In its place stands the definition that flash-linear-attention documents: w is the log of the decay, scale a factor of r."""
+    def chunk_rwkv6(r, k, v, w, u, scale=None, initial_state=None, output_final_state=False):
+        y, state = [], initial_state
+        for t in range(r.shape[1]):
+            kv = k[:, t, ..., None] * v[:, t, ..., None, :]
+            y.append(((state + u[..., None] * kv) * (r[:, t] * scale)[..., None]).sum(-2))
+            state = state * w[:, t].exp()[..., None] + kv
+        return torch.stack(y, 1), state if output_final_state else None
+    monkeypatch.setitem(sys.modules, "fla.ops.rwkv6", SimpleNamespace(chunk_rwkv6=chunk_rwkv6))
+    check(inputs(2, 20, 2, 32), "fla", torch.float32, 1e-5)
 
 
 @pytest.mark.parametrize("impl", ["reference", "chunked", "compiled"])
