@@ -175,6 +175,9 @@ def test_each_quantization_with_each_set_of_parts_trains_saves_resumes_and_merge
     ("--data_file one.txt " + NEW, "one.txt: holds 1 tokens"), ("--data_file t.txt --loss_mask qa " + NEW, "t.txt: its tokens are characters"),
     ("--val_file latin.txt --data_file t.txt " + NEW, "latin.txt: not utf-8"), ("--val_file other.txt --data_file t.txt " + NEW, "other.txt has the character 'z', which is not in"),
     ("--precision fp16 --load_model large.pth", "large.pth: head.weight reaches 70000, but float16 ends at 65504; use --precision bf16"),
+    ("--data_file t.txt --vocab_size 300 " + NEW, "t.txt: has 5 characters, but the model's vocabulary is 300; drop --vocab_size"),
+    ("--data_file t.txt --load_model run2/base.pth", "t.txt: has 5 characters, but the model's vocabulary is 300"),
+    ("--data_file t.txt --load_model run2/base.pth --proj_dir run3", "run3/vocab.json: has other characters than run2/vocab.json"),
     ("--data_type dummy --proj_dir run " + NEW, "run/vocab.json: not a vocabulary"),
     ("--pre_ffn 1 --load_model '' --n_layer 1 --n_embd 64", "at least 2"),
 ])
@@ -186,8 +189,10 @@ def test_what_cannot_be_is_refused_with_what_to_do(capsys, flags, says):
     pathlib.Path("latin.txt").write_bytes("é".encode("latin-1") * 5)
     np.save("table.npy", np.ones((3, 3)))
     torch.save(tiny(torch.float32) | {"head.weight": torch.full((300, 64), 7e4)}, "large.pth")
-    os.mkdir("run")
-    pathlib.Path("run/vocab.json").write_text('{"0": "ab"}')
+    for folder, content in (("run", {"0": "ab"}), ("run2", dict(enumerate("a tex"))), ("run3", dict(enumerate("xet a")))):
+        os.mkdir(folder)
+        pathlib.Path(folder, "vocab.json").write_text(json.dumps(content))
+    os.link("base.pth", "run2/base.pth")
     before = {path: path.read_bytes() for path in pathlib.Path().rglob("*") if path.is_file()}
     assert says in refused(capsys, lambda: run(flags))
     assert before == {path: path.read_bytes() for path in pathlib.Path().rglob("*") if path.is_file()}

@@ -6,10 +6,10 @@ so a run is a function of its command line.
 
 import argparse
 import contextlib
-import importlib.util
 import csv
 import functools
 import glob
+import importlib.util
 import json
 import math
 import os
@@ -179,15 +179,21 @@ def precision(args, device):
 
 
 def open_documents(args, vocab_size=None):
-    """Training and held-out data, None where there is none. What characters mean is said by a vocab.json in proj_dir or beside the base."""
+    """Training and held-out data, None where there is none. What characters mean is said by a vocab.json beside the base or in proj_dir."""
     kind, vocabulary = args.data_type or data.kind_of(args.data_file), None
     if kind in data.CHARACTERS:
-        folders = [args.proj_dir] + [os.path.dirname(args.load_model)] * bool(args.load_model)
-        found = next(filter(os.path.exists, (os.path.join(folder, "vocab.json") for folder in folders)), None)
-        if args.load_model and not found:
+        found, here = (os.path.join(folder, "vocab.json") for folder in (os.path.dirname(args.load_model), args.proj_dir))
+        if args.load_model and not os.path.exists(found):
             raise ValueError(f"{args.load_model}: has no vocab.json beside it, which says what its tokens are; copy it from where the model was trained")
-        vocabulary = data.read_vocabulary(found) if found else None
+        vocabulary = data.read_vocabulary(here) if os.path.exists(here) else None
+        if args.load_model:
+            kept, vocabulary = vocabulary, data.read_vocabulary(found)
+            if kept and kept.characters != vocabulary.characters:
+                raise ValueError(f"{here}: has other characters than {found}; give another --proj_dir")
     documents = data.open_data(args.data_file, vocab_size, kind, args.ctx_len, vocabulary)
+    if documents.vocabulary and vocab_size not in (None, documents.vocab_size()):
+        raise ValueError(f"{args.data_file or kind}: has {documents.vocab_size()} characters, but the model's vocabulary is {vocab_size}; drop --vocab_size, "
+                         "and take the model's own vocab.json")
     kind = "utf-8" if kind == "dummy" else kind
     return documents, data.open_data(args.val_file, vocab_size, kind, args.ctx_len, documents.vocabulary) if args.val_file else None
 
