@@ -142,10 +142,6 @@ class Binidx(Documents):
             raise ValueError(f"{bin_path}: {size} bytes, but the index needs {need}; copy or convert both again")
         self.tokens = np.frombuffer(np.memmap(bin_path, mode="r"), dtype)
 
-    def vocab_size(self):
-        """That of RWKV World, whose tokens these files hold, or more where there are others."""
-        return 65536 if self.tokens.dtype.itemsize < 4 else max(65536, super().vocab_size())
-
 
 def write_binidx(prefix, documents, dtype=np.uint16):
     """Write an iterable of documents (sequences of token ids), one at a time, to prefix.bin and prefix.idx, whole or not at all.

@@ -243,13 +243,15 @@ def test_the_dummy_text_is_that_of_rwkv_lm():
     assert text.vocabulary.decode_bytes(text.tokens[:30]).decode() == ".0+0=0..1+1=2..2+4=6..3+9=12.."[:30] and sorted("0123456789.+=") == list(text.vocabulary.characters)
 
 
-@pytest.mark.parametrize("name, kind, expected", [("x", None, 65536), ("t.jsonl", None, 65536), ("n.npy", None, 91), ("n.raw", "uint16", 91), ("t.txt", None, 4)])
-def test_the_vocabulary_of_a_new_model_is_found_from_the_data(name, kind, expected):
+@pytest.mark.parametrize("flags, expected", [("x", 65536), ("t.jsonl", 65536), ("n.npy", 91), ("n.raw --data_type uint16", 91), ("t.txt", 4), ("n.npy --vocab_size 100", 100)])
+def test_the_vocabulary_of_a_new_model_is_found_from_the_data(capsys, flags, expected):
     np.save("n.npy", np.arange(91))
     np.arange(91).astype("<u2").tofile("n.raw")
     pathlib.Path("t.txt").write_text("abacad")
     pathlib.Path("t.jsonl").write_text('{"text": "abc"}\n')
-    assert data.open_data(name, kind=kind).vocab_size() == expected
+    before = set(os.listdir())
+    run(f"{NEW} --dry_run --data_file {flags}")
+    assert f"vocab_size {expected}," in capsys.readouterr().out and set(os.listdir()) == before
 
 
 def test_without_shuffling_documents_come_in_the_order_of_the_file():
