@@ -113,7 +113,7 @@ class Documents:
 
     def vocab_size(self):
         """The smallest vocabulary with which a model can read this."""
-        return len(self.vocabulary.characters) if self.vocabulary else int(self.tokens.max()) + 1
+        return len(self.vocabulary) if self.vocabulary else int(self.tokens.max()) + 1
 
 
 class Binidx(Documents):
@@ -175,33 +175,34 @@ def _open_binidx(path):
     return Binidx(prefix)
 
 
-class Vocabulary:
-    """Characters as tokens, in the place of RWKV World's: an id is a place in `characters`, which has each once."""
+class Vocabulary(str):
+    """Characters as tokens, in the place of RWKV World's: an id is a place in this string, which has each character once."""
 
     END = None
 
-    def __init__(self, characters):
-        self.characters = characters
-
     def encode(self, text, where="the text"):
-        ids = {character: i for i, character in enumerate(self.characters)}
-        if unknown := {*text} - {*ids}:
-            raise ValueError(f"{where} has the character {min(unknown)!r}, which is not in the model's vocab.json; leave it out")
-        return [ids[character] for character in text]
+        ids = np.full(0x110000, -1, np.int32)
+        ids[list(map(ord, self))] = range(len(self))
+        tokens = ids[np.frombuffer(text.encode("utf-32-le"), np.uint32)]
+        if (tokens < 0).any():
+            raise ValueError(f"{where} has the character {text[(tokens < 0).argmax()]!r}, which is not in vocab.json; leave it out, or train a new "
+                             "model on this text in another folder")
+        return tokens
 
     def decode_bytes(self, ids):
-        return "".join(self.characters[i] for i in ids).encode()
+        return "".join(self[i] for i in ids).encode()
 
 
-def read_vocabulary(path):
-    """The Vocabulary of a vocab.json, {"0": "a", "1": "b", ...}. ValueError for anything else."""
+def read_vocabulary(path, size=None):
+    """The Vocabulary of a vocab.json, {"0": "a", "1": "b", ...}. ValueError for anything else, or where it has not `size` characters."""
     try:
         vocabulary = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        characters = [vocabulary[str(i)] for i in range(len(vocabulary))]
-        if {*map(len, characters)} != {1} or len({*characters}) < len(characters):
+        characters = [vocabulary[str(i)] for i in range(size or len(vocabulary))]
+        if {*map(len, characters)} != {1} or len({*characters}) < len(vocabulary):
             raise ValueError("each id has one character, and each character one id")
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'{path}: not a vocabulary, {{"0": "a", "1": "b", ...}} ({error}); delete it to have it made anew') from error
+        need = f"of {size} characters" if size else "of characters"
+        raise ValueError(f'{path}: not a vocabulary {need}, {{"0": "a", "1": "b", ...}} ({error}); copy it from where the model was trained') from error
     return Vocabulary("".join(characters))
 
 
@@ -213,7 +214,7 @@ def _open_text(path, kind, ctx_len, vocabulary):
         else:
             text = pathlib.Path(path).read_text(encoding=kind).removeprefix("\ufeff")
         vocabulary = vocabulary or Vocabulary("".join(sorted({*text})))
-        data = Documents(path or kind, np.array(vocabulary.encode(text, path), np.int32), ctx_len)
+        data = Documents(path or kind, vocabulary.encode(text, path), ctx_len)
     except UnicodeError as error:
         raise ValueError(f"{path}: not {kind} ({error}); another --data_type may fit") from error
     data.vocabulary = vocabulary
@@ -233,7 +234,7 @@ def _open_tokens(path, kind, ctx_len):
 
 def kind_of(path):
     """The --data_type that a file's name tells: numpy for .npy, utf-8 for .txt, and else binidx, which a .jsonl becomes."""
-    return {".npy": "numpy", ".txt": "utf-8"}.get(os.path.splitext(path)[1], "binidx")
+    return {".npy": "numpy", ".txt": "utf-8"}.get(os.path.splitext(path)[1].lower(), "binidx")
 
 
 def open_data(path, vocab_size=None, kind=None, ctx_len=512, vocabulary=None):

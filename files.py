@@ -63,12 +63,6 @@ def atomic_path(path):
             os.unlink(temporary)
 
 
-def save_checkpoint(checkpoint, path):
-    """Write a dict of tensors to `path`, whole or not at all."""
-    with atomic_path(path) as temporary:
-        torch.save(checkpoint, temporary)
-
-
 def save_stream(like, make, path):
     """Write {name: make(name)}, whole or not at all, holding one tensor at a time. like: {name: tensor}, of their shapes and dtypes.
 
@@ -108,7 +102,7 @@ def save_safetensors(like, make, path):
     with atomic_path(path) as temporary, open(temporary, "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for name in like:
-            f.write(make(name).numpy())
+            f.write(make(name).contiguous().numpy())
 
 
 def trained_quant(path, quant):

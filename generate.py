@@ -72,14 +72,17 @@ def main():
     if model.config.vocab_size < 65530:
         if not os.path.exists(characters):
             raise ValueError(f"{args.model}: its vocabulary of {model.config.vocab_size} is not that of RWKV World, and no {characters} says what it is")
-        vocabulary = data.read_vocabulary(characters)
+        if args.prompt is None:
+            raise ValueError(f"{args.model}: a model of characters cannot chat; use --prompt")
+        vocabulary = data.read_vocabulary(characters, model.config.vocab_size)
 
     settings = (args.length, args.temperature, args.top_p, torch.Generator().manual_seed(args.seed))
     state, unread = model.empty_state(), []
     if args.prompt is not None:
         prompt = args.prompt.replace("\\n", "\n")
+        tokens = [*vocabulary.encode(prompt)] or [0]
         print(prompt, end="")
-        for text, *_ in stream(model, state, vocabulary.encode(prompt) or [0], *settings, vocabulary=vocabulary):
+        for text, *_ in stream(model, state, tokens, *settings, vocabulary=vocabulary):
             print(text, end="", flush=True)
         print()
         return
@@ -88,8 +91,8 @@ def main():
     with contextlib.suppress(EOFError):
         while message := input("User: ").strip():
             print("Assistant:", end="")
-            tokens = unread + vocabulary.encode(f"User: {message}\n\nAssistant:")
-            for text, state, unread in stream(model, state, tokens, *settings, "\n\n", vocabulary):
+            tokens = unread + data.encode(f"User: {message}\n\nAssistant:")
+            for text, state, unread in stream(model, state, tokens, *settings, stop="\n\n"):
                 print(text, end="", flush=True)
             print()
 

@@ -51,7 +51,7 @@ def merge(base_path, bone_path, out_path, quant=None):
         return half
 
     with tqdm(total=len(base), desc="merging", unit="tensor", dynamic_ncols=True, delay=0.5) as bar:
-        if str(out_path).endswith((".st", ".safetensors")):
+        if str(out_path).lower().endswith((".st", ".safetensors")):
             names = {for_ai00(name, tensor.to("meta"))[0]: name for name, tensor in base.items()}
             save_safetensors(dict(for_ai00(name, tensor.to("meta")) for name, tensor in base.items()), merged_float16, out_path)
         else:
@@ -70,7 +70,7 @@ def main():
     parser.add_argument("--lora_checkpoint", metavar="STR", help="the Bone checkpoint (proj_dir/rwkv-N.pth)")
     parser.add_argument("--output", metavar="STR", help="the merged model to write: a .pth, or a .st (safetensors, float16) for Ai00")
     parser.add_argument("--quant", choices=("none", *FORMATS), help="of the base in training (default: as args.json beside the checkpoint says)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     files = iter(args.files)
     paths = [given or next(files, None) for given in (args.base_model, args.lora_checkpoint, args.output)]
     if None in paths or [*files]:

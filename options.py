@@ -5,8 +5,10 @@ elsewhere, as the help says. The README's tables are held against this one by te
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
+import re
 
 import torch
 
@@ -36,12 +38,16 @@ def checked(name, convert, fits, need):
     return parse
 
 
-def number(kind, least):
-    return checked(kind.__name__, kind, lambda n: least <= n < 2**63, lambda _: f"must be a number of at least {least}, and below 2^63")
+def number(kind, least, below=2**63):
+    return checked(kind.__name__, kind, lambda n: least <= n < below, lambda _: f"must be a number of at least {least}, and below {below}")
 
 
 def json_with(*keys):
-    return checked("json", json.loads, lambda x: isinstance(x, dict) and {*x} <= {*keys}, lambda _: f"must be a JSON object with {', '.join(keys)}")
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            return json.loads(text)
+    example = ",".join(f'"{key}":...' for key in keys)
+    return checked("json", parse, lambda x: isinstance(x, dict) and {*x} <= {*keys}, lambda _: f"must be JSON in single quotes, as '{{{example}}}'")
 
 
 def choice(name, values):
@@ -84,7 +90,7 @@ TABLE = {
         ("epoch_count", number(int, 1), 1, "number of epochs"),
         ("epoch_begin", number(int, 0), 0, "number of the first epoch"),
         ("epoch_steps", number(int, 0), 0, "optimizer steps in an epoch; 0: as many as it takes to see the data once"),
-        ("epoch_save", number(int, 1), 1, "save a checkpoint every this many epochs"),
+        ("epoch_save", number(int, 0), 1, "save a checkpoint every this many epochs; 0: the last one alone"),
         ("micro_bsz", number(int, 1), 1, "rows in a micro batch: what goes through the model at once"),
         ("accumulate_grad_batches", number(int, 1), 1, "micro batches in an optimizer step"),
         ("random_seed", number(int, 0), 0, "seed of the data order and of a new model"),
@@ -94,8 +100,8 @@ TABLE = {
         ("lr_init", number(float, 0), 2e-5, "learning rate at the start; 6e-4 suits a new small model"),
         ("lr_final", number(float, 0), 2e-5, "and after epoch_count epochs; exponential in between, linear where one is 0"),
         ("warmup_steps", number(int, -1), 0, "steps over which the learning rate rises from a fifth to the whole"),
-        ("beta1", number(float, 0), 0.9, "decay of the mean of gradients"),
-        ("beta2", number(float, 0), 0.99, "decay of the mean of squared gradients"),
+        ("beta1", number(float, 0, below=1), 0.9, "decay of the mean of gradients"),
+        ("beta2", number(float, 0, below=1), 0.99, "decay of the mean of squared gradients"),
         ("adam_eps", number(float, 0), 1e-8, "added to the denominator"),
         ("weight_decay", number(float, 0), 0.0, "of matrices and bones, as in AdamW"),
         ("layerwise_lr", SWITCH, 1, "1: time_decay learns at twice the rate, and no time parameter decays"),
@@ -138,13 +144,11 @@ def parse_args(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     for name, value in (args.bone_config or {}).items():
-        given = getattr(args, name)
-        parser.parse_args([f"--{name}={value}"], args)
-        if given and given != getattr(args, name):
-            raise ValueError(f"--{name} {given}, but --bone_config has {value}; give it once")
+        if not getattr(args, name):  # a flag of its own wins
+            parser.parse_args([f"--{name}={value}"], args)
     del args.bone_config
-    args.train_parts = [word for part in args.train_parts for word in part.strip("[]").replace(",", " ").replace('"', " ").split()]
-    unknown, new = {*args.train_parts} - {"time", "ln", "emb", "head"}, not args.load_model
+    args.train_parts = [word for part in args.train_parts for word in re.sub("[][,\"']", " ", part).split()]
+    unknown, new = sorted({*args.train_parts} - {"time", "ln", "emb", "head"}), not args.load_model
     markers = [text for text in args.mask_id.values() if isinstance(text, str) and text]
     for wrong, problem in (
         (not (args.data_file or args.dry_run or args.data_type == "dummy"), "--data_file is missing: give a .jsonl or a binidx prefix, as in --data_file data.jsonl"),
@@ -152,7 +156,7 @@ def parse_args(argv=None):
         (new and args.quant not in (None, "none"), f"--quant {args.quant} is for the frozen matrices of a base model: add --load_model, or drop it"),
         (new and args.bone_load, "--bone_load needs the base model it was trained on: add --load_model"),
         (unknown, f"--train_parts {' '.join(unknown)} is unknown: time, ln, emb and head can be trained"),
-        (len(markers) < 2, """--mask_id needs two texts, as in --mask_id '{"mask0":"User:","mask1":"Assistant:"}'"""),
+        (args.loss_mask == "se" and len(markers) < 2, """--mask_id needs two texts, as in --mask_id '{"mask0":"User:","mask1":"Assistant:"}'"""),
         (args.devices > 1, f"--devices {args.devices}: only one device is supported so far; leave it out"),
         (args.accelerator == "gpu" and not torch.cuda.is_available(), "--accelerator gpu, but PyTorch sees no GPU here; use --accelerator cpu or leave it out"),
         (args.wandb and not importlib.util.find_spec("wandb"), "--wandb: wandb is not installed; pip install wandb, or drop --wandb"),

@@ -144,7 +144,7 @@ class Block(nn.Module):
         if first:
             self.ln0 = nn.LayerNorm(c.n_embd)  # after the embedding; the published checkpoints keep it in block 0
         if first and c.pre_ffn:
-            self.ffnPre = ChannelMix(c)
+            self.ffnPre = ChannelMix(dataclasses.replace(c, version="x052"))  # as RWKV-PEFT has it, in x060 too
         else:
             self.att = TimeMix(c)
         self.ffn = ChannelMix(c)
@@ -246,6 +246,7 @@ def load_model(path, dtype=None, device="cpu", quant="none"):
     Returns an RWKV. ValueError for a missing, misshapen or non-finite tensor. On the meta device, sizes are all that is looked at.
     """
     checkpoint = read_checkpoint(path)
+    checkpoint.pop("copy_mask", None)  # of a model with head_qk that RWKV-PEFT wrote: what `tril` does
     config = config_of(checkpoint, path)
     with torch.device("meta"):
         model = RWKV(config)
@@ -290,8 +291,8 @@ def sizes(n_layer, n_embd, vocab_size, head_size=64, **options):
 def init_model(n_layer, n_embd, vocab_size, head_size=64, device="cpu", **options):
     """A new float32 model, initialized as the comments and code of RWKV-LM have it. ValueError for sizes that do not fit."""
     config = sizes(n_layer, n_embd, vocab_size, head_size, **options)
-    if min(n_layer, n_embd, vocab_size) < 1 or n_embd % head_size:
-        raise ValueError(f"n_embd {n_embd} must be a multiple of the head size {head_size}, and n_layer {n_layer} and vocab_size {vocab_size} at least 1")
+    if not 1 <= min(n_layer, n_embd, vocab_size) <= max(n_layer, n_embd, vocab_size) < 2**31 or n_embd % head_size:
+        raise ValueError(f"n_embd {n_embd} must be a multiple of the head size {head_size}, and n_layer {n_layer} and vocab_size {vocab_size} from 1 to 2^31")
     if config.pre_ffn and n_layer < 2:
         raise ValueError("pre_ffn takes the place of the first block's time mix; n_layer must be at least 2")
     model = RWKV(config)
@@ -310,7 +311,7 @@ def init_model(n_layer, n_embd, vocab_size, head_size=64, device="cpu", **option
         elif mixture := re.search("time_(maa|mix)_(.)$", kind):
             power = down / 2 if mixture[2] in "rg" else down
             if kind.startswith("ffn"):
-                power = down**3 if config.version == "x060" else down
+                power = down**3 if mixture[1] == "maa" else down
             kept = channel**power + (0.3 * up if mixture[2] == "v" else 0)
             p.copy_(kept if mixture[1] == "mix" else 1 - kept)
         elif kind == "att.time_decay":

@@ -19,6 +19,7 @@ import files
 import generate
 import merge
 import rwkv6
+import train
 
 HERE = pathlib.Path(__file__).parent
 NAN = float("nan")
@@ -299,6 +300,45 @@ def test_the_arguments_of_a_run_in_the_current_folder_are_not_those_of_a_complet
     pathlib.Path("args.json").write_text('{"quant": "nf4"}')
     text = say("world.pth --prompt Hello --length 12 --temperature 0")
     assert text == say("world.pth --prompt Hello --length 12 --temperature 0 --quant none")
+
+
+@pytest.mark.parametrize("quant", ["none", "int8", "nf4"])
+def test_rwkv_5_trains_merges_and_writes(say, capsys, quant):
+    torch.manual_seed(0)
+    model = rwkv6.init_model(2, 64, 65536, version="x052")
+    torch.save({name: p.detach() + 0.05 * torch.randn_like(p) for name, p in model.named_parameters()}, "old.pth")
+    data.write_binidx("x", [data.encode("one two three") + [0]] * 4)
+    train.train(train.parse_args(f"--load_model old.pth --data_file x --bone_r 32 --precision fp32 --quant {quant} --accelerator cpu --lr_init 1e-2".split()))
+    merge.merge("old.pth", "out/rwkv-0.pth", "tuned.pth")
+    capsys.readouterr()
+    ways = ("old.pth --bone out/rwkv-0.pth", "tuned.pth", f"old.pth --quant {quant}")
+    apart, tuned, base = (say(f"{way} --prompt 你好 --length 12 --temperature 0") for way in ways)
+    assert apart == tuned != base
+
+
+def test_a_model_of_characters_writes_characters_and_any_of_them_may_be_the_first(say, capsys):
+    torch.manual_seed(0)
+    model = rwkv6.init_model(1, 64, 3)
+    model.head.weight.data.zero_()                                          # the likeliest is always the first
+    torch.save(dict(model.named_parameters()), "chars.pth")
+    for vocabulary, says in ((None, "and no vocab.json says what it is"), ({"0": "é", "1": "a"}, "vocab.json: not a vocabulary of 3 characters"),
+                             ({"0": "é", "1": "a", "2": "é"}, "not a vocabulary"), ([1], "not a vocabulary")):
+        vocabulary and pathlib.Path("vocab.json").write_text(json.dumps(vocabulary))
+        assert says in refused(capsys, lambda: say("chars.pth --prompt a"))
+    pathlib.Path("vocab.json").write_text(json.dumps({"0": "é", "1": "a", "2": "词"}))
+    assert say("chars.pth --prompt 词a --length 4 --temperature 0") == "词aéééé\n"
+    assert "the text has the character 'b'" in refused(capsys, lambda: say("chars.pth --prompt ab"))
+    assert "cannot chat; use --prompt" in refused(capsys, lambda: say("chars.pth"))
+
+
+def test_what_training_says_comes_next_works_for_characters_too(say, capsys, monkeypatch):
+    pathlib.Path("t.txt").write_text("many words " * 20)
+    for flags in ("--n_layer 1 --n_embd 64 --proj_dir base", "--load_model base/rwkv-0.pth --bone_r 32"):
+        train.train(train.parse_args(f"{flags} --data_file t.txt --epoch_steps 1 --ctx_len 16 --accelerator cpu".split()))
+    monkeypatch.setattr(sys, "argv", capsys.readouterr().out.splitlines()[-1].removeprefix("next: python ").split())
+    merge.main()
+    capsys.readouterr()
+    assert say("out/tuned.pth --prompt many --length 3").startswith("many")
 
 
 @pytest.mark.parametrize("flags, says", [

@@ -153,6 +153,10 @@ def test_a_new_model_is_initialized_as_rwkv_lm_describes():
     old = rwkv6.init_model(3, 128, 300, version="x052").blocks[1]
     torch.testing.assert_close(old.att.time_mix_v[0, 0], i ** (2 / 3) + 0.15)
     torch.testing.assert_close(old.ffn.time_mix_r[0, 0], i ** (2 / 3))
+    extras = rwkv6.init_model(3, 128, 300, pre_ffn=True, head_qk=16)
+    torch.testing.assert_close(extras.blocks[0].ffnPre.time_mix_k[0, 0], i)
+    torch.testing.assert_close(extras.head_k.weight @ extras.head_k.weight.T, torch.eye(16) * 0.01, rtol=0, atol=1e-5)
+    assert not extras.head_q.weight.any() and not extras.blocks[0].ffnPre.value.weight.any()
     assert old.att.time_decay.shape == (2, 64) and old.att.time_decay.flatten().equal(att.time_decay.flatten())
     assert all(p.isfinite().all() for p in model.parameters()) and model(torch.arange(5)[None]).shape == (1, 5, 300)
     assert all(p.isfinite().all() for p in rwkv6.init_model(1, 64, 50).parameters())
@@ -172,13 +176,16 @@ def test_pre_ffn_and_head_qk_are_what_rwkv_lm_defines(with_extras, tmp_path):
     model, idx = with_extras, torch.randint(30, (2, 9))
     block, x = model.blocks[0], model.emb(idx)
     x = block.ln0(x)
-    x = x + block.ffnPre(block.ln1(x), None)[0]                          # a channel mix in place of the time mix
+    h = block.ln1(x)                                                     # a channel mix in place of the time mix, of RWKV-5 in RWKV-6 too
+    before, pre = torch.nn.functional.pad(h, (0, 0, 1, -1)), block.ffnPre
+    k, r = (h * mix + before * (1 - mix) for mix in (pre.time_mix_k, pre.time_mix_r))
+    x = x + torch.sigmoid(pre.receptance(r)) * pre.value(torch.relu(pre.key(k)) ** 2)
     x, _ = model.blocks[1](x + block.ffn(block.ln2(x), None)[0])
     x = model.ln_out(x)
     c = (model.head_q(x) @ model.head_k(x).mT / 16).masked_fill(torch.ones(9, 9).tril() == 0, 0)
     expected = model.head(x) + c @ torch.nn.functional.one_hot(idx, 30).float()
     assert (model(idx) - expected).abs().max() < 1e-5 and c.abs().max() > 0.1
-    torch.save(dict(model.named_parameters()), tmp_path / "extras.pth")
+    torch.save(dict(model.named_parameters()) | {"copy_mask": torch.ones(9, 9).tril()}, tmp_path / "extras.pth")     # as RWKV-PEFT saves it
     loaded = rwkv6.load_model(tmp_path / "extras.pth")
     assert loaded.config == model.config and "pre_ffn, head_qk 16" in str(model.config) and loaded(idx).equal(model(idx))
     with pytest.raises(ValueError, match="at least 2"):

@@ -74,8 +74,14 @@ def test_inputs_of_16_bits_are_accumulated_in_float32(impl, dtype, bound):
     check(inputs(2, 300, 2, 64), impl, dtype, bound)
 
 
-def test_fla_s_operator_is_called_by_its_definition(monkeypatch):
-    """In its place stands the definition that flash-linear-attention documents: w is the log of the decay, scale a factor of r."""
+@pytest.mark.parametrize("old", [False, True])
+def test_fla_s_operator_is_called_by_its_definition(monkeypatch, old):
+    """In its place stands the definition that flash-linear-attention documents: w is the log of the decay, scale a factor of r, and in
+    older releases head_first has to be False."""
+    def chunk_rwkv6_old(r, k, v, w, u, scale=None, initial_state=None, output_final_state=False, head_first=True):
+        assert not head_first
+        return chunk_rwkv6(r, k, v, w, u, scale, initial_state, output_final_state)
+
     def chunk_rwkv6(r, k, v, w, u, scale=None, initial_state=None, output_final_state=False):
         y, state = [], initial_state
         for t in range(r.shape[1]):
@@ -83,7 +89,7 @@ def test_fla_s_operator_is_called_by_its_definition(monkeypatch):
             y.append(((state + u[..., None] * kv) * (r[:, t] * scale)[..., None]).sum(-2))
             state = state * w[:, t].exp()[..., None] + kv
         return torch.stack(y, 1), state if output_final_state else None
-    monkeypatch.setitem(sys.modules, "fla.ops.rwkv6", SimpleNamespace(chunk_rwkv6=chunk_rwkv6))
+    monkeypatch.setitem(sys.modules, "fla.ops.rwkv6", SimpleNamespace(chunk_rwkv6=chunk_rwkv6_old if old else chunk_rwkv6))
     check(inputs(2, 20, 2, 32), "fla", torch.float32, 1e-5)
 
 

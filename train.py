@@ -1,4 +1,4 @@
-"""Fine-tune an RWKV-6 model with Bone, or pretrain a small one from scratch. `python train.py --help` lists every flag.
+"""Fine-tune an RWKV-6 or RWKV-5 model with Bone, or pretrain a small one from scratch. `python train.py --help` lists every flag.
 
 Data flows one way: file -> tokens -> batch -> model -> loss -> step -> checkpoint. A batch is a function of (seed, step),
 so a run is a function of its command line.
@@ -17,6 +17,7 @@ import shlex
 import time
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -24,7 +25,7 @@ import bone
 import data
 import memory
 import rwkv6
-from files import atomic_path, read_checkpoint, run_cli, save_checkpoint, trained_quant
+from files import atomic_path, read_checkpoint, run_cli, save_stream, trained_quant
 from options import parse_args
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}  # of frozen matrices, by --precision
@@ -44,15 +45,14 @@ class HeadLoss(torch.autograd.Function):
     """Head product, summed cross-entropy and L2 wrap over chunks of tokens, so that the logits (tokens x vocabulary) never exist whole.
 
     x: (M, C); head: (vocab, C); targets: (M,); weight: (M,) of each token in the sum; l2: (M,) factor of each position's L2 wrap.
-    copies: (M, S) or None, added to the logits of the tokens seen: (M, S). The gradient is made with the loss, chunk by chunk, and
-    only scaled in the backward pass.
+    The gradient is made with the loss, chunk by chunk, and only scaled in the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, x, head, targets, weight, l2, dtype, copies, seen):
+    def forward(ctx, x, head, targets, weight, l2, dtype):
         W = head.to(dtype)
-        gx, ghead, gcopies = (make(a) if needed else None for make, a, needed in zip(
-            (torch.empty_like, torch.zeros_like, torch.empty_like), (x, head, copies), (*ctx.needs_input_grad[:2], copies is not None)))
+        gx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        ghead = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         many = max(1, (1 << 24) // len(head))  # tokens in a product: with fewer, reading W would take longer than multiplying by it
         few = max(1, many // 8)                # and in what is done in float32: 8 MB, which stay in the cache
@@ -60,8 +60,6 @@ class HeadLoss(torch.autograd.Function):
             rows = slice(start, start + many)
             x_rows = x[rows].to(dtype)
             g_rows = x_rows @ W.t()            # the logits, and soon, in their place, the gradient
-            if copies is not None:
-                g_rows.scatter_add_(-1, seen[rows], copies[rows].to(dtype))
             for g, t, wt, l2_t in zip(*(a.split(few) for a in (g_rows, targets[rows, None], weight[rows, None], l2[rows, None]))):
                 largest, at = largest_of_rows(g)
                 largest, logits_of_targets = largest.to(loss.dtype), g.gather(-1, t)
@@ -73,15 +71,12 @@ class HeadLoss(torch.autograd.Function):
                 gx[rows] = g_rows @ W
             if ghead is not None:
                 ghead += g_rows.t() @ x_rows
-            if copies is not None:
-                gcopies[rows] = g_rows.gather(-1, seen[rows]).to(gcopies.dtype)
-        ctx.save_for_backward(gx, ghead, gcopies)
+        ctx.save_for_backward(gx, ghead)
         return loss
 
     @staticmethod
     def backward(ctx, gloss):
-        gx, ghead, gcopies = (g if g is None else g * gloss for g in ctx.saved_tensors)
-        return gx, ghead, None, None, None, None, gcopies, None
+        return *(g if g is None else g * gloss for g in ctx.saved_tensors), None, None, None, None
 
 
 def loss_fn(model, idx, targets, mask, tokens=None, positions=None):
@@ -93,15 +88,16 @@ def loss_fn(model, idx, targets, mask, tokens=None, positions=None):
     targets, mask = targets.reshape(-1), mask.reshape(-1)
     tokens = max(float(mask.sum() if tokens is None else tokens), 1.0)
     positions = max(int((targets >= 0).sum()) if positions is None else positions, 1)
+    real = targets >= 0
+    if model.config.head_qk:  # more than the head makes these logits: they are kept whole
+        logits = model(idx).flatten(0, 1).float()
+        wrap = 0.5e-4 / positions * (logits.amax(-1).square() * real).sum()
+        return (F.cross_entropy(logits, targets.clamp(min=0), reduction="none") * mask).sum() / tokens + wrap - wrap.detach()
     x, _ = model.hidden(idx)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.head.weight.dtype
-    copies = seen = None
-    if model.config.head_qk:
-        copies = model.copies(x, idx)[0].flatten(0, 1)
-        seen = idx[:, None].expand(-1, idx.shape[1], -1).reshape(copies.shape)
-    l2 = (targets >= 0).to(x.dtype) * (1e-4 * tokens / positions)   # the sum is divided only below, so that fp16 can hold its gradient
-    return HeadLoss.apply(x.flatten(0, 1), model.head.weight, targets.clamp(min=0), mask.to(x.dtype), l2, dtype, copies, seen) / tokens
+    l2 = real.to(x.dtype) * (1e-4 * tokens / positions)     # the sum is divided only below, so that fp16 can hold its gradient
+    return HeadLoss.apply(x.flatten(0, 1), model.head.weight, targets.clamp(min=0), mask.to(x.dtype), l2, dtype) / tokens
 
 
 def make_optimizer(model, lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, layerwise_lr=True):
@@ -120,7 +116,7 @@ def make_optimizer(model, lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, lay
 def learning_rate(step, first, total, lr_init, lr_final, warmup_steps):
     """Learning rate of optimizer step `step`, as RWKV-LM computes it: from lr_init to lr_final over `total` steps counted from epoch 0,
     whatever the first step of this run is; from there the warm-up goes from 0.2 to 1."""
-    progress = min(1.0, max(0.0, (step - warmup_steps + 1) / max(1, total - warmup_steps)))
+    progress = min(1.0, max(0.0, (step - warmup_steps + 1) / (total - warmup_steps or 1)))
     if lr_init == 0 or lr_final == 0:
         lr = lr_init + (lr_final - lr_init) * progress
     else:
@@ -184,11 +180,11 @@ def open_documents(args, vocab_size=None):
     if kind in data.CHARACTERS:
         found, here = (os.path.join(folder, "vocab.json") for folder in (os.path.dirname(args.load_model), args.proj_dir))
         if args.load_model and not os.path.exists(found):
-            raise ValueError(f"{args.load_model}: has no vocab.json beside it, which says what its tokens are; copy it from where the model was trained")
+            raise ValueError(f"{args.load_model}: has no vocab.json beside it that says which characters it reads. A World model reads none: write the text as a .jsonl")
         vocabulary = data.read_vocabulary(here) if os.path.exists(here) else None
         if args.load_model:
             kept, vocabulary = vocabulary, data.read_vocabulary(found)
-            if kept and kept.characters != vocabulary.characters:
+            if kept not in (None, vocabulary):
                 raise ValueError(f"{here}: has other characters than {found}; give another --proj_dir")
     documents = data.open_data(args.data_file, vocab_size, kind, args.ctx_len, vocabulary)
     if documents.vocabulary and vocab_size not in (None, documents.vocab_size()):
@@ -267,7 +263,7 @@ def train(args):
     """A whole run: data and model, then epochs of optimizer steps, with logs, held-out losses and checkpoints in proj_dir."""
     device = torch.device("cuda" if args.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     epochs, N = range(args.epoch_begin, args.epoch_begin + args.epoch_count), args.accumulate_grad_batches
-    paths = {epoch: os.path.join(args.proj_dir, f"rwkv-{epoch}.pth") for epoch in epochs if (epoch + 1 - epochs[0]) % args.epoch_save == 0 or epoch == epochs[-1]}
+    paths = {epoch: os.path.join(args.proj_dir, f"rwkv-{epoch}.pth") for epoch in epochs if (epoch + 1 - epochs[0]) % (args.epoch_save or len(epochs)) == 0 or epoch == epochs[-1]}
     if not (args.load_model or args.vocab_size) and (args.data_type or data.kind_of(args.data_file)) not in ("binidx", "jsonl"):
         args.vocab_size = open_documents(args)[0].vocab_size()
     vocab_size = check_memory(args, device).config.vocab_size
@@ -285,6 +281,7 @@ def train(args):
     micro_batch = functools.partial(data.batch, documents, micro_bsz=args.micro_bsz, ctx_len=args.ctx_len, dataload=args.dataload,
                                     loss_mask=loss_mask, seed=args.random_seed, shuffle=bool(args.data_shuffle))
     micro_batch(0)  # what cannot be batched is refused here
+    log = Log(args, documents.vocabulary)
     if device.type == "cpu":
         memory.reuse_freed()
     model, saved_names, save_dtype = build_model(args, device)
@@ -303,11 +300,11 @@ def train(args):
     if "deepspeed" in args.strategy:
         print(f"note: {args.strategy} shares out what several devices hold; on one, plain PyTorch stands in for it (--dry_run says the memory)")
 
-    log = Log(args, documents.vocabulary)
+    log.open()
     if held_out:
         print(f"held-out loss before training: {log.point(epochs[0] * steps, val_loss=held_out_loss()):.4f}")
     for epoch in epochs:
-        losses = []
+        losses, skipped = [], 0
         with tqdm(total=steps, desc=f"epoch {epoch}", unit="step", dynamic_ncols=True) as bar:
             for i in range(epoch * steps, (epoch + 1) * steps):
                 started = time.perf_counter()
@@ -320,6 +317,7 @@ def train(args):
                 norm = nn.utils.clip_grad_norm_(trained.values(), 1.0).item()
                 if not math.isfinite(losses[-1] + (norm if scaler.get_scale() <= 1 else 0)):
                     raise ValueError(f"step {i}: loss {losses[-1]}, gradient norm {norm}; what is saved is good. Try a smaller --lr_init, or --precision fp32")
+                skipped += not math.isfinite(norm)
                 scaler.step(optimizer)  # fp16: no step where a gradient is infinite; the scale is halved then, and 1 at last
                 scaler.update()
                 optimizer.zero_grad()
@@ -327,13 +325,17 @@ def train(args):
                 speed = sum(idx.numel() for idx, _, _ in micro) / (time.perf_counter() - started)
                 bar.set_postfix_str(f"loss {losses[-1]:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s, {memory.peak(device) / 1e9:.1f} GB")
                 bar.update()
-        log.line(f"epoch {epoch}: mean loss {sum(losses) / steps:.4f}" + (
+        if skipped == steps:
+            raise ValueError(f"epoch {epoch}: the gradient was infinite in every step, so nothing was learnt; use --precision bf16 or fp32")
+        log.line(f"epoch {epoch}: mean loss {sum(losses) / steps:.4f}" + f", {skipped} steps left out, whose gradient fp16 could not hold" * bool(skipped) + (
             f", held-out loss {log.point((epoch + 1) * steps, val_loss=held_out_loss()):.4f}" if held_out else ""))
         if epoch in paths:
-            save_checkpoint({name: p.detach().to("cpu", save_dtype) for name, p in model.named_parameters() if name in saved_names}, paths[epoch])
+            checkpoint = {name: p.detach().to("cpu", save_dtype) for name, p in model.named_parameters() if name in saved_names}
+            save_stream(checkpoint, checkpoint.get, paths[epoch])
     print(f"wrote {paths[epochs[-1]]}{log.close()}; peak memory {memory.peak(device) / 1e9:.2f} GB")
     if args.load_model:
-        print(f"next: python {shlex.join(['merge.py', args.load_model, paths[epochs[-1]], 'tuned.pth'])}")
+        tuned = os.path.join(args.proj_dir, "tuned.pth") if documents.vocabulary else "tuned.pth"  # where its vocab.json is
+        print(f"next: python {shlex.join(['merge.py', args.load_model, paths[epochs[-1]], tuned])}")
 
 
 class Log:
@@ -341,18 +343,24 @@ class Log:
     tokens are characters. With --wandb losses and learning rate go there, too."""
 
     def __init__(self, args, vocabulary):
-        os.makedirs(args.proj_dir, exist_ok=True)
+        """Nothing is written yet; but wandb, with whom something may be wrong, is asked now, before the base is loaded."""
+        self.args, self.vocabulary, self.wandb = args, vocabulary, None
         self.curve, self.picture = (os.path.join(args.proj_dir, name) for name in ("loss.csv", "loss.png"))
-        files = {"args.json": vars(args)} | ({"vocab.json": dict(enumerate(vocabulary.characters))} if vocabulary else {})
-        for name, content in files.items():
-            with atomic_path(os.path.join(args.proj_dir, name)) as path, open(path, "w", encoding="utf-8") as f:
-                json.dump(content, f, indent=1, ensure_ascii=False)
-        self.wandb = None
         if args.wandb:
             import wandb
-            self.wandb = wandb.init(project=args.wandb, config=vars(args), dir=args.proj_dir, save_code=False)
-        self.text, self.csv = open(os.path.join(args.proj_dir, "train_log.txt"), "a", buffering=1), open(self.curve, "a", buffering=1)
-        self.text.write(f"NEW RUN {json.dumps(vars(args))}\n")
+            try:
+                self.wandb = wandb.init(project=args.wandb, config=vars(args), dir=args.proj_dir, save_code=False)
+            except wandb.errors.Error as error:
+                raise ValueError(f"--wandb {args.wandb}: {error}".replace("\n", " ") + " Or keep it here: WANDB_MODE=offline") from error
+
+    def open(self):
+        os.makedirs(self.args.proj_dir, exist_ok=True)
+        contents = {"args.json": vars(self.args)} | ({"vocab.json": dict(enumerate(self.vocabulary))} if self.vocabulary else {})
+        for name, content in contents.items():
+            with atomic_path(os.path.join(self.args.proj_dir, name)) as path, open(path, "w", encoding="utf-8") as f:
+                json.dump(content, f, indent=1, ensure_ascii=False)
+        self.text, self.csv = (open(path, "a", buffering=1) for path in (os.path.join(self.args.proj_dir, "train_log.txt"), self.curve))
+        self.text.write(f"NEW RUN {json.dumps(vars(self.args))}\n")
         if self.csv.tell() == 0:
             self.csv.write("step,loss,lr,val_loss\n")
 

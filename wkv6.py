@@ -23,6 +23,7 @@ of scaling by inverse decays as usual (those overflow).
 """
 
 import functools
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,8 @@ def wkv6(r, k, v, w, u, state=None, impl="auto"):
         impl = "compiled" if fits and not kernel_problem() else "chunked"
     if impl == "fla":
         from fla.ops.rwkv6 import chunk_rwkv6
-        y, state = chunk_rwkv6(r, k, v, -torch.exp(w.float()), u, scale=1.0, initial_state=state, output_final_state=True)
+        layout = {"head_first": False} if "head_first" in inspect.signature(chunk_rwkv6).parameters else {}  # of older releases
+        y, state = chunk_rwkv6(r, k, v, -torch.exp(w.float()), u, scale=1.0, initial_state=state, output_final_state=True, **layout)
         return y.to(r.dtype), state
     if impl == "compiled":
         if kernel_problem():
