@@ -46,8 +46,10 @@ def merge(base_path, bone_path, out_path, quant=None):
 
     def merged_float16(name):
         weight = merged(names[name])
-        if not (half := for_ai00(names[name], weight)[1]).isfinite().all():
+        half = for_ai00(names[name], weight)[1]
+        if not all(extreme.isfinite() for extreme in half.aminmax()):
             raise ValueError(f"{names[name]} reaches {weight.abs().max().item():g}, but float16, which {out_path} would hold, ends at 65504; write a .pth")
+        release(weight)
         return half
 
     with tqdm(total=len(base), desc="merging", unit="tensor", dynamic_ncols=True, delay=0.5) as bar:

@@ -317,6 +317,26 @@ def test_fp16_scales_the_gradient_and_leaves_out_a_step_that_overflows(monkeypat
     assert scales == [65536, 65536, 32768, 32768] and before[1].equal(before[2]) and not before[2].equal(before[3])
 
 
+@pytest.mark.parametrize("precision, products, dtype", [
+    ("fp32", "highest", torch.float32), ("tf32", "high", torch.float32), ("bf16", "highest", torch.bfloat16), ("fp16", "highest", torch.float16)])
+def test_precision_is_that_of_products_and_of_a_new_model_s_file(precision, products, dtype):
+    run(f"{NEW} --epoch_steps 1 --precision {precision}")
+    assert torch.get_float32_matmul_precision() == products and {tensor.dtype for tensor in read("out/rwkv-0.pth").values()} == {dtype}
+    torch.set_float32_matmul_precision("highest")
+    model, *_ = train.build_model(arguments(f"--precision {precision}"), torch.device("cpu"))
+    assert model.blocks[0].att.key.weight.dtype == model.head.weight.dtype == dtype and model.blocks[0].att.key.bone.dtype == torch.float32
+
+
+@pytest.mark.parametrize("flag", ["--pre_ffn 0", "--head_qk 0"])
+def test_what_a_base_has_is_not_taken_from_it_by_a_flag(flag):
+    run(NEW + "--pre_ffn 1 --head_qk 16 --epoch_steps 1 --proj_dir base")
+    with pytest.raises(ValueError, match=f"has .*, but {flag.replace(' ', ' is ')}"):
+        run(f"--load_model base/rwkv-0.pth {flag}")
+    run("--load_model base/rwkv-0.pth")                             # and Bone is trained on such a base, too
+    merge.merge("base/rwkv-0.pth", "out/rwkv-0.pth", "tuned.pth")
+    assert rwkv6.load_model("tuned.pth").config == rwkv6.load_model("base/rwkv-0.pth").config
+
+
 def test_a_gradient_in_fp16_is_that_of_fp32():
     grads = []
     for precision in ("fp32", "fp16"):

@@ -143,8 +143,9 @@ def build_model(args, device):
         config = vars(model.config) | {"my_testing": model.config.version}
         for flag, value, path in (("bone_r", r, args.bone_load), ("bone_mode", mode, args.bone_load), *(
                 (flag, config[flag], args.load_model) for flag in ("n_layer", "n_embd", "vocab_size", "my_testing", "pre_ffn", "head_qk"))):
-            if getattr(args, flag) and getattr(args, flag) != value:
-                raise ValueError(f"{path}: has {flag} {value}, but --{flag} is {getattr(args, flag)}; drop --{flag} to use {value}")
+            given = getattr(args, flag)
+            if given not in (None, value) and (flag, given) != ("vocab_size", 0):
+                raise ValueError(f"{path}: has {flag} {value}, but --{flag} is {given}; drop --{flag} to use {value}")
             setattr(args, flag, value)
         bone.load_bone(model, args.bone_load) if args.bone_load else bone.add_bone(model, r, mode)
         for name, p in model.named_parameters():
