@@ -15,6 +15,7 @@ holds the tokens of all documents, each ended by token 0, and nothing else; x.id
 """
 
 import ast
+import codecs
 import functools
 import json
 import os
@@ -171,7 +172,7 @@ def _open_binidx(path):
         if missing() or os.stat(jsonl).st_mtime_ns >= os.stat(prefix + ".idx").st_mtime_ns:
             jsonl_to_binidx(jsonl, prefix)
     if missing():
-        raise FileNotFoundError(f"{path}: no {' and '.join(missing())}, and no {jsonl}; give a .jsonl, or the prefix of a .bin and .idx")
+        raise FileNotFoundError(f"{path}: no {' and '.join(missing())}, and no {jsonl}; give a .jsonl, or the prefix of a .bin and .idx (bare tokens: --data_type uint16)")
     return Binidx(prefix)
 
 
@@ -233,8 +234,12 @@ def _open_tokens(path, kind, ctx_len):
 
 
 def kind_of(path):
-    """The --data_type that a file's name tells: numpy for .npy, utf-8 for .txt, and else binidx, which a .jsonl becomes."""
-    return {".npy": "numpy", ".txt": "utf-8"}.get(os.path.splitext(path)[1].lower(), "binidx")
+    """The --data_type of a file: numpy for .npy, utf-8 for .txt (utf-16le, where its first bytes say so), and else binidx, as for .jsonl."""
+    kind = {".npy": "numpy", ".txt": "utf-8"}.get(os.path.splitext(path)[1].lower(), "binidx")
+    if kind == "utf-8" and os.path.exists(path):
+        with open(path, "rb") as f:
+            kind = "utf-16le" if f.read(2) == codecs.BOM_UTF16_LE else kind
+    return kind
 
 
 def open_data(path, vocab_size=None, kind=None, ctx_len=512, vocabulary=None):

@@ -241,6 +241,16 @@ def test_a_text_is_cut_into_pieces_that_share_a_token_and_leave_none_out():
         assert {len(piece) for piece in pieces[:-1]} <= {ctx_len + 1} and len(pieces[-1]) >= 2
 
 
+@pytest.mark.parametrize("name, content, kind", [
+    ("a.txt", "é 词".encode(), "utf-8"), ("a.txt", "\ufeffé 词".encode(), "utf-8"), ("A.TXT", "\ufeffé 词".encode("utf-16le"), "utf-16le"), ("a.npy", b"", "numpy"),
+    ("a.jsonl", b"", "binidx"), ("a", b"", "binidx"), ("gone.txt", None, "utf-8")])
+def test_the_kind_of_data_is_told_by_the_file(name, content, kind):
+    content is None or pathlib.Path(name).write_bytes(content)
+    assert data.kind_of(name) == kind
+    if kind.startswith("utf") and content:
+        assert sorted(data.open_data(name).vocabulary) == [" ", "é", "词"]
+
+
 def test_the_dummy_text_is_that_of_rwkv_lm():
     text = data.open_data("", kind="dummy")
     assert text.vocabulary.decode_bytes(text.tokens[:30]).decode() == ".0+0=0..1+1=2..2+4=6..3+9=12.."[:30] and sorted("0123456789.+=") == list(text.vocabulary)
