@@ -39,7 +39,8 @@ def checked(name, convert, fits, need):
 
 
 def number(kind, least, below=2**63):
-    return checked(kind.__name__, kind, lambda n: least <= n < below, lambda _: f"must be a number of at least {least}, and below {below}")
+    limit = "2^63" if below == 2**63 else below
+    return checked(kind.__name__, kind, lambda n: least <= n < below, lambda _: f"must be a number of at least {least}, and below {limit}")
 
 
 def json_with(*keys):

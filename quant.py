@@ -37,7 +37,7 @@ def quantize_int8(w):
 
 
 def dequantize_int8(codes, scale, out):
-    out.copy_(codes).mul_(scale.to(out.dtype)[:, None])
+    out.copy_(codes).mul_(scale.to(torch.float32 if out.dtype == torch.float16 else out.dtype)[:, None])  # float16 has no room for a 127th
 
 
 def quantize_nf4(w):
