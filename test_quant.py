@@ -70,10 +70,10 @@ def test_int8_is_nearer_to_the_weight_than_the_8_bits_of_bitsandbytes(blocksize,
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_small_weights_are_as_precise_in_float16(kind):
-    weight = 1e-3 * torch.randn(64, 256)
+    weight = 2e-4 * torch.randn(64, 256)
     q = quant.quantize(weight, kind)
     exact, half = q.dequantize(torch.float32), q.dequantize(torch.float16).float()
-    assert (half - exact).norm() < 6e-4 * exact.norm()
+    assert (half - exact).norm() < 1e-3 * exact.norm()
 
 
 def test_int8_is_off_by_half_a_step_at_most():
