@@ -14,8 +14,8 @@ test: $(VENV)/ready
 interop: $(VENV)/ready
 	$(BIN)/python -m pip install -q --disable-pip-version-check web-rwkv-py -c constraints.txt
 	ls /usr/share/vulkan/icd.d/lvp_icd.* >/dev/null 2>&1 || { sudo=$$(command -v sudo || true); $$sudo apt-get update -q && $$sudo apt-get install -q -y mesa-vulkan-drivers; }
-	LP_NUM_THREADS=0 VK_ICD_FILENAMES=$$(echo /usr/share/vulkan/icd.d/lvp_icd.*) $(BIN)/python -m pytest -q -s test_interop.py
-	$(BIN)/python -m pytest -q test_rwkv6.py test_options.py -k "rwkv_package or go_both_ways or st_file"
+	LP_NUM_THREADS=0 XDG_RUNTIME_DIR=$${XDG_RUNTIME_DIR:-/tmp} VK_ICD_FILENAMES=$$(echo /usr/share/vulkan/icd.d/lvp_icd.*) $(BIN)/python -m pytest -q -rP test_interop.py -k web_rwkv
+	$(BIN)/python -m pytest -q test_interop.py test_rwkv6.py -k "rwkv_package or go_both_ways or st_file"
 
 bench: $(VENV)/ready
 	$(BIN)/python bench.py

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-import bone
 import data
 import files
 import generate
@@ -398,61 +397,3 @@ def test_wandb_gets_losses_and_learning_rate(monkeypatch, capsys):
     monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)
     capsys.readouterr()
     assert "wandb is not installed; pip install wandb, or drop --wandb" in refused(capsys, lambda: run("--wandb project --proj_dir other"))
-
-
-# ---- checkpoints that travel --------------------------------------------------------------------------------------------------
-
-def merge_of_the_reference(base, checkpoint):
-    """What merge_bone.py of RWKV-PEFT does, with its roundings: every tensor of the checkpoint goes in, bones are multiplied out."""
-    w = base | checkpoint
-    for name in [name for name in w if name.endswith(".weight") and name.removesuffix("weight") + "bone" in w]:
-        b = w.pop(name.removesuffix("weight") + "bone")
-        r = b.shape[1]
-        blocks = w[name].unflatten(1, (-1, r)).unflatten(0, (-1, r)).transpose(1, 2)       # (a, b, r, r)
-        w[name] = w[name] + (blocks @ b + b).transpose(1, 2).reshape(w[name].shape)
-    assert not any("bone" in name for name in w)
-    return w
-
-
-@pytest.mark.parametrize("version", ["x060", "x052"])
-def test_checkpoints_go_both_ways_between_rwkv_peft_and_here(version):
-    fixture = read(HERE / "fixtures" / f"{version}_bone.pth")
-    for name in ("base", "ckpt"):
-        torch.save(fixture[name], f"{name}.pth")
-    data.write_binidx("x", fixture["idx"].tolist())
-    run(f"--bone_r 32 --my_testing {version} --epoch_steps 2")
-    ours = read("out/rwkv-0.pth")
-    assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in fixture["ckpt"].items()}
-    run("--bone_r 32 --bone_load ckpt.pth --epoch_steps 2 --epoch_begin 1")             # theirs, trained on
-    for path in ("ckpt.pth", "out/rwkv-1.pth"):
-        merge.merge("base.pth", path, "tuned.pth")
-        tuned, theirs = read("tuned.pth"), merge_of_the_reference(fixture["base"], read(path))
-        assert tuned.keys() == theirs.keys() == fixture["base"].keys()
-        for name, tensor in tuned.items():
-            assert tensor.dtype == theirs[name].dtype and (tensor - theirs[name]).float().norm() <= 1e-2 * theirs[name].float().norm(), name
-    mode = bone.rank_and_mode(ours, "")
-    assert mode == (32, "bat")
-
-
-@pytest.mark.parametrize("version", ["x060", "x052"])
-def test_a_st_file_is_what_the_converter_of_ai00_makes_of_the_merged_model(version, capsys):
-    load_file = pytest.importorskip("safetensors.torch").load_file
-    fixture = read(HERE / "fixtures" / f"{version}_bone.pth")
-    for name in ("base", "ckpt"):
-        torch.save(fixture[name], f"{name}.pth")
-    fixture["base"]["head.weight"] = fixture["base"]["head.weight"].t().contiguous().t()
-    torch.save(fixture["base"], "base.pth")                                   # one tensor lies transposed in the file
-    for out in ("tuned.pth", "tuned.st"):
-        merge.merge("base.pth", "ckpt.pth", out)
-    expected = {}
-    for name, tensor in read("tuned.pth").items():
-        name = name.replace("time_faaaa", "time_first").replace("time_maa", "time_mix")
-        lies = any(low_rank in name for low_rank in ("time_mix_w1", "time_mix_w2", "time_decay_w1", "time_decay_w2"))
-        expected[name] = (tensor.transpose(-2, -1) if lies else tensor).half()
-    found = load_file("tuned.st")
-    assert found.keys() == expected.keys() and all(found[name].equal(tensor) for name, tensor in expected.items())
-    large = fixture["base"] | {"blocks.1.ffn.key.weight": torch.full((448, 128), 7e4)}
-    torch.save(large, "base.pth")
-    before = found.keys(), pathlib.Path("tuned.st").read_bytes()
-    assert "blocks.1.ffn.key.weight reaches" in refused(capsys, lambda: merge.merge("base.pth", "ckpt.pth", "tuned.st"))
-    assert pathlib.Path("tuned.st").read_bytes() == before[1] and not [path for path in os.listdir() if path.startswith("tuned.st.")]
