@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import bone
 from bone import BoneLinear, add_bone, load_bone, merge_weight
 
 

@@ -188,9 +188,9 @@ def test_what_cannot_be_is_refused_with_what_to_do(capsys, flags, says):
     pathlib.Path("latin.txt").write_bytes("é".encode("latin-1") * 5)
     np.save("table.npy", np.ones((3, 3)))
     torch.save(tiny(torch.float32) | {"head.weight": torch.full((300, 64), 7e4)}, "large.pth")
-    for folder, content in (("run", {"0": "ab"}), ("run2", dict(enumerate("a tex"))), ("run3", dict(enumerate("xet a")))):
-        os.mkdir(folder)
-        pathlib.Path(folder, "vocab.json").write_text(json.dumps(content))
+    for run_dir, content in (("run", {"0": "ab"}), ("run2", dict(enumerate("a tex"))), ("run3", dict(enumerate("xet a")))):
+        os.mkdir(run_dir)
+        pathlib.Path(run_dir, "vocab.json").write_text(json.dumps(content))
     os.link("base.pth", "run2/base.pth")
     before = {path: path.read_bytes() for path in pathlib.Path().rglob("*") if path.is_file()}
     defaults = DEFAULTS.replace("--bone_r 16 ", "" if "bone_config" in flags else "--bone_r 16 ")
