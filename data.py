@@ -172,7 +172,7 @@ def _open_binidx(path):
         if missing() or os.stat(jsonl).st_mtime_ns >= os.stat(prefix + ".idx").st_mtime_ns:
             jsonl_to_binidx(jsonl, prefix)
     if missing():
-        raise FileNotFoundError(f"{path}: no {' and '.join(missing())}, and no {jsonl}; give a .jsonl, or the prefix of a .bin and .idx (bare tokens: --data_type uint16)")
+        raise FileNotFoundError(f"{path}: no {' and '.join(missing())}, and no {jsonl}; give a .jsonl, or the prefix of a .bin and .idx (a text: --data_type utf-8; bare tokens: uint16)")
     return Binidx(prefix)
 
 
@@ -217,7 +217,7 @@ def _open_text(path, kind, ctx_len, vocabulary):
         vocabulary = vocabulary or Vocabulary("".join(sorted({*text})))
         data = Documents(path or kind, vocabulary.encode(text, path), ctx_len)
     except UnicodeError as error:
-        raise ValueError(f"{path}: not {kind} ({error}); another --data_type may fit") from error
+        raise ValueError(f"{path}: not {kind} ({error}); save it as UTF-8, and use --data_type utf-8") from error
     data.vocabulary = vocabulary
     return data
 
@@ -285,7 +285,7 @@ def check_mask(data, ctx_len, loss_mask):
     silent = sum(not collate([data[i]], ctx_len, markers)[2].any() for i in range(n))
     if silent == n:
         begin, end = markers
-        raise ValueError(f"{data.prefix}: no answer in {n} documents, cut at --ctx_len; use --loss_mask pad, or {end} ... {begin} ...")
+        raise ValueError(f"{data.prefix}: no answer in {n} documents: no {begin} in the first {ctx_len} tokens; use --loss_mask pad, or {end} ... {begin} ...")
     return silent
 
 

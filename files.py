@@ -26,7 +26,7 @@ def read_checkpoint(path):
         with warnings.catch_warnings(action="ignore"):  # of the pickle protocol: what matters is whether it loads
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged file can fail anywhere in the unpickler
-        what = "a cut or damaged PyTorch checkpoint" if is_zip else "not a PyTorch checkpoint"
+        what = "a cut or damaged PyTorch checkpoint" if is_zip else "not a PyTorch checkpoint" + " (a .st is for Ai00)" * str(path).endswith(".st")
         if "unsupported global" in str(error).lower():
             what = "holds more than tensors: code that would run on loading"
         raise ValueError(f"{path}: {what}; nothing was executed, a whole .pth of tensors is needed") from error

@@ -48,7 +48,7 @@ def json_with(*keys):
         with contextlib.suppress(ValueError):
             return json.loads(text)
     example = ",".join(f'"{key}":...' for key in keys)
-    return checked("json", parse, lambda x: isinstance(x, dict) and {*x} <= {*keys}, lambda _: f"must be JSON in single quotes, as '{{{example}}}'")
+    return checked("json", parse, lambda x: isinstance(x, dict) and {*x} <= {*keys}, lambda _: f"is not, in single quotes and without spaces, '{{{example}}}'")
 
 
 def choice(name, values):
@@ -70,7 +70,7 @@ TABLE = {
         ("peft", ("bone",), "bone", "the method; there is no other"),
         ("bone_r", number(int, 1), None, "rank: the side of a block; must divide every layer's sizes (default: 64, or that of bone_load)"),
         ("bone_mode", ("bat", "bone"), None, "bat: block affine; bone: shard sharing (default: bat, or that of bone_load)"),
-        ("bone_load", str, "", "go on from this Bone checkpoint"),
+        ("bone_load", str, None, "go on from this Bone checkpoint"),
         ("bone_config", json_with("bone_load", "bone_r", "bone_mode"), None, "the three above at once, as RWKV-PEFT has them"),
         ("train_parts", list, ["time", "ln"], "also train parameters whose names contain these: time ln emb head, or nothing"),
     ],
@@ -145,8 +145,9 @@ def parse_args(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     for name, value in (args.bone_config or {}).items():
-        if not getattr(args, name):  # a flag of its own wins
+        if getattr(args, name) is None and value is not None:  # a flag of its own wins
             parser.parse_args([f"--{name}={value}"], args)
+    args.bone_load = args.bone_load or ""
     del args.bone_config
     args.train_parts = [word for part in args.train_parts for word in re.sub("[][,\"']", " ", part).split()]
     unknown, new = sorted({*args.train_parts} - {"time", "ln", "emb", "head"}), not args.load_model

@@ -277,7 +277,7 @@ def test_a_marker_that_the_cut_goes_through_is_still_a_marker():
 
 def test_check_mask_refuses_data_without_an_answer_and_counts_documents_without_one():
     silent, answered = encode("plain") + [0], encode("User: a\n\nAssistant: b") + [0]
-    with pytest.raises(ValueError, match="^x: no answer in 2 documents, cut at --ctx_len; use --loss_mask pad, or User: ... Assist"):
+    with pytest.raises(ValueError, match="^x: no answer in 2 documents: no Assistant: in the first 64 tokens; use --loss_mask pad, or User: ... Assist"):
         check_mask(make(silent, silent), 64, "qa")
     with pytest.raises(ValueError, match="no answer in 1 documents"):
         check_mask(make(answered), 3, "qa")  # the answer lies beyond ctx_len

@@ -63,6 +63,8 @@ def test_a_st_file_is_what_the_converter_of_ai00_makes_of_the_merged_model(versi
         name = name.replace("time_faaaa", "time_first").replace("time_maa", "time_mix")
         lies = any(low_rank in name for low_rank in ("time_mix_w1", "time_mix_w2", "time_decay_w1", "time_decay_w2"))
         expected[name] = (tensor.transpose(-2, -1) if lies else tensor).half()
+    with pytest.raises(ValueError, match="tuned.st: not a PyTorch checkpoint .a .st is for Ai00.;"):
+        rwkv6.load_model("tuned.st")
     found = load_file("tuned.st")
     assert found.keys() == expected.keys() and all(found[name].equal(tensor) for name, tensor in expected.items())
     large = fixture["base"] | {"blocks.1.ffn.key.weight": torch.full((448, 128), 7e4)}

@@ -374,7 +374,7 @@ def test_from_text_to_a_tuned_model_that_writes():
     assert tuned.returncode == 0 and "epoch 0: 100%" in tuned.stderr, tuned.stderr
     merged = command(tuned.stdout.splitlines()[-1].removeprefix("next: python "))      # to be typed as it stands
     assert merged.returncode == 0 and "tuned.pth" in merged.stdout, merged.stderr
-    said = command("generate.py tuned.pth --prompt 'User: 3?\\n\\nAssistant:' --length 5")
+    said = command("generate.py 'my run/tuned.pth' --prompt 'User: 3?\\n\\nAssistant:' --length 5")
     assert said.returncode == 0 and said.stdout.startswith("User: 3?\n\nAssistant:"), said.stderr
 
 

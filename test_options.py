@@ -164,8 +164,8 @@ def test_each_quantization_with_each_set_of_parts_trains_saves_resumes_and_merge
     ("--vocab_size 500", "base.pth: has vocab_size 300, but --vocab_size is 500"), ("--head_qk 8", "has head_qk 0, but --head_qk is 8"),
     ("--pre_ffn 1", "has pre_ffn False, but --pre_ffn is 1"), ("--devices 2", "--devices 2: only one"),
     ("--lora_config '{}'", "did you mean --bone_config?"), ("--ctxlen 5", "did you mean --ctx_len?"), ("--mirco_bsz 1", "did you mean --micro_bsz?"),
-    ("--bone_config '{\"bone_r\":0}'", "--bone_r: 0 must be"), ("--bone_config {bone_r:64}", "--bone_config: {bone_r:64} must be JSON in single quotes, as '{"),
-    ("--bone_config '{\"lora_r\":8}'", """as '{"bone_load":...,"bone_r":...,"bone_mode":...}'"""),
+    ("--bone_config '{\"bone_r\":0}'", "--bone_r: 0 must be"), ("--bone_config {bone_r:64}", "--bone_config: {bone_r:64} is not, in single quotes and without spaces, '{"),
+    ("--bone_config '{\"lora_r\":8}'", """{"lora_r":8} is not, in single quotes and without spaces, '{"bone_load":...,"bone_r":...,"bone_mode":...}'"""),
     ("--loss_mask se --mask_id '{\"mask0\":\"a\"}'", "--mask_id needs two texts"), ("--loss_mask se --mask_id '{\"mask0\":1,\"mask1\":2}'", "--mask_id needs two texts"),
     ("--beta1 1", "--beta1: 1 must be a number of at least 0, and below 1"), ("--n_layer 2 --vocab_size 3000000000 --n_embd 64 --load_model ''", "2^31"),
     ("--data_file t.txt", "base.pth: has no vocab.json beside it that says which characters it reads"), ("--data_type numpy", "x: No such file"),
@@ -175,7 +175,7 @@ def test_each_quantization_with_each_set_of_parts_trains_saves_resumes_and_merge
     ("--val_file latin.txt --data_file t.txt " + NEW, "latin.txt: not utf-8"), ("--val_file other.txt --data_file t.txt " + NEW, "other.txt has the character 'z', which is not in"),
     ("--precision fp16 --load_model large.pth", "large.pth: head.weight reaches 70000, but float16 ends at 65504; use --precision bf16"),
     ("--data_file t.txt --vocab_size 300 " + NEW, "t.txt: has 5 characters, but the model's vocabulary is 300; drop --vocab_size"),
-    ("--data_file t.txt --load_model run2/base.pth", "t.txt: has 5 characters, but the model's vocabulary is 300"),
+    ("--data_file t.txt --load_model run2/base.pth", "t.txt: has 5 characters, but the model's vocabulary is 300; take the vocab.json"),
     ("--data_file t.txt --load_model run2/base.pth --proj_dir run3", "run3/vocab.json: has other characters than run2/vocab.json"),
     ("--data_type dummy --proj_dir run " + NEW, "run/vocab.json: not a vocabulary"),
     ("--pre_ffn 1 --load_model '' --n_layer 1 --n_embd 64", "at least 2"),
@@ -248,6 +248,14 @@ def test_the_kind_of_data_is_told_by_the_file(name, content, kind):
     assert data.kind_of(name) == kind
     if kind.startswith("utf") and content:
         assert sorted(data.open_data(name).vocabulary) == [" ", "é", "词"]
+
+
+def test_held_out_text_may_be_encoded_otherwise():
+    pathlib.Path("t.txt").write_text("abcd " * 30)
+    pathlib.Path("h.txt").write_text("\ufeff" + "dcba " * 30, encoding="utf-16le")
+    for proj_dir, training, held_out in (("a", "t.txt", "h.txt"), ("b", "h.txt", "t.txt")):
+        run(f"{NEW} --data_file {training} --val_file {held_out} --epoch_steps 1 --proj_dir {proj_dir}")
+        assert len(column("val_loss", proj_dir)) == 2
 
 
 def test_the_dummy_text_is_that_of_rwkv_lm():
@@ -364,7 +372,7 @@ def test_a_run_whose_every_step_overflows_is_no_success(monkeypatch, capsys):
         model.blocks[1].ln1.bias.grad[3] = math.inf
         return loss
     monkeypatch.setattr(train, "step", step)
-    with pytest.raises(ValueError, match="epoch 0: the gradient was infinite in every step"):
+    with pytest.raises(ValueError, match="the gradient was infinite in each of 3 steps"):
         run("--precision fp16 --epoch_steps 3")
     assert not os.path.exists("out/rwkv-0.pth")
 
@@ -373,6 +381,10 @@ def test_a_flag_of_its_own_wins_over_bone_config():
     config = """--bone_config '{"bone_load":"","bone_r":64,"bone_mode":"bone"}' """
     args = train.parse_args(shlex.split("--load_model base.pth --data_file x " + config + "--bone_r 8 --bone_load ckpt.pth"))
     assert (args.bone_r, args.bone_mode, args.bone_load) == (8, "bone", "ckpt.pth")
+    config = """--bone_config '{"bone_load":"other.pth","bone_r":null}' """
+    for flags, expected in (("--bone_load ''", ""), ("", "other.pth")):
+        args = train.parse_args(shlex.split("--load_model base.pth --data_file x " + config + flags))
+        assert (args.bone_r, args.bone_load) == (None, expected)
 
 
 def test_fla_is_the_chunked_form_where_there_is_no_gpu():

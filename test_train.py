@@ -95,7 +95,7 @@ def test_training_lowers_the_loss_and_writes_its_files(monkeypatch, capsys, mode
     assert all(t.dtype == torch.bfloat16 and not t.equal(new[name]) for name, t in checkpoint.items())
     wrote, follow = capsys.readouterr().out.splitlines()[-2:]
     assert re.fullmatch(r"wrote out/rwkv-0.pth%s; peak memory \d+\.\d\d GB" % (" and out/loss.png" * matplotlib), wrote)
-    assert follow == "next: python merge.py base.pth out/rwkv-0.pth tuned.pth"
+    assert follow == "next: python merge.py base.pth out/rwkv-0.pth out/tuned.pth"
 
 
 @pytest.mark.parametrize("flags, expected", [

@@ -182,16 +182,16 @@ def open_documents(args, vocab_size=None):
         found, here = (os.path.join(folder, "vocab.json") for folder in (os.path.dirname(args.load_model), args.proj_dir))
         if args.load_model and not os.path.exists(found):
             raise ValueError(f"{args.load_model}: has no vocab.json beside it that says which characters it reads. A World model reads none: write the text as a .jsonl")
-        vocabulary = data.read_vocabulary(here) if os.path.exists(here) else None
-        if args.load_model:
-            kept, vocabulary = vocabulary, data.read_vocabulary(found)
-            if kept not in (None, vocabulary):
-                raise ValueError(f"{here}: has other characters than {found}; give another --proj_dir")
+        vocabularies = [data.read_vocabulary(path) for path in (found, here) if os.path.exists(path) and (args.load_model or path == here)]
+        if len({*vocabularies}) > 1:
+            raise ValueError(f"{here}: has other characters than {found}; give another --proj_dir")
+        vocabulary = next(iter(vocabularies), None)
     documents = data.open_data(args.data_file, vocab_size, kind, args.ctx_len, vocabulary)
     if documents.vocabulary and vocab_size not in (None, documents.vocab_size()):
-        raise ValueError(f"{args.data_file or kind}: has {documents.vocab_size()} characters, but the model's vocabulary is {vocab_size}; drop --vocab_size, "
-                         "and take the model's own vocab.json")
-    kind = "utf-8" if kind == "dummy" else kind
+        raise ValueError(f"{args.data_file or kind}: has {documents.vocab_size()} characters, but the model's vocabulary is {vocab_size}; "
+                         + ("take the vocab.json that it was trained with" if args.load_model else "drop --vocab_size"))
+    if kind in data.CHARACTERS and (kind == "dummy" or not args.data_type):
+        kind = "utf-16le" if data.kind_of(args.val_file) == "utf-16le" else "utf-8"
     return documents, data.open_data(args.val_file, vocab_size, kind, args.ctx_len, documents.vocabulary) if args.val_file else None
 
 
@@ -304,8 +304,9 @@ def train(args):
     log.open()
     if held_out:
         print(f"held-out loss before training: {log.point(epochs[0] * steps, val_loss=held_out_loss()):.4f}")
+    skipped = 0
     for epoch in epochs:
-        losses, skipped = [], 0
+        losses = []
         with tqdm(total=steps, desc=f"epoch {epoch}", unit="step", dynamic_ncols=True) as bar:
             for i in range(epoch * steps, (epoch + 1) * steps):
                 started = time.perf_counter()
@@ -326,17 +327,16 @@ def train(args):
                 speed = sum(idx.numel() for idx, _, _ in micro) / (time.perf_counter() - started)
                 bar.set_postfix_str(f"loss {losses[-1]:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s, {memory.peak(device) / 1e9:.1f} GB")
                 bar.update()
-        if skipped == steps:
-            raise ValueError(f"epoch {epoch}: the gradient was infinite in every step, so nothing was learnt; use --precision bf16 or fp32")
-        log.line(f"epoch {epoch}: mean loss {sum(losses) / steps:.4f}" + f", {skipped} steps left out, whose gradient fp16 could not hold" * bool(skipped) + (
+        if skipped == len(epochs) * steps:
+            raise ValueError(f"the gradient was infinite in each of {skipped} steps, so nothing was learnt; use --precision bf16 or fp32")
+        log.line(f"epoch {epoch}: mean loss {sum(losses) / steps:.4f}" + f", {skipped} steps so far left out, whose gradient fp16 could not hold" * bool(skipped) + (
             f", held-out loss {log.point((epoch + 1) * steps, val_loss=held_out_loss()):.4f}" if held_out else ""))
         if epoch in paths:
             checkpoint = {name: p.detach().to("cpu", save_dtype) for name, p in model.named_parameters() if name in saved_names}
             save_stream(checkpoint, checkpoint.get, paths[epoch])
     print(f"wrote {paths[epochs[-1]]}{log.close()}; peak memory {memory.peak(device) / 1e9:.2f} GB")
     if args.load_model:
-        tuned = os.path.join(args.proj_dir, "tuned.pth") if documents.vocabulary else "tuned.pth"  # where its vocab.json is
-        print(f"next: python {shlex.join(['merge.py', args.load_model, paths[epochs[-1]], tuned])}")
+        print(f"next: python {shlex.join(['merge.py', args.load_model, paths[epochs[-1]], os.path.join(args.proj_dir, 'tuned.pth')])}")
 
 
 class Log:

@@ -6,6 +6,6 @@ bone_checkpoint='out/rwkv-4.pth'
 output='tuned.pth'
 
 
-python merge.py --base_model $base_model \
---lora_checkpoint $bone_checkpoint \
---output $output "$@"
+python merge.py --base_model "$base_model" \
+--lora_checkpoint "$bone_checkpoint" \
+--output "$output" "$@"

@@ -16,8 +16,8 @@ ctx_len=512
 bone_config='{"bone_load":"","bone_r":64}'
 
 
-python train.py --load_model $load_model \
---proj_dir $proj_dir --data_file $data_file \
+python train.py --load_model "$load_model" \
+--proj_dir "$proj_dir" --data_file "$data_file" \
 --data_type binidx --vocab_size 65536 \
 --ctx_len $ctx_len --epoch_steps $epoch_steps --epoch_count 5 --epoch_begin 0 --epoch_save $epoch_save --micro_bsz $micro_bsz \
 --n_layer $n_layer --n_embd $n_embd \
@@ -25,4 +25,4 @@ python train.py --load_model $load_model \
 --accelerator gpu --devices 1 --precision bf16 --strategy deepspeed_stage_1 --grad_cp 1 \
 --my_testing "x060" \
 --dataload pad --loss_mask pad \
---peft bone --bone_config $bone_config "$@"
+--peft bone --bone_config "$bone_config" "$@"
