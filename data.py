@@ -172,7 +172,8 @@ def _open_binidx(path):
         if missing() or os.stat(jsonl).st_mtime_ns >= os.stat(prefix + ".idx").st_mtime_ns:
             jsonl_to_binidx(jsonl, prefix)
     if missing():
-        raise FileNotFoundError(f"{path}: no {' and '.join(missing())}, and no {jsonl}; give a .jsonl, or the prefix of a .bin and .idx (a text: --data_type utf-8; bare tokens: uint16)")
+        raise FileNotFoundError(f"{path}: no {' and '.join(missing())}, and no {jsonl}; give a .jsonl, or the prefix of a .bin and .idx "
+                                "(a text: --data_type utf-8; bare tokens: uint16)")
     return Binidx(prefix)
 
 
@@ -201,7 +202,7 @@ def read_vocabulary(path, size=None):
         characters = [vocabulary[str(i)] for i in range(size or len(vocabulary))]
         if {*map(len, characters)} != {1} or len({*characters}) < len(vocabulary):
             raise ValueError("each id has one character, and each character one id")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         need = f"of {size} characters" if size else "of characters"
         raise ValueError(f'{path}: not a vocabulary {need}, {{"0": "a", "1": "b", ...}} ({error}); copy it from where the model was trained') from error
     return Vocabulary("".join(characters))

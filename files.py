@@ -51,7 +51,8 @@ def atomic_path(path):
     """A temporary path in the folder of `path`; renamed to `path` when the block ends well, removed when it does not."""
     folder = os.path.join(os.path.dirname(path) or ".", "")  # with a / at its end, as a file is no folder
     if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise ValueError(f"{path}: cannot be written, it is a folder, or {folder} is missing or read-only; make that, or write elsewhere")
+        why = "it is a folder" if os.path.isdir(path) else f"{folder} is read-only" if os.path.isdir(folder) else f"there is no folder {folder}"
+        raise ValueError(f"{path}: cannot be written, as {why}; mend that, or write elsewhere")
     temporary = f"{path}.{os.getpid()}"
     try:
         yield temporary

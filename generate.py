@@ -26,9 +26,9 @@ def sample(logits, temperature, top_p, generator):
 
 @torch.no_grad()
 def stream(model, state, tokens, length, temperature, top_p, generator, stop="", vocabulary=data):
-    """Read `tokens`, which are of `vocabulary` (RWKV World's, or a data.Vocabulary), then yield (text, state, unread) while the model writes: whole characters only, up to `length` tokens, the
-    end of the document, or the text `stop`, which is not shown. The last `unread` are the tokens that the last state has yet to
-    read for the text to end in a blank line."""
+    """Read `tokens`, then yield (text, state, unread) while the model writes: whole characters only, up to `length` tokens, the end of
+    the document, or the text `stop`, which is not shown. The last `unread` are the tokens that the last state has yet to read for
+    the text to end in a blank line. vocabulary: what the tokens are, RWKV World's in data, or a data.Vocabulary."""
     device = model.emb.weight.device
     decoder, held = codecs.getincrementaldecoder("utf-8")("replace"), ""  # these hold back part of a character, and part of `stop`
     for _ in range(length):

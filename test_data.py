@@ -321,8 +321,8 @@ def test_the_prefix_is_the_name_of_the_jsonl_and_what_is_there_is_kept(capsys):
 @pytest.mark.parametrize("argv, message", [
     (["none.jsonl"], "none.jsonl: No such file or directory"),
     (["."], ".: Is a directory"),
-    (["a.jsonl", "no/b"], "no/b.idx: cannot be written, it is a folder, or no/ is missing or read-only; make that, or write elsewhere"),
-    (["a.jsonl", "a.jsonl/b"], "a.jsonl/b.idx: cannot be written, it is a folder, or a.jsonl/ is missing"),
+    (["a.jsonl", "no/b"], "no/b.idx: cannot be written, as there is no folder no/; mend that, or write elsewhere"),
+    (["a.jsonl", "a.jsonl/b"], "a.jsonl/b.idx: cannot be written, as there is no folder a.jsonl/; mend"),
     (["a.jsonl", "b", "--ctx_len", "0"], "--ctx_len 0 must be at least 1"),
 ])
 def test_a_wrong_command_ends_in_one_line_and_exit_code_2(argv, message, capsys):
@@ -336,3 +336,45 @@ def test_the_program_itself_ends_without_a_traceback():
     done = subprocess.run([sys.executable, data.__file__, "a.jsonl"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == 'error: a.jsonl, line 2: has no "text" that is a string; each line must look like {"text": "..."}\n'
+
+
+# ---- other data than documents ------------------------------------------------------------------------------------------------
+
+def test_a_text_is_cut_into_pieces_that_share_a_token_and_leave_none_out():
+    for n, ctx_len in ((10, 3), (11, 3), (2, 5), (9, 1)):
+        np.save("n.npy", np.arange(n))
+        pieces = [piece.tolist() for piece in data.open_data("n.npy", ctx_len=ctx_len)]
+        assert [token for piece in pieces for token in piece[1:]] == list(range(1, n)) and all(a[-1] == b[0] for a, b in zip(pieces, pieces[1:]))
+        assert {len(piece) for piece in pieces[:-1]} <= {ctx_len + 1} and len(pieces[-1]) >= 2
+
+
+@pytest.mark.parametrize("name, content, kind", [
+    ("a.txt", "é 词".encode(), "utf-8"), ("a.txt", "\ufeffé 词".encode(), "utf-8"), ("A.TXT", "\ufeffé 词".encode("utf-16le"), "utf-16le"), ("a.npy", b"", "numpy"),
+    ("a.jsonl", b"", "binidx"), ("a", b"", "binidx"), ("gone.txt", None, "utf-8")])
+def test_the_kind_of_data_is_told_by_the_file(name, content, kind):
+    content is None or pathlib.Path(name).write_bytes(content)
+    assert data.kind_of(name) == kind
+    if kind.startswith("utf") and content:
+        assert sorted(data.open_data(name).vocabulary) == [" ", "é", "词"]
+
+
+def test_the_dummy_text_is_that_of_rwkv_lm():
+    text = data.open_data("", kind="dummy")
+    assert text.vocabulary.decode_bytes(text.tokens[:30]).decode() == ".0+0=0..1+1=2..2+4=6..3+9=12.."[:30] and sorted("0123456789.+=") == list(text.vocabulary)
+
+
+def test_without_shuffling_documents_come_in_the_order_of_the_file():
+    documents = make(*([i, i + 1, 0] for i in range(1, 13)))
+    for step in range(20):
+        idx, *_ = data.batch(documents, step, 1, 50, shuffle=False)
+        assert idx[0].tolist() == documents[step % 12][:-1].tolist()
+
+
+def test_se_counts_what_follows_mask1_up_to_mask0_and_qa_is_one_case_of_it():
+    tokens = data.encode("<q>one<a>two, three<q>four<a>five") + [0]
+    mask = data.qa_mask(tokens, "<a>", "<q>")
+    assert data.decode_bytes(token for token, counts in zip(tokens, mask) if counts) == b"two, threefive" and mask[-1] == 1
+    tokens = data.encode("User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d") + [0]
+    assert data.qa_mask(tokens).tolist() == data.qa_mask(tokens, "Assistant:", "User:").tolist()
+    ours, theirs = (data.collate([np.array(tokens)], 40, mask)[2] for mask in ("qa", ("Assistant:", "User:")))
+    assert ours.equal(theirs) and 0 < ours.sum() < len(tokens) - 1

@@ -232,35 +232,12 @@ def test_characters_have_the_ids_of_vocab_json_which_is_kept():
     assert read("tuned/rwkv-0.pth").keys() == bone_of("base.pth").keys()
 
 
-def test_a_text_is_cut_into_pieces_that_share_a_token_and_leave_none_out():
-    for n, ctx_len in ((10, 3), (11, 3), (2, 5), (9, 1)):
-        np.save("n.npy", np.arange(n))
-        pieces = [piece.tolist() for piece in data.open_data("n.npy", ctx_len=ctx_len)]
-        assert [token for piece in pieces for token in piece[1:]] == list(range(1, n)) and all(a[-1] == b[0] for a, b in zip(pieces, pieces[1:]))
-        assert {len(piece) for piece in pieces[:-1]} <= {ctx_len + 1} and len(pieces[-1]) >= 2
-
-
-@pytest.mark.parametrize("name, content, kind", [
-    ("a.txt", "é 词".encode(), "utf-8"), ("a.txt", "\ufeffé 词".encode(), "utf-8"), ("A.TXT", "\ufeffé 词".encode("utf-16le"), "utf-16le"), ("a.npy", b"", "numpy"),
-    ("a.jsonl", b"", "binidx"), ("a", b"", "binidx"), ("gone.txt", None, "utf-8")])
-def test_the_kind_of_data_is_told_by_the_file(name, content, kind):
-    content is None or pathlib.Path(name).write_bytes(content)
-    assert data.kind_of(name) == kind
-    if kind.startswith("utf") and content:
-        assert sorted(data.open_data(name).vocabulary) == [" ", "é", "词"]
-
-
 def test_held_out_text_may_be_encoded_otherwise():
     pathlib.Path("t.txt").write_text("abcd " * 30)
     pathlib.Path("h.txt").write_text("\ufeff" + "dcba " * 30, encoding="utf-16le")
     for proj_dir, training, held_out in (("a", "t.txt", "h.txt"), ("b", "h.txt", "t.txt")):
         run(f"{NEW} --data_file {training} --val_file {held_out} --epoch_steps 1 --proj_dir {proj_dir}")
         assert len(column("val_loss", proj_dir)) == 2
-
-
-def test_the_dummy_text_is_that_of_rwkv_lm():
-    text = data.open_data("", kind="dummy")
-    assert text.vocabulary.decode_bytes(text.tokens[:30]).decode() == ".0+0=0..1+1=2..2+4=6..3+9=12.."[:30] and sorted("0123456789.+=") == list(text.vocabulary)
 
 
 @pytest.mark.parametrize("flags, expected", [("x", 65536), ("t.jsonl", 65536), ("n.npy", 91), ("n.raw --data_type uint16", 91), ("t.txt", 4), ("n.npy --vocab_size 100", 100)])
@@ -272,13 +249,6 @@ def test_the_vocabulary_of_a_new_model_is_found_from_the_data(capsys, flags, exp
     before = set(os.listdir())
     run(f"{NEW} --dry_run --data_file {flags}")
     assert f"vocab_size {expected}," in capsys.readouterr().out and set(os.listdir()) == before
-
-
-def test_without_shuffling_documents_come_in_the_order_of_the_file():
-    documents = data.Binidx("x")
-    for step in range(20):
-        idx, *_ = data.batch(documents, step, 1, 50, shuffle=False)
-        assert idx[0].tolist() == documents[step % 12][:-1].tolist()
 
 
 def test_the_order_of_the_file_does_not_depend_on_the_seed():
@@ -304,14 +274,18 @@ def test_qa_is_se_with_the_markers_of_a_dialogue():
     assert column("loss", "qa") == column("loss", "se") != column("loss", "swapped")
 
 
-def test_se_counts_what_follows_mask1_up_to_mask0_and_qa_is_one_case_of_it():
-    tokens = data.encode("<q>one<a>two, three<q>four<a>five") + [0]
-    mask = data.qa_mask(tokens, "<a>", "<q>")
-    assert data.decode_bytes(token for token, counts in zip(tokens, mask) if counts) == b"two, threefive" and mask[-1] == 1
-    tokens = data.encode("User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d") + [0]
-    assert data.qa_mask(tokens).tolist() == data.qa_mask(tokens, "Assistant:", "User:").tolist()
-    ours, theirs = (data.collate([np.array(tokens)], 40, mask)[2] for mask in ("qa", ("Assistant:", "User:")))
-    assert ours.equal(theirs) and 0 < ours.sum() < len(tokens) - 1
+@pytest.mark.parametrize("flags, marker", [("qa", "Assistant:"), ("""se --mask_id '{"mask0":"User:","mask1":"<a>"}'""", "<a>")])
+def test_a_run_says_how_many_documents_lack_which_marker(capsys, flags, marker):
+    data.write_binidx("qa", [[1 + b for b in text.encode()] + [0] for text in ("Assistant: <a> b", "none", "nor here")])
+    run(f"--data_file qa --loss_mask {flags} --epoch_steps 1")
+    assert f"note: 2 of the first 3 documents have nothing after {marker} within 32 tokens" in capsys.readouterr().out
+
+
+def test_weight_decay_shrinks_what_it_is_for():
+    run("--weight_decay 100 --lr_init 1e-3 --lr_final 1e-3 --train_parts emb --proj_dir decayed --epoch_steps 1")
+    run("--lr_init 1e-3 --lr_final 1e-3 --train_parts emb --proj_dir plain --epoch_steps 1")
+    decayed, plain, base = (read(path)["emb.weight"].float() for path in ("decayed/rwkv-0.pth", "plain/rwkv-0.pth", "base.pth"))
+    assert (plain - decayed - 0.1 * base).norm() < 0.01 * base.norm()       # 1 - lr * weight_decay
 
 
 def test_fp16_scales_the_gradient_and_leaves_out_a_step_that_overflows(monkeypatch):

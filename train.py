@@ -6,11 +6,9 @@ so a run is a function of its command line.
 
 import argparse
 import contextlib
-import csv
 import functools
 import glob
 import importlib.util
-import json
 import math
 import os
 import shlex
@@ -25,7 +23,8 @@ import bone
 import data
 import memory
 import rwkv6
-from files import atomic_path, read_checkpoint, run_cli, save_stream, trained_quant
+from files import read_checkpoint, run_cli, save_stream, trained_quant
+from log import Log
 from options import parse_args
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}  # of frozen matrices, by --precision
@@ -181,7 +180,8 @@ def open_documents(args, vocab_size=None):
     if kind in data.CHARACTERS:
         found, here = (os.path.join(folder, "vocab.json") for folder in (os.path.dirname(args.load_model), args.proj_dir))
         if args.load_model and not os.path.exists(found):
-            raise ValueError(f"{args.load_model}: has no vocab.json beside it that says which characters it reads. A World model reads none: write the text as a .jsonl")
+            raise ValueError(f"{args.load_model}: has no vocab.json beside it that says which characters it reads. "
+                             "A World model reads none: write the text as a .jsonl")
         vocabularies = [data.read_vocabulary(path) for path in (found, here) if os.path.exists(path) and (args.load_model or path == here)]
         if len({*vocabularies}) > 1:
             raise ValueError(f"{here}: has other characters than {found}; give another --proj_dir")
@@ -233,6 +233,29 @@ def check_memory(args, device):
     return model
 
 
+def check_folder(args, paths):
+    """ValueError where proj_dir cannot take this run: a file, one of the checkpoints to come is there, or others on another quantization."""
+    if os.path.exists(args.proj_dir) and not os.path.isdir(args.proj_dir):
+        raise ValueError(f"--proj_dir {args.proj_dir} is a file; give a folder, which is made where it is missing")
+    for path in filter(os.path.exists, paths.values()):
+        raise ValueError(f"{path}: already there, from an earlier run; give another --proj_dir, or move it away")
+    for path in glob.glob(os.path.join(glob.escape(args.proj_dir), "rwkv-*.pth")):
+        trained_quant(path, args.quant)  # args.json, which is written anew, must stay true of what is there
+
+
+def describe(args, model, documents, steps, silent, loss_mask):
+    """Print what is about to be trained on what; silent: documents of the first 1000 in which no token counts under the loss mask."""
+    print(f"{model.config}\n{f'Bone {args.bone_mode} r {args.bone_r}' if args.load_model else 'from scratch'}: "
+          f"{' of '.join(f'{n:,}' for n in count(model))} parameters trained, {args.precision} on {model.head.weight.device.type}\n"
+          f"{len(documents):,} documents, {len(documents.tokens):,} tokens; {args.epoch_count} x {steps} steps of "
+          f"{args.micro_bsz * args.accumulate_grad_batches} rows up to {args.ctx_len} tokens")
+    if silent:
+        marker, _ = data.MARKERS.get(loss_mask, loss_mask)
+        print(f"note: {silent} of the first {min(1000, len(documents))} documents have nothing after {marker} within {args.ctx_len} tokens and count for nothing")
+    if "deepspeed" in args.strategy:
+        print(f"note: {args.strategy} shares out what several devices hold; on one, plain PyTorch stands in for it (--dry_run says the memory)")
+
+
 def step(model, micro, autocast, scaler=None):
     """Forward and backward of an optimizer step's micro batches. Returns the mean loss over all their counting tokens."""
     tokens, positions = sum(mask.sum().item() for _, _, mask in micro), sum((targets >= 0).sum().item() for _, targets, _ in micro)
@@ -243,6 +266,21 @@ def step(model, micro, autocast, scaler=None):
         (scaler.scale(loss) if scaler else loss).backward()
         total += loss.item()
     return total
+
+
+def update(optimizer, scaler, lr, i, loss):
+    """Step i of the optimizer, on gradients clipped to a norm of 1. Returns whether it was taken: in fp16 it is not where a gradient is
+    infinite; the scale is halved then, and 1 at last. ValueError where loss or gradient are not finite otherwise."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0).item()
+    if not math.isfinite(loss + (norm if scaler.get_scale() <= 1 else 0)):
+        raise ValueError(f"step {i}: loss {loss}, gradient norm {norm}; what is saved is good. Try a smaller --lr_init, or --precision fp32")
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return math.isfinite(norm)
 
 
 @torch.no_grad()
@@ -264,18 +302,14 @@ def train(args):
     """A whole run: data and model, then epochs of optimizer steps, with logs, held-out losses and checkpoints in proj_dir."""
     device = torch.device("cuda" if args.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     epochs, N = range(args.epoch_begin, args.epoch_begin + args.epoch_count), args.accumulate_grad_batches
-    paths = {epoch: os.path.join(args.proj_dir, f"rwkv-{epoch}.pth") for epoch in epochs if (epoch + 1 - epochs[0]) % (args.epoch_save or len(epochs)) == 0 or epoch == epochs[-1]}
+    paths = {epoch: os.path.join(args.proj_dir, f"rwkv-{epoch}.pth") for epoch in epochs
+             if (epoch + 1 - epochs[0]) % (args.epoch_save or len(epochs)) == 0 or epoch == epochs[-1]}
     if not (args.load_model or args.vocab_size) and (args.data_type or data.kind_of(args.data_file)) not in ("binidx", "jsonl"):
         args.vocab_size = open_documents(args)[0].vocab_size()
     vocab_size = check_memory(args, device).config.vocab_size
     if args.dry_run:
         return
-    if os.path.exists(args.proj_dir) and not os.path.isdir(args.proj_dir):
-        raise ValueError(f"--proj_dir {args.proj_dir} is a file; give a folder, which is made where it is missing")
-    for path in filter(os.path.exists, paths.values()):
-        raise ValueError(f"{path}: already there, from an earlier run; give another --proj_dir, or move it away")
-    for path in glob.glob(os.path.join(glob.escape(args.proj_dir), "rwkv-*.pth")):
-        trained_quant(path, args.quant)  # args.json, written anew below, must stay true of what is there
+    check_folder(args, paths)
     documents, held_out = open_documents(args, vocab_size)
     loss_mask = args.loss_mask if args.loss_mask != "se" else (args.mask_id["mask1"], args.mask_id["mask0"])
     silent, _ = (data.check_mask(d, args.ctx_len, loss_mask) if d else 0 for d in (documents, held_out))
@@ -286,20 +320,12 @@ def train(args):
     if device.type == "cpu":
         memory.reuse_freed()
     model, saved_names, save_dtype = build_model(args, device)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(model, args.lr_init, (args.beta1, args.beta2), args.adam_eps, args.weight_decay, args.layerwise_lr)
     autocast, scaler = precision(args, device)
     held_out_loss = functools.partial(val_loss, model, held_out, args.micro_bsz, args.ctx_len, loss_mask, autocast)
     once = len(documents) if args.dataload != "get" else len(documents.tokens) / args.ctx_len
     steps = args.epoch_steps or math.ceil(once / (args.micro_bsz * N))
-    print(f"{model.config}\n{f'Bone {args.bone_mode} r {args.bone_r}' if args.load_model else 'from scratch'}: "
-          f"{' of '.join(f'{n:,}' for n in count(model))} parameters trained, {args.precision} on {device}\n"
-          f"{len(documents):,} documents, {len(documents.tokens):,} tokens; "
-          f"{len(epochs)} x {steps} steps of {args.micro_bsz * N} rows up to {args.ctx_len} tokens")
-    if silent:
-        print(f"note: {silent} of the first {min(1000, len(documents))} documents have nothing after the marker within {args.ctx_len} tokens and count for nothing")
-    if "deepspeed" in args.strategy:
-        print(f"note: {args.strategy} shares out what several devices hold; on one, plain PyTorch stands in for it (--dry_run says the memory)")
+    describe(args, model, documents, steps, silent, loss_mask)
 
     log.open()
     if held_out:
@@ -311,88 +337,24 @@ def train(args):
             for i in range(epoch * steps, (epoch + 1) * steps):
                 started = time.perf_counter()
                 lr = learning_rate(i, epochs[0] * steps, args.epoch_count * steps, args.lr_init, args.lr_final, args.warmup_steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * group["lr_scale"]
                 micro = [micro_batch(i * N + n) for n in range(N)]
                 losses.append(step(model, micro, autocast, scaler))
-                scaler.unscale_(optimizer)
-                norm = nn.utils.clip_grad_norm_(trained.values(), 1.0).item()
-                if not math.isfinite(losses[-1] + (norm if scaler.get_scale() <= 1 else 0)):
-                    raise ValueError(f"step {i}: loss {losses[-1]}, gradient norm {norm}; what is saved is good. Try a smaller --lr_init, or --precision fp32")
-                skipped += not math.isfinite(norm)
-                scaler.step(optimizer)  # fp16: no step where a gradient is infinite; the scale is halved then, and 1 at last
-                scaler.update()
-                optimizer.zero_grad()
+                skipped += not update(optimizer, scaler, lr, i, losses[-1])
                 log.point(i, loss=losses[-1], lr=lr)
                 speed = sum(idx.numel() for idx, _, _ in micro) / (time.perf_counter() - started)
                 bar.set_postfix_str(f"loss {losses[-1]:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s, {memory.peak(device) / 1e9:.1f} GB")
                 bar.update()
         if skipped == len(epochs) * steps:
             raise ValueError(f"the gradient was infinite in each of {skipped} steps, so nothing was learnt; use --precision bf16 or fp32")
-        log.line(f"epoch {epoch}: mean loss {sum(losses) / steps:.4f}" + f", {skipped} steps so far left out, whose gradient fp16 could not hold" * bool(skipped) + (
-            f", held-out loss {log.point((epoch + 1) * steps, val_loss=held_out_loss()):.4f}" if held_out else ""))
+        log.line(f"epoch {epoch}: mean loss {sum(losses) / steps:.4f}"
+                 + f", {skipped} steps so far left out, whose gradient fp16 could not hold" * bool(skipped)
+                 + (f", held-out loss {log.point((epoch + 1) * steps, val_loss=held_out_loss()):.4f}" if held_out else ""))
         if epoch in paths:
             checkpoint = {name: p.detach().to("cpu", save_dtype) for name, p in model.named_parameters() if name in saved_names}
             save_stream(checkpoint, checkpoint.get, paths[epoch])
     print(f"wrote {paths[epochs[-1]]}{log.close()}; peak memory {memory.peak(device) / 1e9:.2f} GB")
     if args.load_model:
         print(f"next: python {shlex.join(['merge.py', args.load_model, paths[epochs[-1]], os.path.join(args.proj_dir, 'tuned.pth')])}")
-
-
-class Log:
-    """In proj_dir: args.json, train_log.txt (a line per epoch), loss.csv (a row per step and held-out loss), loss.png, and vocab.json where
-    tokens are characters. With --wandb losses and learning rate go there, too."""
-
-    def __init__(self, args, vocabulary):
-        """Nothing is written yet; but wandb, with whom something may be wrong, is asked now, before the base is loaded."""
-        self.args, self.vocabulary, self.wandb = args, vocabulary, None
-        self.curve, self.picture = (os.path.join(args.proj_dir, name) for name in ("loss.csv", "loss.png"))
-        if args.wandb:
-            import wandb
-            try:
-                self.wandb = wandb.init(project=args.wandb, config=vars(args), dir=args.proj_dir, save_code=False)
-            except wandb.errors.Error as error:
-                raise ValueError(f"--wandb {args.wandb}: {error}".replace("\n", " ") + " Or keep it here: WANDB_MODE=offline") from error
-
-    def open(self):
-        os.makedirs(self.args.proj_dir, exist_ok=True)
-        contents = {"args.json": vars(self.args)} | ({"vocab.json": dict(enumerate(self.vocabulary))} if self.vocabulary else {})
-        for name, content in contents.items():
-            with atomic_path(os.path.join(self.args.proj_dir, name)) as path, open(path, "w", encoding="utf-8") as f:
-                json.dump(content, f, indent=1, ensure_ascii=False)
-        self.text, self.csv = (open(path, "a", buffering=1) for path in (os.path.join(self.args.proj_dir, "train_log.txt"), self.curve))
-        self.text.write(f"NEW RUN {json.dumps(vars(self.args))}\n")
-        if self.csv.tell() == 0:
-            self.csv.write("step,loss,lr,val_loss\n")
-
-    def line(self, text):
-        print(text)
-        self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-
-    def point(self, step, loss="", lr="", val_loss=""):
-        self.csv.write(f"{step},{loss},{lr},{val_loss}\n")
-        if self.wandb:
-            self.wandb.log({name: value for name, value in (("loss", loss), ("lr", lr), ("val_loss", val_loss)) if value != ""}, step=step)
-        return val_loss
-
-    def close(self):
-        """End the wandb run; draw loss.png, where matplotlib is. Returns what to say of it."""
-        if self.wandb:
-            self.wandb.finish()
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            return ""
-        axes = (figure := Figure(figsize=(8, 4.5))).add_subplot(xlabel="step", ylabel="loss (nats per token)")
-        with open(self.curve) as f:
-            rows = list(csv.DictReader(f))
-        for column, label, style in (("loss", "training loss", "-"), ("val_loss", "held-out loss", "o-")):
-            if points := [(int(row["step"]), float(row[column])) for row in rows if row[column]]:
-                axes.plot(*zip(*points), style, label=label, linewidth=1)
-        axes.legend()
-        with atomic_path(self.picture) as path:
-            figure.savefig(path, format="png", dpi=120)
-        return f" and {self.picture}"
 
 
 if __name__ == "__main__":
