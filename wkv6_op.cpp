@@ -1,4 +1,4 @@
-// WKV-6 for the CPU, and the binding: the operators wkv6::forward and wkv6::backward.
+// The operators wkv6::forward and wkv6::backward: WKV-6 for the CPU; and, compiled with -DWITH_CUDA, the way to the kernels in wkv6_cuda.cu.
 //
 // Per batch element and head, with decay d_t = exp(-exp(w_t)) per key channel i, value channel j, state S (N x N):
 //
@@ -17,26 +17,75 @@
 //                        G_{t-1} = diag(d_t) G_t + r_t gy_t^T
 //
 // The u terms are added where they belong. Batch elements and heads run in parallel. T is a run-time argument. The operators take
-// contiguous tensors, and w, u and states in float32: wkv6.py sees to it.
-// The CUDA kernels (wkv6_cuda.cu) will register themselves under the same two names for the CUDA dispatch key.
+// contiguous tensors, and w, u and states in float32: wkv6.py sees to it, and declares them.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sum.h>
 #include <torch/library.h>
 
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#ifdef WITH_CUDA
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#else
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
 #include <array>
 #include <memory>
-#include <tuple>
-#include <vector>
+#endif
 
 namespace {
 
 using at::Tensor;
+void check(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, const Tensor& state) {
+  TORCH_CHECK(r.dim() == 4, "wkv6: r must be (B, T, H, N), not ", r.sizes());
+  const auto B = r.size(0), H = r.size(2), N = r.size(3);
+  TORCH_CHECK(k.sizes() == r.sizes() && v.sizes() == r.sizes() && w.sizes() == r.sizes(), "wkv6: r, k, v, w must have one shape");
+  TORCH_CHECK(k.dtype() == r.dtype() && v.dtype() == r.dtype(), "wkv6: r, k, v must have one dtype");
+  TORCH_CHECK(u.sizes() == at::IntArrayRef({H, N}), "wkv6: u must be (H, N), not ", u.sizes());
+  TORCH_CHECK(state.sizes() == at::IntArrayRef({B, H, N, N}), "wkv6: state must be (B, H, N, N), not ", state.sizes());
+  for (const auto& x : {w, u, state}) TORCH_CHECK(x.dtype() == at::kFloat, "wkv6: w, u, state must be float32, not ", x.dtype());
+  for (const auto& x : {r, k, v, w, u, state}) {
+    TORCH_CHECK(x.is_contiguous(), "wkv6: every tensor must be contiguous");
+    TORCH_CHECK(x.device() == r.device(), "wkv6: every tensor must be on ", r.device(), ", as r is; one is on ", x.device());
+  }
+}
+
+// Calls body(scalar of r, N), both compile-time constants.
+template <typename F>
+void with_type_and_head_size(const Tensor& r, F body) {
+  const auto with_type = [&](auto scalar) {
+    switch (r.size(3)) {
+      case 32: return body(scalar, std::integral_constant<int, 32>());
+      case 64: return body(scalar, std::integral_constant<int, 64>());
+#ifndef WITH_CUDA
+      case 128: return body(scalar, std::integral_constant<int, 128>());
+#endif
+      default: TORCH_CHECK(false, "wkv6: head size ", r.size(3), " is not compiled in");
+    }
+  };
+  switch (r.scalar_type()) {
+    case at::kFloat: return with_type(float());
+    case at::kBFloat16: return with_type(at::BFloat16());
+#ifdef WITH_CUDA
+    case at::kHalf: return with_type(at::Half());
+#endif
+    default: TORCH_CHECK(false, "wkv6: ", r.dtype(), " is not compiled in");
+  }
+}
+
+// ---- the CPU ---------------------------------------------------------------------------------------------------------------------
+
+#ifndef WITH_CUDA
+
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t CHUNK = 32;  // tokens between two kept states: 32 states of 64 x 64 are 512 KiB, an L2 cache's worth
 
@@ -117,35 +166,14 @@ std::pair<std::vector<Floats<N>>, std::vector<Floats<N>>> decays(const Head<floa
   return {std::move(log_d), std::move(d)};
 }
 
-void check(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, const Tensor& state) {
-  TORCH_CHECK(r.dim() == 4, "wkv6: r must be (B, T, H, N), not ", r.sizes());
-  const auto B = r.size(0), H = r.size(2), N = r.size(3);
-  TORCH_CHECK(r.dtype() == at::kFloat || r.dtype() == at::kBFloat16, "wkv6: r must be float32 or bfloat16, not ", r.dtype());
-  TORCH_CHECK(k.sizes() == r.sizes() && v.sizes() == r.sizes() && w.sizes() == r.sizes(), "wkv6: r, k, v, w must have one shape");
-  TORCH_CHECK(k.dtype() == r.dtype() && v.dtype() == r.dtype(), "wkv6: r, k, v must have one dtype");
-  TORCH_CHECK(u.sizes() == at::IntArrayRef({H, N}), "wkv6: u must be (H, N), not ", u.sizes());
-  TORCH_CHECK(state.sizes() == at::IntArrayRef({B, H, N, N}), "wkv6: state must be (B, H, N, N), not ", state.sizes());
-  for (const auto& x : {w, u, state}) TORCH_CHECK(x.dtype() == at::kFloat, "wkv6: w, u, state must be float32, not ", x.dtype());
-  for (const auto& x : {r, k, v, w, u, state}) TORCH_CHECK(x.is_contiguous(), "wkv6: every tensor must be contiguous");
-}
-
-// Calls body(b, h, scalar of r, N) for every batch element and head, in parallel; scalar and N are compile-time constants.
+// Calls body(b, h, scalar of r, N) for every batch element and head, in parallel.
 template <typename F>
 void for_each_head(const Tensor& r, F body) {
-  const auto run = [&](auto scalar, auto n) {
+  with_type_and_head_size(r, [&](auto scalar, auto n) {
     at::parallel_for(0, r.size(0) * r.size(2), 1, [&](int64_t begin, int64_t end) {
       for (int64_t bh = begin; bh < end; bh++) body(bh / r.size(2), bh % r.size(2), scalar, n);
     });
-  };
-  const auto with_scalar = [&](auto scalar) {
-    switch (r.size(3)) {
-      case 32: return run(scalar, std::integral_constant<size_t, 32>());
-      case 64: return run(scalar, std::integral_constant<size_t, 64>());
-      case 128: return run(scalar, std::integral_constant<size_t, 128>());
-      default: TORCH_CHECK(false, "wkv6: head size ", r.size(3), " is not compiled in: 32, 64, 128 are");
-    }
-  };
-  r.dtype() == at::kFloat ? with_scalar(float()) : with_scalar(at::BFloat16());
+  });
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& r_, const Tensor& k_, const Tensor& v_, const Tensor& w_, const Tensor& u_,
@@ -217,15 +245,78 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   return {gr_, gk_, gv_, gw_, gu_.sum(0), first};
 }
 
+// ---- the GPU: wkv6_cuda.cu -------------------------------------------------------------------------------------------------------
+
+#else
+
 }  // namespace
 
-TORCH_LIBRARY(wkv6, m) {
-  m.def("forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state) -> (Tensor, Tensor)");
-  m.def("backward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state, Tensor gy, Tensor gstate)"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+template <typename scalar, int N>
+cudaError_t wkv6_forward(int B, int T, int H, int chunk, const scalar* r, const scalar* k, const scalar* v, const float* w, const float* u,
+                         const float* state, scalar* y, float* last, float* states, float* log_decay, cudaStream_t stream);
+
+template <typename scalar, int N>
+cudaError_t wkv6_backward(int B, int T, int H, int chunk, const scalar* r, const scalar* k, const scalar* v, const float* w, const float* u,
+                          const float* state, const scalar* gy, const float* gstate, scalar* gr, scalar* gk, scalar* gv, float* gw, float* gu,
+                          float* gfirst, float* states, float* gstates, float* log_decay, cudaStream_t stream);
+
+int64_t wkv6_chunk = 64;  // tokens, a multiple of 16. The tests try others.
+
+namespace {
+
+struct At {  // a pointer to the tensor's numbers, of the type that is asked for
+  const Tensor& x;
+  template <typename T>
+  operator T*() const { return x.data_ptr<std::remove_const_t<T>>(); }
+};
+
+// An empty (B, H, chunks, ...) tensor.
+Tensor per_chunk(const Tensor& r, const Tensor& state, at::IntArrayRef sizes) {
+  std::vector<int64_t> all{r.size(0), r.size(2), (r.size(1) + wkv6_chunk - 1) / wkv6_chunk};
+  all.insert(all.end(), sizes.begin(), sizes.end());
+  return at::empty(all, state.options());
 }
 
+std::tuple<Tensor, Tensor> forward(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, const Tensor& state) {
+  check(r, k, v, w, u, state);
+  const c10::cuda::CUDAGuard guard(r.device());
+  const auto N = r.size(3);
+  const auto y = at::empty_like(r), last = at::empty_like(state), states = per_chunk(r, state, {N, N}), log_decay = per_chunk(r, state, {N});
+  with_type_and_head_size(r, [&](auto scalar, auto n) {
+    C10_CUDA_CHECK((wkv6_forward<decltype(scalar), n>(
+        r.size(0), r.size(1), r.size(2), wkv6_chunk, At{r}, At{k}, At{v}, At{w}, At{u}, At{state}, At{y}, At{last}, At{states}, At{log_decay},
+        c10::cuda::getCurrentCUDAStream())));
+  });
+  return {y, last};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, const Tensor& state, const Tensor& gy,
+    const Tensor& gstate) {
+  check(r, k, v, w, u, state);
+  check(r, k, gy, w, u, gstate);  // gy is like v, and gstate like state
+  const c10::cuda::CUDAGuard guard(r.device());
+  const auto N = r.size(3);
+  const auto gr = at::empty_like(r), gk = at::empty_like(k), gv = at::empty_like(v), gw = at::empty_like(w), gfirst = at::empty_like(state);
+  const auto states = per_chunk(r, state, {N, N}), gstates = at::empty_like(states), log_decay = per_chunk(r, state, {N});
+  const auto gu = at::empty_like(log_decay);
+  with_type_and_head_size(r, [&](auto scalar, auto n) {
+    C10_CUDA_CHECK((wkv6_backward<decltype(scalar), n>(
+        r.size(0), r.size(1), r.size(2), wkv6_chunk, At{r}, At{k}, At{v}, At{w}, At{u}, At{state}, At{gy}, At{gstate}, At{gr}, At{gk}, At{gv},
+        At{gw}, At{gu}, At{gfirst}, At{states}, At{gstates}, At{log_decay}, c10::cuda::getCurrentCUDAStream())));
+  });
+  return {gr, gk, gv, gw, gu.sum({0, 2}), gfirst};
+}
+
+#endif
+
+}  // namespace
+
+#ifdef WITH_CUDA
+TORCH_LIBRARY_IMPL(wkv6, CUDA, m) {
+#else
 TORCH_LIBRARY_IMPL(wkv6, CPU, m) {
+#endif
   m.impl("forward", &forward);
   m.impl("backward", &backward);
 }

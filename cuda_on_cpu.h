@@ -1,0 +1,170 @@
+// CUDA on a CPU, as far as wkv6_cuda.cu and wkv6_op.cpp use it, so that tests can run them where no GPU is. Test code.
+//
+// Threads are fibers: each runs until a barrier, a shuffle or its end, and the others follow. A warp runs until all of it waits at a barrier,
+// then the next warp; blocks run one after the other. All three in an order that tests choose, so that whoever reads what another thread, warp or
+// block has not written yet is found out: shared memory is NaN before each block, and beyond its size it must still be so afterwards.
+
+#pragma once
+#include <c10/core/Device.h>
+#include <c10/util/Exception.h>
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#define EMULATED
+#define __global__
+#define __device__
+#define __shared__
+#define __launch_bounds__(...)
+#define __syncthreads() emulator::barrier(__LINE__)
+#define __shfl_xor_sync(mask, x, lane) emulator::shuffle(x, lane)
+#define MOVED(direction, bytes) emulator_##direction += bytes
+#define LAUNCH(kernel, grid, threads, shared_bytes, ...) \
+  if (!emulator::launch(grid, threads, shared_bytes, [=] { kernel(__VA_ARGS__); })) return cudaErrorLaunchFailure
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+inline dim3 gridDim, blockDim, blockIdx, threadIdx;
+
+enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure };
+using cudaStream_t = void*;
+#define C10_CUDA_CHECK(call) TORCH_CHECK((call) == cudaSuccess, "emulator: ", emulator::error)
+namespace c10::cuda {
+struct CUDAGuard {
+  explicit CUDAGuard(c10::Device) {}
+};
+inline cudaStream_t getCurrentCUDAStream() { return nullptr; }
+}  // namespace c10::cuda
+
+extern "C" {  // what the tests set and read
+inline int emulator_order = 0;           // of threads, warps and blocks: 0 ascending, 1 descending, others: a random one each
+inline int emulator_skipped_barrier = 0; // the line of a __syncthreads() that is left out
+inline int64_t emulator_loaded = 0, emulator_stored = 0, emulator_shared_bytes = 0;
+inline int64_t emulator_launches = 0, emulator_blocks[16];
+}
+
+namespace emulator {
+
+constexpr int WARP = 32;
+constexpr size_t SHARED_LIMIT = 48 << 10, STACK = 64 << 10;
+inline char* shared;  // SHARED_LIMIT bytes
+inline std::string error;
+
+struct Fiber {
+  enum { NEW, READY, BARRIER, DONE } state = NEW;
+  int barrier = 0, shuffles = 0;
+  float slot[2];
+  jmp_buf at;
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(STACK);
+};
+inline std::vector<Fiber> fibers;
+inline jmp_buf scheduler;
+inline const std::function<void()>* body;
+
+inline Fiber& current() { return fibers[threadIdx.x]; }
+
+inline void yield() {
+  if (!_setjmp(current().at)) _longjmp(scheduler, 1);
+}
+
+inline void run() {
+  (*body)();
+  current().state = Fiber::DONE;
+  _longjmp(scheduler, 1);
+}
+
+inline void resume(int thread) {
+  threadIdx.x = thread;
+  if (_setjmp(scheduler)) return;
+  if (current().state == Fiber::READY) _longjmp(current().at, 1);
+  current().state = Fiber::READY;
+  getcontext(&current().context);
+  current().context.uc_stack.ss_sp = current().stack.data();
+  current().context.uc_stack.ss_size = STACK;
+  makecontext(&current().context, run, 0);
+  setcontext(&current().context);
+}
+
+inline void barrier(int line) {
+  if (line == emulator_skipped_barrier) return;
+  current().state = Fiber::BARRIER;
+  current().barrier = line;
+  yield();
+}
+
+// The lanes of a warp come here together. Two slots, since one lane may be at its next shuffle before another has read this one.
+inline float shuffle(float x, int lane) {
+  Fiber& me = current();
+  const int turn = me.shuffles++;
+  me.slot[turn % 2] = x;
+  yield();
+  const Fiber& other = fibers[threadIdx.x ^ lane];
+  if (other.shuffles != turn + 1 && other.shuffles != turn + 2) error = "a shuffle that not all threads of the warp come to";
+  return other.slot[turn % 2];
+}
+
+inline std::vector<int> order(int n) {
+  std::vector<int> all(n);
+  std::iota(all.begin(), all.end(), 0);
+  if (emulator_order == 1) std::reverse(all.begin(), all.end());
+  static std::mt19937 random;
+  if (emulator_order > 1) std::shuffle(all.begin(), all.end(), random);
+  return all;
+}
+
+inline void run_block(int threads) {
+  std::memset(shared, 0xff, SHARED_LIMIT);
+  for (auto& fiber : fibers) fiber.state = Fiber::NEW, fiber.shuffles = 0;
+  const auto lanes = order(WARP), warps = order((threads + WARP - 1) / WARP);
+  for (int done = 0; done < threads && error.empty();) {
+    for (const int warp : warps) {
+      for (bool waits = false; !waits;) {
+        waits = true;
+        for (const int lane : lanes) {
+          const int thread = warp * WARP + lane;
+          if (thread < threads && fibers[thread].state < Fiber::BARRIER) resume(thread), waits = false;
+        }
+      }
+    }
+    done = std::count_if(fibers.begin(), fibers.end(), [](auto& f) { return f.state == Fiber::DONE; });
+    if (done && done < threads) error = "a barrier that not all threads come to";
+    for (auto& fiber : fibers) {
+      if (!done && fiber.barrier != fibers[0].barrier) error = "threads at different barriers";
+      if (!done) fiber.state = Fiber::READY;
+    }
+  }
+}
+
+inline bool launch(dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  error = shared_bytes > SHARED_LIMIT ? "more shared memory than there is" : grid.x && grid.y && grid.z && grid.y < 65536 && grid.z < 65536 ? "" : "no such grid";
+  if (error.empty()) {
+    fibers.resize(threads);
+    body = &kernel;
+    gridDim = grid;
+    blockDim = dim3(threads);
+    emulator_blocks[emulator_launches++ % 16] = int64_t(grid.x) * grid.y * grid.z;
+    emulator_shared_bytes = std::max<int64_t>(emulator_shared_bytes, shared_bytes);
+  }
+  const auto blocks = order(error.empty() ? grid.x * grid.y * grid.z : 0);
+  for (const unsigned block : blocks) {
+    blockIdx = dim3(block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y);
+    run_block(threads);
+    if (std::any_of(shared + shared_bytes, shared + SHARED_LIMIT, [](char c) { return c != char(0xff); })) error = "shared memory beyond its size was written";
+    if (!error.empty()) break;
+  }
+  return error.empty();
+}
+
+}  // namespace emulator

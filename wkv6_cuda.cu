@@ -1,0 +1,392 @@
+// WKV-6 for GPUs. What is computed stands in wkv6.py; wkv6_op.cpp checks the tensors, makes the others, and calls the two functions at the end.
+//
+// A sequence has few heads and many tokens, and one token's state needs that of the token before: walked one by one, a batch of one
+// keeps 32 or 64 blocks busy, on cards with room for hundreds. What is clever here is to cut the sequence into chunks, which
+// are all walked at once, since what a chunk does to the state is known before the state is:
+//
+//     S_end = diag(D) S_begin + A       D = prod_t d_t       A = sum_t (k_t prod_{s>t} d_s) v_t^T
+//
+//  1. chunk_states   A and log D of every chunk.                                          A block per chunk, head and batch element.
+//  2. scan           S at the beginning of every chunk, chunk after chunk.                A thread per 4 numbers of a state.
+//  3. along_values   y, walking each chunk token by token from its S.                     A block per chunk, head and batch element.
+//
+// Backward: the gradient G_t = dL/dS_t runs the other way, G_{t-1} = diag(d_t) G_t + r_t gy_t^T. So 1. and 2. are run again for S, and in reverse
+// on r, gy for G at the end of every chunk, and 3. in reverse on k, r, gy, G: it gives gv, as it gave y for r, k, v, S.
+//
+//  4. along_keys     gr, gk, gw, gu. They are sums over value channels, and gw needs S and G of one token, which come from two sides:
+//
+//     gr_t = S_{t-1} gy_t + u k_t (v_t . gy_t)     gk_t = G_t v_t + u r_t (v_t . gy_t)     dL/d log d_t = d_t sum_j G_t[.][j] S_{t-1}[.][j]
+//
+//     So chunks are taken tile by tile (16 tokens) with S from before the tile and G from after it. With a_{sq} = v_s . gy_q, and P_{sq} the
+//     product of the decays between the tokens s < q of the tile, log d_t gets what passes through token t, all per key channel:
+//
+//         sum_{q>t} r_q gr'_q + sum_{s<t} k_s gk'_s + prod d sum_j G S + sum_{s<t<q} r_q P_{sq} k_s a_{sq}
+//
+//     gr' and gk' being the parts that come from S and G. The last sum falls out of the double loop over s < q which adds P k_s a to gr_q and
+//     P r_q a to gk_s, when gr_q is taken as it stands before s = t. S is walked to each tile anew from the chunk's beginning.
+//
+// Nothing is divided, and decays are multiplied or their logs added: whatever they are, nothing overflows or cancels. Sums are made in
+// a fixed order, without atomics: the same bits in every run. The sequence's length is an argument.
+//
+// A state lies in the registers of a block's N threads (N: head size): four neighbours share four of its rows (in along_values, columns), so
+// that a number that comes from shared memory is used four times; and what they find is added up by three shuffles.
+//
+// What that costs in bfloat16, with chunks of 64 tokens (moved: what threads ask for; the second time, much of it comes from the cache):
+//
+//     shape             pass      blocks of      loaded      stored     multiplications or multiply-adds per token, head and N * N
+//                                 1., 3., 4.         MB          MB     (arithmetic; the columns before it are counted by the tests)
+//     1.6B, T = 1024    forward          512       92.4        25.3     4      1: 1, 3: 3
+//     1.6B, T = 1024    backward         512      277.6        55.1     10.5   1: 2, 3: 3, 4: 5.5
+//     7B, T = 1024      forward         1024      184.8        50.6
+//     7B, T = 1024      backward        1024      555.3       110.2
+//
+// At 1.6B that is 0.54 and 1.4 billion operations: at the very least 13 and 34 us on a 4090 (16384 lanes at 2.52 GHz), 16 and 42 us on an H100 (16896 at
+// 1.98); and moving all of it from memory would take 117 and 330 us on a 4090 (1008 GB/s), 35 and 99 us on an H100 (3350). Arithmetic, not
+// measurement: this has not run on a GPU yet.
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+
+#ifndef EMULATED  // the tests read this file as C++, and put an emulator and a counter in these two places
+#define LAUNCH(kernel, grid, threads, shared_bytes, ...)        \
+  kernel<<<grid, threads, shared_bytes, stream>>>(__VA_ARGS__); \
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error
+#define MOVED(direction, bytes)
+#endif
+#ifdef USE_ROCM
+#define __shfl_xor_sync(mask, x, lane) __shfl_xor(x, lane)
+#endif
+#define UNROLL _Pragma("unroll")  // where registers are counted through: they have no addresses
+
+namespace {
+
+constexpr int TILE = 16;  // tokens in shared memory at a time
+constexpr int AHEAD = 4;  // chunks that the scan loads before it needs them
+constexpr int SCAN_THREADS = 256;
+
+struct alignas(16) Four {  // numbers that are moved by one instruction
+  float x[4];
+};
+
+__device__ Four operator*(float a, const Four& b) { return {a * b.x[0], a * b.x[1], a * b.x[2], a * b.x[3]}; }
+__device__ Four operator+(const Four& a, const Four& b) { return {a.x[0] + b.x[0], a.x[1] + b.x[1], a.x[2] + b.x[2], a.x[3] + b.x[3]}; }
+__device__ float dot(const Four& a, const Four& b) { return a.x[0] * b.x[0] + a.x[1] * b.x[1] + a.x[2] * b.x[2] + a.x[3] * b.x[3]; }
+__device__ const Four& four(const float* p) { return *reinterpret_cast<const Four*>(p); }
+__device__ Four& four(float* p) { return *reinterpret_cast<Four*>(p); }
+
+template <int N>
+struct Shared {
+  float q[TILE][N + 4], k[TILE][N + 4], v[TILE][N + 4], d[TILE][N + 4];  // N + 4: rows begin in different banks
+  float decay[N], dots[TILE][TILE + 4];
+};
+extern __shared__ Four shared_memory[];
+
+template <typename T>
+__device__ T load(const T& global) {
+  MOVED(loaded, sizeof(T));
+  return global;
+}
+
+template <typename T>
+__device__ void store(T& global, const T& x) {
+  MOVED(stored, sizeof(T));
+  global = x;
+}
+
+// The block's place in a (B, H, chunks, ...) tensor: the grid is (chunks, H, B).
+__device__ int64_t chunk_index() { return (int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x; }
+
+// Channel threadIdx.x of the tokens of the block's chunk, in (B, T, H, N) tensors. n counts them in the order in which they are walked.
+template <int N>
+struct Tokens {
+  int64_t first, step;
+  int count;
+
+  __device__ Tokens(int T, int chunk, bool reverse) {
+    const int begin = blockIdx.x * chunk;
+    count = chunk < T - begin ? chunk : T - begin;
+    first = ((int64_t(blockIdx.z) * T + begin + (reverse ? count - 1 : 0)) * gridDim.y + blockIdx.y) * N + threadIdx.x;
+    step = int64_t(gridDim.y) * (reverse ? -N : N);
+  }
+  template <typename scalar>
+  __device__ float get(const scalar* x, int n) const { return n < count ? float(load(x[first + n * step])) : 0.f; }
+  __device__ float log_d(const float* w, int n) const { return n < count ? -expf(load(w[first + n * step])) : 0.f; }
+  template <typename scalar>
+  __device__ void put(scalar* x, int n, float value) const {
+    if (n < count) store(x[first + n * step], scalar(value));
+  }
+};
+
+// Four neighbouring threads hold parts of four sums. Returns the one of this thread: that of channel threadIdx.x.
+__device__ float sum_of_parts(const Four& part) {
+  const auto& x = part.x;
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+  const float a = (odd ? x[1] : x[0]) + __shfl_xor_sync(~0u, odd ? x[0] : x[1], 1);
+  const float b = (odd ? x[3] : x[2]) + __shfl_xor_sync(~0u, odd ? x[2] : x[3], 1);
+  return (high ? b : a) + __shfl_xor_sync(~0u, high ? a : b, 2);
+}
+
+// What a thread holds of an N x N state, in four rows: every fourth group of four columns.
+template <int N>
+struct State {
+  Four x[4][N / 16];
+
+  static __device__ int row() { return threadIdx.x / 4 * 4; }
+  static __device__ int column(int c) { return 16 * c + threadIdx.x % 4 * 4; }
+  static __device__ int64_t place(int r, int c) { return (chunk_index() * N + row() + r) * N + column(c); }
+
+  __device__ void load_from(const float* states) {
+    UNROLL for (int r = 0; r < 4; r++)
+      UNROLL for (int c = 0; c < N / 16; c++) x[r][c] = load(four(states + place(r, c)));
+  }
+
+  __device__ void store_to(float* states) const {
+    UNROLL for (int r = 0; r < 4; r++)
+      UNROLL for (int c = 0; c < N / 16; c++) store(four(states + place(r, c)), x[r][c]);
+  }
+
+  // Makes it diag(d) x + sum_t a_t b_t^T, with d, a and b in shared memory.
+  __device__ void walk(const float* d, const float (*a)[N + 4], const float (*b)[N + 4]) {
+    UNROLL for (int r = 0; r < 4; r++)
+      UNROLL for (int c = 0; c < N / 16; c++) x[r][c] = d[row() + r] * x[r][c];
+    for (int t = 0; t < TILE; t++) {
+      const Four a4 = four(&a[t][row()]);
+      UNROLL for (int c = 0; c < N / 16; c++) {
+        const Four b4 = four(&b[t][column(c)]);
+        UNROLL for (int r = 0; r < 4; r++) x[r][c] = x[r][c] + a4.x[r] * b4;
+      }
+    }
+  }
+
+  // Row threadIdx.x of it times a vector: f(row, c) are the numbers column(c) .. column(c) + 3 of that.
+  template <typename F>
+  __device__ float times(F f) const {
+    Four sum = {};
+    UNROLL for (int r = 0; r < 4; r++)
+      UNROLL for (int c = 0; c < N / 16; c++) sum.x[r] += dot(x[r][c], f(r, c));
+    return sum_of_parts(sum);
+  }
+};
+
+// ---- the kernels ----------------------------------------------------------------------------------------------------------------
+
+// states: what k_t v_t^T come to at the chunk's end; or reverse, with r, gy for k, v, at its beginning. log_decay: the whole chunk's.
+template <typename scalar, int N>
+__global__ void __launch_bounds__(N) chunk_states(const scalar* k, const scalar* v, const float* w, float* states, float* log_decay,
+                                                  int T, int chunk, bool reverse) {
+  auto& s = reinterpret_cast<Shared<N>&>(shared_memory);
+  const Tokens<N> tokens(T, chunk, !reverse);  // away from where the state is wanted, so that the decay up to there is known
+  const int i = threadIdx.x;
+  State<N> state = {};
+  float passed = 0;
+  s.decay[i] = 1;
+  for (int n = 0; n < tokens.count; n += TILE) {
+    __syncthreads();
+    for (int t = 0; t < TILE; t++) {
+      s.k[t][i] = tokens.get(k, n + t) * expf(passed);
+      s.v[t][i] = tokens.get(v, n + t);
+      passed += tokens.log_d(w, n + t);
+    }
+    __syncthreads();
+    state.walk(s.decay, s.k, s.v);
+  }
+  state.store_to(states);
+  store(log_decay[chunk_index() * N + i], passed);
+}
+
+// states: from what each chunk adds to where each chunk begins (reverse: ends). last: what remains. The grid is (B * H, parts of a state).
+template <int N>
+__global__ void __launch_bounds__(SCAN_THREADS)
+    scan(float* states, const float* log_decay, const float* first, float* last, int chunks, bool reverse) {
+  const int at = 4 * (blockIdx.y * SCAN_THREADS + threadIdx.x);
+  const int64_t head = blockIdx.x;
+  Four S = load(four(first + head * N * N + at)), added[AHEAD];
+  float lost = 0;  // to rounding, of the log of the decays so far: thousands of decays near 1 would drift
+  for (int n = 0; n < chunks; n += AHEAD) {
+    const auto chunk = [&](int m) { return head * chunks + (reverse ? chunks - 1 - n - m : n + m); };
+    UNROLL for (int m = 0; m < AHEAD; m++)
+      if (n + m < chunks) added[m] = load(four(states + chunk(m) * N * N + at));
+    UNROLL for (int m = 0; m < AHEAD; m++) {
+      if (n + m >= chunks) break;
+      store(four(states + chunk(m) * N * N + at), S);
+      const float log_d = load(log_decay[chunk(m) * N + at / N]) + lost, d = expf(log_d);
+      lost = d > 1e-30f ? log_d - logf(d) : 0.f;
+      S = d * S + added[m];
+    }
+  }
+  store(four(last + head * N * N + at), S);
+}
+
+// y_t = S^T q_t + (q_t . u k_t) v_t, then S = diag(d_t) S + k_t v_t^T. With r, k, v that is y; with k, r, gy, in reverse, gv.
+// A thread holds four columns: every fourth group of four rows.
+template <typename scalar, int N>
+__global__ void __launch_bounds__(N) along_values(const scalar* q, const scalar* k, const scalar* v, const float* w, const float* u,
+                                                  const float* states, scalar* y, int T, int chunk, bool reverse) {
+  auto& s = reinterpret_cast<Shared<N>&>(shared_memory);
+  const Tokens<N> tokens(T, chunk, reverse);
+  const int i = threadIdx.x, column = i / 4 * 4, part = i % 4 * 4;
+  Four S[N / 4];
+  float bonus[N / 4];
+  UNROLL for (int m = 0; m < N / 4; m++) {
+    const int row = m / 4 * 16 + part + m % 4;
+    S[m] = load(four(states + (chunk_index() * N + row) * N + column));
+    bonus[m] = load(u[blockIdx.y * N + row]);
+  }
+  for (int n = 0; n < tokens.count; n += TILE) {
+    __syncthreads();
+    for (int t = 0; t < TILE; t++) {
+      s.q[t][i] = tokens.get(q, n + t);
+      s.k[t][i] = tokens.get(k, n + t);
+      s.v[t][i] = tokens.get(v, n + t);
+      s.d[t][i] = expf(tokens.log_d(w, n + t));
+    }
+    __syncthreads();
+    for (int t = 0; t < TILE && n + t < tokens.count; t++) {
+      const Four v4 = four(&s.v[t][column]);
+      Four sum = {};
+      float quk = 0;
+      UNROLL for (int m = 0; m < N / 4; m += 4) {
+        const int row = 4 * m + part;
+        const Four q4 = four(&s.q[t][row]), k4 = four(&s.k[t][row]), d4 = four(&s.d[t][row]);
+        UNROLL for (int r = 0; r < 4; r++) {
+          quk += q4.x[r] * bonus[m + r] * k4.x[r];
+          sum = sum + q4.x[r] * S[m + r];
+          S[m + r] = d4.x[r] * S[m + r] + k4.x[r] * v4;
+        }
+      }
+      tokens.put(y, n + t, sum_of_parts(sum + quk * v4));
+    }
+  }
+}
+
+// gr, gk, gw (_: tensors), and gu of every chunk. Thread i has part in S and G, and the outputs of key channel i for its own.
+template <typename scalar, int N>
+__global__ void __launch_bounds__(N)
+    along_keys(const scalar* r_, const scalar* k_, const scalar* v_, const float* w_, const float* u_, const scalar* gy_,
+               const float* states, const float* gstates, scalar* gr_, scalar* gk_, float* gw_, float* gu_, int T, int chunk) {
+  auto& s = reinterpret_cast<Shared<N>&>(shared_memory);
+  auto& gy = s.q;
+  const Tokens<N> tokens(T, chunk, false);
+  const int i = threadIdx.x;
+  const float u = load(u_[blockIdx.y * N + i]);
+  float gu = 0;
+  State<N> S, G;
+  G.load_from(gstates);
+  for (int n = (tokens.count - 1) / TILE * TILE; n >= 0; n -= TILE) {
+    S.load_from(states);
+    for (int m = 0; m < n; m += TILE) {
+      float passed = 0;
+      __syncthreads();
+      for (int t = TILE - 1; t >= 0; t--) {
+        s.k[t][i] = tokens.get(k_, m + t) * expf(passed);
+        s.v[t][i] = tokens.get(v_, m + t);
+        passed += tokens.log_d(w_, m + t);
+      }
+      s.decay[i] = expf(passed);
+      __syncthreads();
+      S.walk(s.decay, s.k, s.v);
+    }
+    __syncthreads();
+    for (int t = 0; t < TILE; t++) {
+      s.v[t][i] = tokens.get(v_, n + t);
+      gy[t][i] = tokens.get(gy_, n + t);
+    }
+    __syncthreads();
+
+    constexpr int SOME = TILE * TILE / N;  // v_t . gy_q of every two tokens: a thread takes one t and some q
+    float dots[SOME] = {};
+    for (int j = 0; j < N; j += 4)
+      UNROLL for (int q = 0; q < SOME; q++) dots[q] += dot(four(&s.v[i % TILE][j]), four(&gy[i / TILE * SOME + q][j]));
+    UNROLL for (int q = 0; q < SOME; q++) s.dots[i % TILE][i / TILE * SOME + q] = dots[q];
+
+    // What comes from S and G. gk' stays in s.k, and log d in s.d, for want of registers.
+    float gr[TILE], r[TILE], d[TILE], passed = 0;
+    UNROLL for (int t = 0; t < TILE; t++) gr[t] = S.times([&](int, int c) { return four(&gy[t][S.column(c)]); });
+    for (int t = 0; t < TILE; t++) s.k[t][i] = G.times([&](int, int c) { return four(&s.v[t][S.column(c)]); });
+    float through_all = S.times([&](int row, int c) { return G.x[row][c]; });
+    UNROLL for (int t = 0; t < TILE; t++) {
+      r[t] = tokens.get(r_, n + t);
+      s.d[t][i] = tokens.log_d(w_, n + t);
+      d[t] = expf(s.d[t][i]);
+      gr[t] *= expf(passed);
+      passed += s.d[t][i];
+    }
+    through_all *= s.decay[i] = expf(passed);
+    passed = 0;
+    for (int t = TILE - 1; t >= 0; t--) {
+      s.k[t][i] *= expf(passed);
+      passed += s.d[t][i];
+    }
+    __syncthreads();
+
+    // And what comes from tokens of the tile. D: from t to q.
+    passed = 0;
+    UNROLL for (int t = 0; t < TILE; t++) {
+      const float k = tokens.get(k_, n + t), vgy = s.dots[t][t];
+      float gk = s.k[t][i], through = through_all, D = 1;
+      through_all += k * gk;
+      UNROLL for (int q = t + 1; q < TILE; q++) {
+        const float Da = D * s.dots[t][q];
+        through += r[q] * gr[q];
+        gr[q] += Da * k;
+        gk += Da * r[q];
+        D *= d[q];
+      }
+      tokens.put(gr_, n + t, gr[t] + u * k * vgy);
+      tokens.put(gk_, n + t, gk + u * r[t] * vgy);
+      tokens.put(gw_, n + t, through * s.d[t][i]);  // d log d / d w = log d
+      gu += r[t] * k * vgy;
+      s.k[t][i] = r[t] * expf(passed);
+      passed += s.d[t][i];
+    }
+    __syncthreads();
+    G.walk(s.decay, s.k, gy);
+  }
+  store(gu_[chunk_index() * N + i], gu);
+}
+
+template <typename scalar, int N>
+cudaError_t all_states(int B, int T, int H, int chunk, const scalar* a, const scalar* b, const float* w, const float* first, float* last,
+                       float* states, float* log_decay, bool reverse, cudaStream_t stream) {
+  const int chunks = (T + chunk - 1) / chunk;
+  LAUNCH((chunk_states<scalar, N>), dim3(chunks, H, B), N, sizeof(Shared<N>), a, b, w, states, log_decay, T, chunk, reverse);
+  LAUNCH((scan<N>), dim3(B * H, N * N / 4 / SCAN_THREADS), SCAN_THREADS, 0, states, log_decay, first, last, chunks, reverse);
+  return cudaSuccess;
+}
+
+}  // namespace
+
+// ---- what wkv6_op.cpp calls -----------------------------------------------------------------------------------------------------
+
+// Contiguous tensors: r, k, v, gy, y, gr, gk, gv (B, T, H, N) scalar; w, gw (B, T, H, N); u (H, N); state, last, gstate, gfirst (B, H, N, N).
+// gu comes per chunk: (B, H, chunks, N). To work in: states, gstates (B, H, chunks, N, N); log_decay (B, H, chunks, N).
+
+template <typename scalar, int N>
+cudaError_t wkv6_forward(int B, int T, int H, int chunk, const scalar* r, const scalar* k, const scalar* v, const float* w, const float* u,
+                         const float* state, scalar* y, float* last, float* states, float* log_decay, cudaStream_t stream) {
+  if (const auto error = all_states<scalar, N>(B, T, H, chunk, k, v, w, state, last, states, log_decay, false, stream)) return error;
+  const dim3 grid((T + chunk - 1) / chunk, H, B);
+  LAUNCH((along_values<scalar, N>), grid, N, sizeof(Shared<N>), r, k, v, w, u, states, y, T, chunk, false);
+  return cudaSuccess;
+}
+
+template <typename scalar, int N>
+cudaError_t wkv6_backward(int B, int T, int H, int chunk, const scalar* r, const scalar* k, const scalar* v, const float* w, const float* u,
+                          const float* state, const scalar* gy, const float* gstate, scalar* gr, scalar* gk, scalar* gv, float* gw, float* gu,
+                          float* gfirst, float* states, float* gstates, float* log_decay, cudaStream_t stream) {
+  // gfirst takes the last state first, which nobody wants.
+  if (const auto error = all_states<scalar, N>(B, T, H, chunk, k, v, w, state, gfirst, states, log_decay, false, stream)) return error;
+  if (const auto error = all_states<scalar, N>(B, T, H, chunk, r, gy, w, gstate, gfirst, gstates, log_decay, true, stream)) return error;
+  const dim3 grid((T + chunk - 1) / chunk, H, B);
+  LAUNCH((along_values<scalar, N>), grid, N, sizeof(Shared<N>), k, r, gy, w, u, gstates, gv, T, chunk, true);
+  LAUNCH((along_keys<scalar, N>), grid, N, sizeof(Shared<N>), r, k, v, w, u, gy, states, gstates, gr, gk, gw, gu, T, chunk);
+  return cudaSuccess;
+}
+
+#define COMPILE_IN(scalar, N)                                         \
+  template decltype(wkv6_forward<scalar, N>) wkv6_forward<scalar, N>; \
+  template decltype(wkv6_backward<scalar, N>) wkv6_backward<scalar, N>;
+COMPILE_IN(float, 32) COMPILE_IN(c10::BFloat16, 32) COMPILE_IN(c10::Half, 32)
+COMPILE_IN(float, 64) COMPILE_IN(c10::BFloat16, 64) COMPILE_IN(c10::Half, 64)
