@@ -1,48 +1,42 @@
-// WKV-6 for GPUs. What is computed stands in wkv6.py; wkv6_op.cpp checks the tensors, makes the others, and calls the two functions at the end.
+// WKV-6 for GPUs. What is computed stands in wkv6.py; wkv6_op.cpp checks the tensors, makes the others, and calls the functions at the end.
 //
-// A sequence has few heads and many tokens, and one token's state needs that of the token before: walked one by one, a batch of one
-// keeps 32 or 64 blocks busy, on cards with room for hundreds. What is clever here is to cut the sequence into chunks, which
-// are all walked at once, since what a chunk does to the state is known before the state is:
+// A state needs that of the token before it: walked token by token, a batch of one keeps a block per head busy, 32 of them at 1.6B, on a card
+// with room for hundreds. What is clever here: the sequence is cut into chunks, which are all walked at once, since what a chunk does to
+// the state is known before the state is. Over a chunk, S becomes (prod_t d_t) S + sum_t (k_t prod_{s>t} d_s) v_t^T, and so
 //
-//     S_end = diag(D) S_begin + A       D = prod_t d_t       A = sum_t (k_t prod_{s>t} d_s) v_t^T
+//   1. chunk_states   makes that sum, and the log of the product             a block per chunk, head and batch element
+//   2. scan           S where each chunk begins, chunk after chunk           a thread per 4 numbers of a state
+//   3. along_values   y, walking each chunk token by token from there        a block per chunk, head and batch element
 //
-//  1. chunk_states   A and log D of every chunk.                                          A block per chunk, head and batch element.
-//  2. scan           S at the beginning of every chunk, chunk after chunk.                A thread per 4 numbers of a state.
-//  3. along_values   y, walking each chunk token by token from its S.                     A block per chunk, head and batch element.
+// Backward, the gradient of the state walks the other way: G_{t-1} = diag(d_t) G_t + r_t gy_t^T. So 1. and 2. are run for S again, and in reverse
+// with r, gy for k, v: that is G where each chunk ends; and 3. in reverse with k, r, gy, G for r, k, v, S: that is gv. What is left is
 //
-// Backward: the gradient G_t = dL/dS_t runs the other way, G_{t-1} = diag(d_t) G_t + r_t gy_t^T. So 1. and 2. are run again for S, and in reverse
-// on r, gy for G at the end of every chunk, and 3. in reverse on k, r, gy, G: it gives gv, as it gave y for r, k, v, S.
+//   4. along_keys     gr_t = S_{t-1} gy_t + u k_t (v_t . gy_t)      gk_t = G_t v_t + u r_t (v_t . gy_t)      gu = sum_t r_t k_t (v_t . gy_t)
+//                     gw_t = log d_t * d_t sum_j G_t[.][j] S_{t-1}[.][j]
 //
-//  4. along_keys     gr, gk, gw, gu. They are sums over value channels, and gw needs S and G of one token, which come from two sides:
+// gw needs S and G at the same token, though they come from two sides. So a chunk is taken in tiles of 16 tokens, from the last to the first: S is
+// walked to the tile from where the chunk begins (anew for each: cheaper than keeping it), G comes from the tile behind. Let gr' and gk' be what
+// these S and G give to gr and gk. Per key channel, gw gets log d_t times all that passes through d_t, from a token s < t or S to a token q > t or G:
 //
-//     gr_t = S_{t-1} gy_t + u k_t (v_t . gy_t)     gk_t = G_t v_t + u r_t (v_t . gy_t)     dL/d log d_t = d_t sum_j G_t[.][j] S_{t-1}[.][j]
+//     sum_{q>t} r_q gr'_q + sum_{s<t} k_s gk'_s + (prod d) sum_j G S + sum_{s<t<q} r_q (d_{s+1} ... d_{q-1}) k_s (v_s . gy_q)
 //
-//     So chunks are taken tile by tile (16 tokens) with S from before the tile and G from after it. With a_{sq} = v_s . gy_q, and P_{sq} the
-//     product of the decays between the tokens s < q of the tile, log d_t gets what passes through token t, all per key channel:
+// A double loop over t < q adds the last product without r_q to gr_q, and without k_t to gk_t. When it comes to t, gr_q is gr'_q and what came from
+// s < t: sum_{q>t} r_q gr_q is the first and the last sum at once.
 //
-//         sum_{q>t} r_q gr'_q + sum_{s<t} k_s gk'_s + prod d sum_j G S + sum_{s<t<q} r_q P_{sq} k_s a_{sq}
+// Nothing is divided; decays are multiplied, or their logs added: nothing overflows or cancels, whatever they are. Sums have a fixed order and
+// no atomics: the same bits in every run. A state lies in the registers of a block's N threads (N: head size). Four neighbours share four of
+// its rows (in 3., columns), so that a number from shared memory is used four times; three shuffles add up what they find.
 //
-//     gr' and gk' being the parts that come from S and G. The last sum falls out of the double loop over s < q which adds P k_s a to gr_q and
-//     P r_q a to gk_s, when gr_q is taken as it stands before s = t. S is walked to each tile anew from the chunk's beginning.
+// bfloat16, B = 1, T = 1024, N = 64, chunks of 64 (MB: what threads ask for; caches serve much of it; the tests count these columns):
 //
-// Nothing is divided, and decays are multiplied or their logs added: whatever they are, nothing overflows or cancels. Sums are made in
-// a fixed order, without atomics: the same bits in every run. The sequence's length is an argument.
+//                       blocks of 1., 3., 4.    MB loaded    MB stored    multiply-adds and multiplications per token, head and N * N
+//     1.6B  forward             512                59.2         21.6       4: 1 in 1., 3 in 3.
+//     1.6B  backward            512               179.4         56.0      11: 2 in 1., 3 in 3., 6 in 4.
+//     7B    forward            1024               118.5         43.3
+//     7B    backward           1024               358.9        111.9
 //
-// A state lies in the registers of a block's N threads (N: head size): four neighbours share four of its rows (in along_values, columns), so
-// that a number that comes from shared memory is used four times; and what they find is added up by three shuffles.
-//
-// What that costs in bfloat16, with chunks of 64 tokens (moved: what threads ask for; the second time, much of it comes from the cache):
-//
-//     shape             pass      blocks of      loaded      stored     multiplications or multiply-adds per token, head and N * N
-//                                 1., 3., 4.         MB          MB     (arithmetic; the columns before it are counted by the tests)
-//     1.6B, T = 1024    forward          512       92.4        25.3     4      1: 1, 3: 3
-//     1.6B, T = 1024    backward         512      277.6        55.1     10.5   1: 2, 3: 3, 4: 5.5
-//     7B, T = 1024      forward         1024      184.8        50.6
-//     7B, T = 1024      backward        1024      555.3       110.2
-//
-// At 1.6B that is 0.54 and 1.4 billion operations: at the very least 13 and 34 us on a 4090 (16384 lanes at 2.52 GHz), 16 and 42 us on an H100 (16896 at
-// 1.98); and moving all of it from memory would take 117 and 330 us on a 4090 (1008 GB/s), 35 and 99 us on an H100 (3350). Arithmetic, not
-// measurement: this has not run on a GPU yet.
+// Arithmetic, not measurement (this has not run on a GPU yet): at 1.6B the operations take at least 13 and 36 us on a 4090 (16384 lanes, 2.52 GHz),
+// 16 and 44 us on an H100 (16896, 1.98 GHz); all those bytes from memory 80 and 234 us (1008 GB/s), 24 and 70 us (3350 GB/s). Memory is the bound.
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -63,61 +57,55 @@
 namespace {
 
 constexpr int TILE = 16;  // tokens in shared memory at a time
-constexpr int AHEAD = 4;  // chunks that the scan loads before it needs them
 constexpr int SCAN_THREADS = 256;
 
-struct alignas(16) Four {  // numbers that are moved by one instruction
-  float x[4];
-};
+struct alignas(16) Four { float x[4]; };  // numbers that are moved by one instruction
 
 __device__ Four operator*(float a, const Four& b) { return {a * b.x[0], a * b.x[1], a * b.x[2], a * b.x[3]}; }
 __device__ Four operator+(const Four& a, const Four& b) { return {a.x[0] + b.x[0], a.x[1] + b.x[1], a.x[2] + b.x[2], a.x[3] + b.x[3]}; }
-__device__ float dot(const Four& a, const Four& b) { return a.x[0] * b.x[0] + a.x[1] * b.x[1] + a.x[2] * b.x[2] + a.x[3] * b.x[3]; }
+__device__ float add_dot(float sum, const Four& a, const Four& b) {
+  return a.x[0] * b.x[0] + (a.x[1] * b.x[1] + (a.x[2] * b.x[2] + (a.x[3] * b.x[3] + sum)));
+}
 __device__ const Four& four(const float* p) { return *reinterpret_cast<const Four*>(p); }
 __device__ Four& four(float* p) { return *reinterpret_cast<Four*>(p); }
 
-template <int N>
-struct Shared {
-  float q[TILE][N + 4], k[TILE][N + 4], v[TILE][N + 4], d[TILE][N + 4];  // N + 4: rows begin in different banks
-  float decay[N], dots[TILE][TILE + 4];
-};
-extern __shared__ Four shared_memory[];
-
-template <typename T>
-__device__ T load(const T& global) {
-  MOVED(loaded, sizeof(T));
-  return global;
-}
-
-template <typename T>
-__device__ void store(T& global, const T& x) {
-  MOVED(stored, sizeof(T));
-  global = x;
-}
+// All that moves between the GPU's memory and a thread goes through these two.
+template <typename T> __device__ T load(const T& x) { MOVED(loaded, sizeof(T)); return x; }
+template <typename T> __device__ void store(T& x, const T& value) { MOVED(stored, sizeof(T)); x = value; }
 
 // The block's place in a (B, H, chunks, ...) tensor: the grid is (chunks, H, B).
 __device__ int64_t chunk_index() { return (int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x; }
 
 // Channel threadIdx.x of the tokens of the block's chunk, in (B, T, H, N) tensors. n counts them in the order in which they are walked.
-template <int N>
-struct Tokens {
+template <int N> struct Tokens {
   int64_t first, step;
   int count;
-
   __device__ Tokens(int T, int chunk, bool reverse) {
     const int begin = blockIdx.x * chunk;
     count = chunk < T - begin ? chunk : T - begin;
     first = ((int64_t(blockIdx.z) * T + begin + (reverse ? count - 1 : 0)) * gridDim.y + blockIdx.y) * N + threadIdx.x;
     step = int64_t(gridDim.y) * (reverse ? -N : N);
   }
-  template <typename scalar>
-  __device__ float get(const scalar* x, int n) const { return n < count ? float(load(x[first + n * step])) : 0.f; }
+  // Beyond the last token there are zeros.
+  template <typename T> __device__ float get(const T* x, int n) const { return n < count ? float(load(x[first + n * step])) : 0.f; }
   __device__ float log_d(const float* w, int n) const { return n < count ? -expf(load(w[first + n * step])) : 0.f; }
-  template <typename scalar>
-  __device__ void put(scalar* x, int n, float value) const {
-    if (n < count) store(x[first + n * step], scalar(value));
+  template <typename T> __device__ void put(T* x, int n, float value) const { if (n < count) store(x[first + n * step], T(value)); }
+};
+
+template <int N> struct Shared {
+  float q[TILE][N + 4], k[TILE][N + 4], v[TILE][N + 4], d[TILE][N + 4];  // N + 4: rows begin in different banks
+  float decay[N], dots[TILE][TILE + 4];
+  // A tile's v, and k times the decays between it and token n, from where `step` leads away; passed: the log of those, before and after the tile.
+  template <typename T> __device__ float load_decayed(const Tokens<N>& tokens, const T* k_, const T* v_, const float* w, int n, int step, float passed) {
+    _Pragma("unroll 8") for (int t = 0; t < TILE; t++, n += step) {
+      k[t][threadIdx.x] = tokens.get(k_, n) * expf(passed);
+      v[t][threadIdx.x] = tokens.get(v_, n);
+      passed += tokens.log_d(w, n);
+    }
+    return passed;
   }
 };
+extern __shared__ Four shared_memory[];
 
 // Four neighbouring threads hold parts of four sums. Returns the one of this thread: that of channel threadIdx.x.
 __device__ float sum_of_parts(const Four& part) {
@@ -129,24 +117,19 @@ __device__ float sum_of_parts(const Four& part) {
 }
 
 // What a thread holds of an N x N state, in four rows: every fourth group of four columns.
-template <int N>
-struct State {
+template <int N> struct State {
   Four x[4][N / 16];
-
   static __device__ int row() { return threadIdx.x / 4 * 4; }
   static __device__ int column(int c) { return 16 * c + threadIdx.x % 4 * 4; }
   static __device__ int64_t place(int r, int c) { return (chunk_index() * N + row() + r) * N + column(c); }
-
   __device__ void load_from(const float* states) {
     UNROLL for (int r = 0; r < 4; r++)
       UNROLL for (int c = 0; c < N / 16; c++) x[r][c] = load(four(states + place(r, c)));
   }
-
   __device__ void store_to(float* states) const {
     UNROLL for (int r = 0; r < 4; r++)
       UNROLL for (int c = 0; c < N / 16; c++) store(four(states + place(r, c)), x[r][c]);
   }
-
   // Makes it diag(d) x + sum_t a_t b_t^T, with d, a and b in shared memory.
   __device__ void walk(const float* d, const float (*a)[N + 4], const float (*b)[N + 4]) {
     UNROLL for (int r = 0; r < 4; r++)
@@ -159,18 +142,14 @@ struct State {
       }
     }
   }
-
   // Row threadIdx.x of it times a vector: f(row, c) are the numbers column(c) .. column(c) + 3 of that.
-  template <typename F>
-  __device__ float times(F f) const {
+  template <typename F> __device__ float times(F f) const {
     Four sum = {};
     UNROLL for (int r = 0; r < 4; r++)
-      UNROLL for (int c = 0; c < N / 16; c++) sum.x[r] += dot(x[r][c], f(r, c));
+      UNROLL for (int c = 0; c < N / 16; c++) sum.x[r] = add_dot(sum.x[r], x[r][c], f(r, c));
     return sum_of_parts(sum);
   }
 };
-
-// ---- the kernels ----------------------------------------------------------------------------------------------------------------
 
 // states: what k_t v_t^T come to at the chunk's end; or reverse, with r, gy for k, v, at its beginning. log_decay: the whole chunk's.
 template <typename scalar, int N>
@@ -184,11 +163,7 @@ __global__ void __launch_bounds__(N) chunk_states(const scalar* k, const scalar*
   s.decay[i] = 1;
   for (int n = 0; n < tokens.count; n += TILE) {
     __syncthreads();
-    for (int t = 0; t < TILE; t++) {
-      s.k[t][i] = tokens.get(k, n + t) * expf(passed);
-      s.v[t][i] = tokens.get(v, n + t);
-      passed += tokens.log_d(w, n + t);
-    }
+    passed = s.load_decayed(tokens, k, v, w, n, 1, passed);
     __syncthreads();
     state.walk(s.decay, s.k, s.v);
   }
@@ -200,14 +175,14 @@ __global__ void __launch_bounds__(N) chunk_states(const scalar* k, const scalar*
 template <int N>
 __global__ void __launch_bounds__(SCAN_THREADS)
     scan(float* states, const float* log_decay, const float* first, float* last, int chunks, bool reverse) {
+  constexpr int AHEAD = 4;  // chunks that are loaded before they are needed
   const int at = 4 * (blockIdx.y * SCAN_THREADS + threadIdx.x);
   const int64_t head = blockIdx.x;
   Four S = load(four(first + head * N * N + at)), added[AHEAD];
   float lost = 0;  // to rounding, of the log of the decays so far: thousands of decays near 1 would drift
   for (int n = 0; n < chunks; n += AHEAD) {
     const auto chunk = [&](int m) { return head * chunks + (reverse ? chunks - 1 - n - m : n + m); };
-    UNROLL for (int m = 0; m < AHEAD; m++)
-      if (n + m < chunks) added[m] = load(four(states + chunk(m) * N * N + at));
+    UNROLL for (int m = 0; m < AHEAD; m++) if (n + m < chunks) added[m] = load(four(states + chunk(m) * N * N + at));
     UNROLL for (int m = 0; m < AHEAD; m++) {
       if (n + m >= chunks) break;
       store(four(states + chunk(m) * N * N + at), S);
@@ -236,7 +211,7 @@ __global__ void __launch_bounds__(N) along_values(const scalar* q, const scalar*
   }
   for (int n = 0; n < tokens.count; n += TILE) {
     __syncthreads();
-    for (int t = 0; t < TILE; t++) {
+    UNROLL for (int t = 0; t < TILE; t++) {
       s.q[t][i] = tokens.get(q, n + t);
       s.k[t][i] = tokens.get(k, n + t);
       s.v[t][i] = tokens.get(v, n + t);
@@ -263,7 +238,7 @@ __global__ void __launch_bounds__(N) along_values(const scalar* q, const scalar*
 
 // gr, gk, gw (_: tensors), and gu of every chunk. Thread i has part in S and G, and the outputs of key channel i for its own.
 template <typename scalar, int N>
-__global__ void __launch_bounds__(N)
+__global__ void __launch_bounds__(N, N < 64 ? 8 : 0)  // without the 8 ptxas saves registers that nobody needs, and spills
     along_keys(const scalar* r_, const scalar* k_, const scalar* v_, const float* w_, const float* u_, const scalar* gy_,
                const float* states, const float* gstates, scalar* gr_, scalar* gk_, float* gw_, float* gu_, int T, int chunk) {
   auto& s = reinterpret_cast<Shared<N>&>(shared_memory);
@@ -277,52 +252,44 @@ __global__ void __launch_bounds__(N)
   for (int n = (tokens.count - 1) / TILE * TILE; n >= 0; n -= TILE) {
     S.load_from(states);
     for (int m = 0; m < n; m += TILE) {
-      float passed = 0;
       __syncthreads();
-      for (int t = TILE - 1; t >= 0; t--) {
-        s.k[t][i] = tokens.get(k_, m + t) * expf(passed);
-        s.v[t][i] = tokens.get(v_, m + t);
-        passed += tokens.log_d(w_, m + t);
-      }
-      s.decay[i] = expf(passed);
+      s.decay[i] = expf(s.load_decayed(tokens, k_, v_, w_, m + TILE - 1, -1, 0));
       __syncthreads();
       S.walk(s.decay, s.k, s.v);
     }
     __syncthreads();
-    for (int t = 0; t < TILE; t++) {
+    UNROLL for (int t = 0; t < TILE; t++) {
       s.v[t][i] = tokens.get(v_, n + t);
       gy[t][i] = tokens.get(gy_, n + t);
     }
     __syncthreads();
-
-    constexpr int SOME = TILE * TILE / N;  // v_t . gy_q of every two tokens: a thread takes one t and some q
+    constexpr int SOME = TILE * TILE / N;  // v_t . gy_q of every two tokens: a thread takes one t and so many q
     float dots[SOME] = {};
     for (int j = 0; j < N; j += 4)
-      UNROLL for (int q = 0; q < SOME; q++) dots[q] += dot(four(&s.v[i % TILE][j]), four(&gy[i / TILE * SOME + q][j]));
+      UNROLL for (int q = 0; q < SOME; q++) dots[q] = add_dot(dots[q], four(&s.v[i % TILE][j]), four(&gy[i / TILE * SOME + q][j]));
     UNROLL for (int q = 0; q < SOME; q++) s.dots[i % TILE][i / TILE * SOME + q] = dots[q];
-
-    // What comes from S and G. gk' stays in s.k, and log d in s.d, for want of registers.
-    float gr[TILE], r[TILE], d[TILE], passed = 0;
-    UNROLL for (int t = 0; t < TILE; t++) gr[t] = S.times([&](int, int c) { return four(&gy[t][S.column(c)]); });
-    for (int t = 0; t < TILE; t++) s.k[t][i] = G.times([&](int, int c) { return four(&s.v[t][S.column(c)]); });
+    // What comes from S and G: gr' first in s.d, where log d comes after it, and gk' in s.k.
+    for (int t = 0; t < TILE; t++) {
+      s.d[t][i] = S.times([&](int, int c) { return four(&gy[t][S.column(c)]); });
+      s.k[t][i] = G.times([&](int, int c) { return four(&s.v[t][S.column(c)]); });
+    }
     float through_all = S.times([&](int row, int c) { return G.x[row][c]; });
+    float gr[TILE], r[TILE], d[TILE], passed = 0;
     UNROLL for (int t = 0; t < TILE; t++) {
       r[t] = tokens.get(r_, n + t);
+      gr[t] = s.d[t][i] * expf(passed);
       s.d[t][i] = tokens.log_d(w_, n + t);
       d[t] = expf(s.d[t][i]);
-      gr[t] *= expf(passed);
       passed += s.d[t][i];
     }
     through_all *= s.decay[i] = expf(passed);
-    passed = 0;
+    float after = 0;
     for (int t = TILE - 1; t >= 0; t--) {
-      s.k[t][i] *= expf(passed);
-      passed += s.d[t][i];
+      s.k[t][i] *= expf(after);
+      after += s.d[t][i];
     }
     __syncthreads();
-
-    // And what comes from tokens of the tile. D: from t to q.
-    passed = 0;
+    passed = 0;  // And what comes from tokens of the tile. D: of those between t and q.
     UNROLL for (int t = 0; t < TILE; t++) {
       const float k = tokens.get(k_, n + t), vgy = s.dots[t][t];
       float gk = s.k[t][i], through = through_all, D = 1;
@@ -346,29 +313,17 @@ __global__ void __launch_bounds__(N)
   }
   store(gu_[chunk_index() * N + i], gu);
 }
-
-template <typename scalar, int N>
-cudaError_t all_states(int B, int T, int H, int chunk, const scalar* a, const scalar* b, const float* w, const float* first, float* last,
-                       float* states, float* log_decay, bool reverse, cudaStream_t stream) {
-  const int chunks = (T + chunk - 1) / chunk;
-  LAUNCH((chunk_states<scalar, N>), dim3(chunks, H, B), N, sizeof(Shared<N>), a, b, w, states, log_decay, T, chunk, reverse);
-  LAUNCH((scan<N>), dim3(B * H, N * N / 4 / SCAN_THREADS), SCAN_THREADS, 0, states, log_decay, first, last, chunks, reverse);
-  return cudaSuccess;
-}
-
 }  // namespace
 
-// ---- what wkv6_op.cpp calls -----------------------------------------------------------------------------------------------------
-
-// Contiguous tensors: r, k, v, gy, y, gr, gk, gv (B, T, H, N) scalar; w, gw (B, T, H, N); u (H, N); state, last, gstate, gfirst (B, H, N, N).
-// gu comes per chunk: (B, H, chunks, N). To work in: states, gstates (B, H, chunks, N, N); log_decay (B, H, chunks, N).
-
+// What wkv6_op.cpp calls, with contiguous tensors. r, k, v, gy, y, gr, gk, gv: (B, T, H, N) scalar; w, gw: (B, T, H, N); u: (H, N); state, last,
+// gstate, gfirst: (B, H, N, N); gu, per chunk: (B, H, chunks, N). To work in: states, gstates (B, H, chunks, N, N); log_decay (B, H, chunks, N).
 template <typename scalar, int N>
 cudaError_t wkv6_forward(int B, int T, int H, int chunk, const scalar* r, const scalar* k, const scalar* v, const float* w, const float* u,
                          const float* state, scalar* y, float* last, float* states, float* log_decay, cudaStream_t stream) {
-  if (const auto error = all_states<scalar, N>(B, T, H, chunk, k, v, w, state, last, states, log_decay, false, stream)) return error;
-  const dim3 grid((T + chunk - 1) / chunk, H, B);
-  LAUNCH((along_values<scalar, N>), grid, N, sizeof(Shared<N>), r, k, v, w, u, states, y, T, chunk, false);
+  const dim3 chunks((T + chunk - 1) / chunk, H, B), heads(B * H, N * N / 4 / SCAN_THREADS);
+  LAUNCH((chunk_states<scalar, N>), chunks, N, sizeof(Shared<N>), k, v, w, states, log_decay, T, chunk, false);
+  LAUNCH((scan<N>), heads, SCAN_THREADS, 0, states, log_decay, state, last, chunks.x, false);
+  LAUNCH((along_values<scalar, N>), chunks, N, sizeof(Shared<N>), r, k, v, w, u, states, y, T, chunk, false);
   return cudaSuccess;
 }
 
@@ -376,17 +331,16 @@ template <typename scalar, int N>
 cudaError_t wkv6_backward(int B, int T, int H, int chunk, const scalar* r, const scalar* k, const scalar* v, const float* w, const float* u,
                           const float* state, const scalar* gy, const float* gstate, scalar* gr, scalar* gk, scalar* gv, float* gw, float* gu,
                           float* gfirst, float* states, float* gstates, float* log_decay, cudaStream_t stream) {
-  // gfirst takes the last state first, which nobody wants.
-  if (const auto error = all_states<scalar, N>(B, T, H, chunk, k, v, w, state, gfirst, states, log_decay, false, stream)) return error;
-  if (const auto error = all_states<scalar, N>(B, T, H, chunk, r, gy, w, gstate, gfirst, gstates, log_decay, true, stream)) return error;
-  const dim3 grid((T + chunk - 1) / chunk, H, B);
-  LAUNCH((along_values<scalar, N>), grid, N, sizeof(Shared<N>), k, r, gy, w, u, gstates, gv, T, chunk, true);
-  LAUNCH((along_keys<scalar, N>), grid, N, sizeof(Shared<N>), r, k, v, w, u, gy, states, gstates, gr, gk, gw, gu, T, chunk);
+  const dim3 chunks((T + chunk - 1) / chunk, H, B), heads(B * H, N * N / 4 / SCAN_THREADS);
+  LAUNCH((chunk_states<scalar, N>), chunks, N, sizeof(Shared<N>), k, v, w, states, log_decay, T, chunk, false);
+  LAUNCH((scan<N>), heads, SCAN_THREADS, 0, states, log_decay, state, gfirst, chunks.x, false);  // the last state, which nobody wants
+  LAUNCH((chunk_states<scalar, N>), chunks, N, sizeof(Shared<N>), r, gy, w, gstates, log_decay, T, chunk, true);
+  LAUNCH((scan<N>), heads, SCAN_THREADS, 0, gstates, log_decay, gstate, gfirst, chunks.x, true);
+  LAUNCH((along_values<scalar, N>), chunks, N, sizeof(Shared<N>), k, r, gy, w, u, gstates, gv, T, chunk, true);
+  LAUNCH((along_keys<scalar, N>), chunks, N, sizeof(Shared<N>), r, k, v, w, u, gy, states, gstates, gr, gk, gw, gu, T, chunk);
   return cudaSuccess;
 }
-
-#define COMPILE_IN(scalar, N)                                         \
-  template decltype(wkv6_forward<scalar, N>) wkv6_forward<scalar, N>; \
-  template decltype(wkv6_backward<scalar, N>) wkv6_backward<scalar, N>;
+#define COMPILE_IN(scalar, N) \
+  template decltype(wkv6_forward<scalar, N>) wkv6_forward<scalar, N>; template decltype(wkv6_backward<scalar, N>) wkv6_backward<scalar, N>;
 COMPILE_IN(float, 32) COMPILE_IN(c10::BFloat16, 32) COMPILE_IN(c10::Half, 32)
 COMPILE_IN(float, 64) COMPILE_IN(c10::BFloat16, 64) COMPILE_IN(c10::Half, 64)
