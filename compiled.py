@@ -1,4 +1,4 @@
-"""The C++ files beside this one, compiled when first needed and kept: the WKV-6 kernel, and the memory of CPU tensors.
+"""The C++ and CUDA files beside this one, compiled when first needed and kept: the WKV-6 kernels, and the memory of CPU tensors.
 
 The build never stops a run, and is never in its way: what fails is said in one line, and the caller goes on without.
 """
@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -15,35 +16,41 @@ import tempfile
 import filelock
 import torch
 
-SOURCES = [pathlib.Path(__file__).parent / name for name in ("wkv6_op.cpp", "memory_op.cpp")]
+HERE = pathlib.Path(__file__).parent
+SOURCES = {"cpu": [HERE / "wkv6_op.cpp", HERE / "memory_op.cpp"], "cuda": [HERE / "wkv6_op.cpp", HERE / "wkv6_cuda.cu"]}
+CHUNKED = {"cpu": "which is slower, and takes more memory than expected", "cuda": "which is slower"}
 
 
 @functools.cache
-def load():
-    """Load the operators wkv6::* and memory::*, building them first where needed. Returns "" or, in one line, why they cannot be had."""
+def load(device="cpu"):
+    """Load the operators for "cpu" (wkv6::*, memory::*) or "cuda" (wkv6::*), building them first where needed.
+
+    Returns "" or, in one line, why they cannot be had, after printing that.
+    """
     from torch.utils import cpp_extension
 
-    flags = _compiler_flags()
-    key = hashlib.sha256(f"{[source.read_text() for source in SOURCES]}{torch.__version__}{sys.version}{flags}".encode()).hexdigest()[:16]
-    folder = pathlib.Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "wkv6"
-    library = folder / f"wkv6_{key}.so"
     try:
+        flags = {"extra_cflags": _cpu_flags()} if device == "cpu" else {"extra_cflags": ["-O3", "-DWITH_CUDA"], "extra_cuda_cflags": _cuda_flags()}
+        versions = torch.__version__, sys.version, os.environ.get("TORCH_CUDA_ARCH_LIST")
+        key = hashlib.sha256(f"{[source.read_text() for source in SOURCES[device]]}{flags}{versions}".encode()).hexdigest()[:16]
+        folder = pathlib.Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "wkv6"
+        library = folder / f"wkv6_{device}_{key}.so"
         folder.mkdir(parents=True, exist_ok=True)
         if not library.exists():
             # The lock belongs to the living process and goes with it: one that was killed while building leaves nothing to wait for.
             with filelock.FileLock(library.with_suffix(".lock"), timeout=600):
                 if not library.exists():
-                    _build(flags, library)
+                    _build(device, flags, library)
         torch.ops.load_library(library)
     except (OSError, RuntimeError) as error:
         reason = "another process is building it" if isinstance(error, filelock.Timeout) else str(error).partition("\n")[0]
-        problem = f"the compiled WKV-6 kernel is not to be had: {reason}"
-        print(f"note: {problem}. Going on with the chunked form, which is slower, and on a CPU takes more memory than expected.", file=sys.stderr)
+        problem = f"the compiled WKV-6 kernel{' for the GPU' * (device == 'cuda')} is not to be had: {reason}"
+        print(f"note: {problem}. Going on with the chunked form, {CHUNKED[device]}.", file=sys.stderr)
         return problem
     return ""
 
 
-def _compiler_flags():
+def _cpu_flags():
     """For the vector units that PyTorch itself found here. Not -march=native: the cache may be shared by machines."""
     units = {"AVX512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c", "AVX2": "-mavx2 -mfma -mf16c"}
     capability = found if (found := torch.backends.cpu.get_cpu_capability()) in units else "DEFAULT"
@@ -51,7 +58,24 @@ def _compiler_flags():
     return ["-O3", f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}", *units.get(capability, "").split(), *openmp]
 
 
-def _build(flags, library):
+def _cuda_flags():
+    """For the cards that are there. RuntimeError, with what would mend it, where nvcc cannot be had or is not that of PyTorch's CUDA."""
+    from torch.utils import cpp_extension
+
+    if torch.version.hip:
+        return ["-O3"]  # hipcc looks for the cards itself
+    install = f"install the CUDA toolkit {torch.version.cuda}, and where it is not found, set CUDA_HOME to its folder"
+    nvcc = os.path.join(cpp_extension.CUDA_HOME or "", "bin", "nvcc")
+    if not shutil.which(nvcc):
+        raise RuntimeError(f"no CUDA compiler (nvcc) found; {install}")
+    found = re.search(r"release ([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    if not found or found[1].split(".")[0] != torch.version.cuda.split(".")[0]:
+        raise RuntimeError(f"{nvcc} is of CUDA {found[1] if found else '?'}, PyTorch of {torch.version.cuda}; {install}")
+    cards = {"{}{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())}
+    return ["-O3", *(f"-gencode=arch=compute_{card},code=sm_{card}" for card in sorted(cards) if "TORCH_CUDA_ARCH_LIST" not in os.environ)]
+
+
+def _build(device, flags, library):
     """Compile the sources into `library`, which appears only when it is whole. RuntimeError, with what would mend it, otherwise."""
     from torch.utils import cpp_extension
 
@@ -62,13 +86,15 @@ def _build(flags, library):
     compiler = os.environ.get("CXX", "c++")
     if not shutil.which(compiler):
         raise RuntimeError(f"no C++ compiler ({compiler}) found; install one (Debian, Ubuntu: apt install g++)")
-    print("compiling the WKV-6 kernel (once, less than a minute) ...", file=sys.stderr, flush=True)
+    print(f"compiling the WKV-6 kernel{' for the GPU' * (device == 'cuda')} (once, less than a minute) ...", file=sys.stderr, flush=True)
     os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{ninja.BIN_DIR}"  # for a venv that is not activated
     log = library.with_suffix(".log")
     try:
         with tempfile.TemporaryDirectory(dir=library.parent) as build:
-            cpp_extension.load("wkv6", [str(source) for source in SOURCES], extra_cflags=flags, build_directory=build, is_python_module=False)
+            cpp_extension.load("wkv6", [str(source) for source in SOURCES[device]], **flags, build_directory=build, is_python_module=False)
             os.replace(next(pathlib.Path(build).glob("*.so")), library)
     except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
         log.write_text(str(error))
-        raise RuntimeError(f"the build failed; the compiler's words are in {log}") from error
+        first = re.search(r"\b(fatal error|fatal|error) *: .*", str(error))
+        raise RuntimeError(f"the build failed{f' ({first[0]})' if first else ''}; all of the compiler's words are in {log}"
+                           f"{f'; CUDA_HOME is {cpp_extension.CUDA_HOME}' * (device == 'cuda')}") from error

@@ -13,7 +13,7 @@ For t = 0, 1, 2 from an empty state, which shows that a token is seen with its o
 
 `reference`  the loop, as above. Any device, any dtype; computes in float64. The judge of the others.
 `chunked`    matrix products over chunks of the sequence, plain PyTorch: any device, no compiler.
-`compiled`   wkv6_op.cpp, built with the machine's C++ compiler when first needed and kept.
+`compiled`   wkv6_op.cpp, and for GPUs wkv6_cuda.cu, built with the machine's compilers when first needed and kept.
 `fla`        the Triton operator of flash-linear-attention, where that is installed; for a GPU. (Not run here so far.)
 `auto`       compiled where it can be had, else chunked, after one line that says why.
 
@@ -22,7 +22,6 @@ Source: Peng et al., "Eagle and Finch" (arXiv 2404.05892), section 4; the chunke
 of scaling by inverse decays as usual (those overflow).
 """
 
-import functools
 import inspect
 
 import torch
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 
 import compiled
 
-COMPILED_HEAD_SIZES = (32, 64, 128)
+COMPILED_HEAD_SIZES = {"cpu": (32, 64, 128), "cuda": (32, 64)}
 
 
 def wkv6(r, k, v, w, u, state=None, impl="auto"):
@@ -42,20 +41,21 @@ def wkv6(r, k, v, w, u, state=None, impl="auto"):
     RuntimeError where impl is `compiled` and the kernel cannot be built, with the reason.
     """
     B, T, H, N = r.shape
+    device = r.device.type
     if state is None:
         state = torch.zeros(B, H, N, N, device=r.device, dtype=torch.promote_types(r.dtype, torch.float32))
     if impl == "auto":
-        fits = r.device.type == "cpu" and N in COMPILED_HEAD_SIZES and r.dtype != torch.float64
-        impl = "compiled" if fits and not kernel_problem() else "chunked"
+        fits = N in COMPILED_HEAD_SIZES.get(device, ()) and r.dtype != torch.float64
+        impl = "compiled" if fits and not kernel_problem(device) else "chunked"
     if impl == "fla":
         from fla.ops.rwkv6 import chunk_rwkv6
         layout = {"head_first": False} if "head_first" in inspect.signature(chunk_rwkv6).parameters else {}  # of older releases
         y, state = chunk_rwkv6(r, k, v, -torch.exp(w.float()), u, scale=1.0, initial_state=state, output_final_state=True, **layout)
         return y.to(r.dtype), state
     if impl == "compiled":
-        if kernel_problem():
-            raise RuntimeError(kernel_problem())
-        if r.dtype == torch.float16:  # which the kernel does not read
+        if problem := kernel_problem(device):
+            raise RuntimeError(problem)
+        if r.dtype == torch.float16 and device == "cpu":  # whose kernel does not read it
             y, state = wkv6(r.float(), k.float(), v.float(), w, u, state, impl)
             return y.half(), state
         return torch.ops.wkv6.forward(*(x.contiguous() for x in (r, k, v, w.float(), u.float(), state)))
@@ -119,19 +119,18 @@ def _chunked(r, k, v, w, u, state, chunk=64):
 
 # ---- the compiled kernel -------------------------------------------------------------------------------------------------------
 
+LIBRARY = torch.library.Library("wkv6", "DEF")
+LIBRARY.define("forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state) -> (Tensor, Tensor)")
+LIBRARY.define("backward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state, Tensor gy, Tensor gstate)"
+               " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+torch.library.register_fake("wkv6::forward", lambda r, k, v, w, u, state: (torch.empty_like(r), torch.empty_like(state)))
+torch.library.register_fake("wkv6::backward", lambda *inputs: tuple(torch.empty_like(x) for x in inputs[:6]))
+torch.library.register_autograd(
+    "wkv6::forward", lambda ctx, gy, gstate: torch.ops.wkv6.backward(*ctx.saved_tensors, gy.contiguous(), gstate.contiguous()),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
 @torch.compiler.assume_constant_result
-def kernel_problem():
-    """Load the compiled kernel, building it first where needed. Returns "" or, in one line, why it cannot be had."""
-    return _load_kernel()
-
-
-@functools.cache
-def _load_kernel():
-    if problem := compiled.load():
-        return problem
-    torch.library.register_fake("wkv6::forward", lambda r, k, v, w, u, state: (torch.empty_like(r), torch.empty_like(state)))
-    torch.library.register_fake("wkv6::backward", lambda *inputs: tuple(torch.empty_like(x) for x in inputs[:6]))
-    torch.library.register_autograd(
-        "wkv6::forward", lambda ctx, gy, gstate: torch.ops.wkv6.backward(*ctx.saved_tensors, gy.contiguous(), gstate.contiguous()),
-        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
-    return ""
+def kernel_problem(device="cpu"):
+    """Load the compiled kernel for "cpu" or "cuda", building it first where needed. Returns "" or, in one line, why it cannot be had."""
+    return compiled.load(device)

@@ -57,7 +57,7 @@
 namespace {
 
 constexpr int TILE = 16;  // tokens in shared memory at a time
-constexpr int SCAN_THREADS = 256;
+constexpr int SCAN_THREADS = 128;
 
 struct alignas(16) Four { float x[4]; };  // numbers that are moved by one instruction
 

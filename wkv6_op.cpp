@@ -47,6 +47,7 @@ namespace {
 using at::Tensor;
 void check(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, const Tensor& state) {
   TORCH_CHECK(r.dim() == 4, "wkv6: r must be (B, T, H, N), not ", r.sizes());
+  TORCH_CHECK(r.numel() > 0, "wkv6: r is empty: ", r.sizes());
   const auto B = r.size(0), H = r.size(2), N = r.size(3);
   TORCH_CHECK(k.sizes() == r.sizes() && v.sizes() == r.sizes() && w.sizes() == r.sizes(), "wkv6: r, k, v, w must have one shape");
   TORCH_CHECK(k.dtype() == r.dtype() && v.dtype() == r.dtype(), "wkv6: r, k, v must have one dtype");

@@ -1,0 +1,268 @@
+"""The CUDA kernels of WKV-6, on a machine without a GPU: their source is run on the CPU, where cuda_on_cpu.h plays the GPU, and compiled by
+nvcc, where that is, for every architecture in use. With a GPU the kernels are run there too."""
+
+import ctypes
+import functools
+import multiprocessing.pool
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+import wkv6
+from test_wkv6 import NAMES, build, inputs, run
+
+HERE = pathlib.Path(__file__).parent
+SOURCE = (HERE / "wkv6_cuda.cu").read_text()
+CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+EMULATED_CU = """
+#include "cuda_on_cpu.h"
+#include "wkv6_cuda.cu"
+namespace { Four shared_memory[emulator::SHARED_LIMIT / sizeof(Four)]; }
+static const bool set = (emulator::shared = reinterpret_cast<char*>(shared_memory), true);
+"""
+
+
+class Emulator:
+    """wkv6_op.cpp and wkv6_cuda.cu, unchanged, as operators wkv6_emulated::* that take CPU tensors."""
+
+    def __init__(self, folder):
+        (folder / "c10/cuda").mkdir(parents=True)
+        for header in ("CUDAException", "CUDAGuard", "CUDAStream"):
+            (folder / f"c10/cuda/{header}.h").write_text('#include "cuda_on_cpu.h"\n')
+        (folder / "emulated.cpp").write_text(EMULATED_CU)
+        with pytest.MonkeyPatch.context() as patch:
+            import ninja
+            patch.setenv("PATH", f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{ninja.BIN_DIR}")
+            # -O1: at -O2 GCC 12 vectorizes one of the sums wrongly
+            cpp_extension.load("emulated", [str(folder / "emulated.cpp"), str(HERE / "wkv6_op.cpp")], build_directory=str(folder), is_python_module=False,
+                               extra_cflags=["-O1", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-DWITH_CUDA", "-Dwkv6=wkv6_emulated"],
+                               extra_include_paths=[str(folder), str(HERE)])
+        self.library = ctypes.CDLL(str(folder / "emulated.so"))
+        self.operators = torch.library.Library("wkv6_emulated", "DEF")
+        for name in ("forward", "backward"):
+            self.operators.define(str(getattr(torch.ops.wkv6, name).default._schema).removeprefix("wkv6::"))
+
+    def set(self, chunk=64, order=0, skipped_barrier=0):
+        ctypes.c_int64.in_dll(self.library, "wkv6_chunk").value = chunk
+        ctypes.c_int.in_dll(self.library, "emulator_order").value = order
+        ctypes.c_int.in_dll(self.library, "emulator_skipped_barrier").value = skipped_barrier
+
+    def counted(self, name, *tensors):
+        """MB loaded, MB stored, the number of blocks of each launch, and the most shared memory of one, while an operator runs."""
+        counters = {what: ctypes.c_int64.in_dll(self.library, f"emulator_{what}") for what in ("loaded", "stored", "launches", "shared_bytes")}
+        for counter in counters.values():
+            counter.value = 0
+        self(name, *tensors)
+        loaded, stored, launches, shared_bytes = (counter.value for counter in counters.values())
+        return loaded / 1e6, stored / 1e6, list((ctypes.c_int64 * 16).in_dll(self.library, "emulator_blocks"))[:launches], shared_bytes
+
+    def __call__(self, name, *tensors):
+        """An operator, with NaN in what it makes before it writes there."""
+        torch.use_deterministic_algorithms(True)  # under which PyTorch fills what is empty
+        try:
+            return getattr(torch.ops.wkv6_emulated, name).default.redispatch(CUDA, *tensors)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    def run(self, tensors):
+        """y, state and the gradients of every input, as test_wkv6.run has them."""
+        y, state = self("forward", *tensors)
+        g = torch.Generator().manual_seed(1)
+        gy, gstate = (torch.randn(x.shape, generator=g).to(x.dtype) for x in (y, state))
+        return [y, state, *self("backward", *tensors, gy, gstate)]
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    if sys.platform == "win32" or not shutil.which(os.environ.get("CXX", "c++")):
+        pytest.skip("no C++ compiler to read the kernels with")
+    return Emulator(tmp_path_factory.mktemp("emulator"))
+
+
+@pytest.fixture(params=["emulated", pytest.param("on a GPU", marks=ON_GPU)])
+def kernels(request):
+    """A function of tensors and dtype: y, state and the gradients of every input."""
+    if request.param == "emulated":
+        emulator = request.getfixturevalue("emulator")
+        emulator.set()
+        return lambda tensors, dtype: emulator.run(converted(tensors, dtype))
+    if wkv6.kernel_problem("cuda"):
+        pytest.skip(wkv6.kernel_problem("cuda"))
+    return lambda tensors, dtype: [x.cpu() for x in run([x.cuda() for x in tensors], "compiled", dtype)]
+
+
+def converted(tensors, dtype):
+    return [x.to(dtype if i < 3 else torch.float32) for i, x in enumerate(tensors)]
+
+
+@functools.cache
+def float64_loop(shape, decay, dtype):
+    """The inputs as the kernel sees them, and what the loop makes of them."""
+    tensors = [x.double() for x in converted(inputs(*shape, decay), dtype)]
+    return tensors, run(tensors, "reference", torch.float64)
+
+
+def check(kernels, shape, decay, dtype, bound):
+    tensors, exact = float64_loop(shape, decay, dtype)
+    for name, ours, exact in zip(NAMES, kernels(tensors, dtype), exact):
+        error = ((ours.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+        assert error <= bound, f"{name}: relative error {error:.1e}"  # false for NaN
+
+
+# ---- the numbers ----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("decay", [None, 1e-8, 0.5, 0.99, 1 - 1e-8])
+@pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 64, 65, 300, 3000])
+def test_every_output_is_that_of_the_float64_loop(kernels, T, decay):
+    check(kernels, (1, T, 1, 64), decay, torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 37, 2, 64), (2, 130, 3, 32)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)])  # half a step is 2e-3, and 2.4e-4
+def test_batches_heads_head_sizes_and_inputs_of_16_bits(kernels, shape, dtype, bound):
+    check(kernels, shape, None, dtype, bound)
+
+
+@pytest.mark.parametrize("chunk", [16, 32, 48, 128, 1024])
+@pytest.mark.parametrize("T", [16, 100, 500])
+def test_any_chunk_size_will_do(emulator, T, chunk):
+    emulator.set(chunk=chunk)
+    check(lambda tensors, dtype: emulator.run(converted(tensors, dtype)), (1, T, 2, 64), 0.9, torch.float32, 1e-5)
+
+
+@ON_GPU
+def test_the_same_bits_in_every_run(kernels):
+    tensors, _ = float64_loop((3, 300, 5, 64), None, torch.bfloat16)
+    for a, b in zip(kernels(tensors, torch.bfloat16), kernels(tensors, torch.bfloat16)):
+        assert torch.equal(a, b)
+
+
+# ---- what a GPU may do that a loop does not --------------------------------------------------------------------------------------
+
+def outputs(emulator, T=100, **settings):
+    emulator.set(**settings)
+    try:
+        return emulator.run(converted(inputs(2, T, 2, 64), torch.bfloat16))
+    except RuntimeError as error:
+        return str(error)
+
+
+def differ(a, b):
+    return isinstance(b, str) or not all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("order", range(1, 6))
+def test_threads_warps_and_blocks_may_run_in_any_order(emulator, order):
+    assert not differ(outputs(emulator), outputs(emulator, order=order))
+
+
+@pytest.mark.parametrize("line", [n for n, line in enumerate(SOURCE.splitlines(), 1) if "__syncthreads()" in line])
+def test_a_missing_barrier_is_found_out(emulator, line):
+    """Every barrier is needed, and the test above would fail without it."""
+    right = outputs(emulator)
+    assert any(differ(right, outputs(emulator, order=order, skipped_barrier=line)) for order in range(6))
+
+
+def test_what_does_not_fit_the_kernels_is_refused(emulator):
+    r, k, v, w, u, state = converted(inputs(1, 5, 2, 64), torch.bfloat16)
+    for bad, words in (([r, k[:, :4], v, w, u, state], "one shape"), ([r, k, v, w, u[:1], state], "u must be"), ([r, k, v, w.double(), u, state], "float32"),
+                       ([r.mT.contiguous().mT, k, v, w, u, state], "contiguous"), ([r, k.float(), v, w, u, state], "one dtype"),
+                       ([r, k.to("meta"), v, w, u, state], "meta"), ([x[..., :48].contiguous() for x in (r, k, v, w, u)] + [state[..., :48, :48].contiguous()], "head size 48"),
+                       ([r.double(), k.double(), v.double(), w, u, state], "double"), ([x[:, :0] for x in (r, k, v, w)] + [u, state], "empty")):
+        with pytest.raises(RuntimeError, match=f"wkv6: .*{words}"):
+            emulator("forward", *bad)
+
+
+# ---- what the head comment says --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("heads, model", [(32, "1.6B"), (64, "7B")])
+def test_the_counts_of_the_head_comment(emulator, heads, model):
+    emulator.set()
+    tensors = converted(inputs(1, 1024, heads, 64, 0.9), torch.bfloat16)
+    for name, more in (("forward", []), ("backward", [tensors[2], tensors[5]])):
+        blocks, loaded, stored = re.search(rf"// +{model} +{name} +(\d+) +([\d.]+) +([\d.]+)", SOURCE).groups()
+        mb_loaded, mb_stored, launched, shared_bytes = emulator.counted(name, *tensors, *more)
+        assert f"{mb_loaded:.1f} {mb_stored:.1f}" == f"{loaded} {stored}"
+        assert {launched[0], *launched[2::2], launched[-1]} == {int(blocks)} and min(launched) >= 256 and shared_bytes <= 48 << 10
+
+
+# ---- nvcc -----------------------------------------------------------------------------------------------------------------------
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 120)
+
+
+@pytest.fixture(scope="module")
+def ptxas(tmp_path_factory):
+    """{(architecture, kernel): (registers, bytes of stack, of spills)}, after compiling without a warning."""
+    if not NVCC:
+        pytest.skip("no nvcc here: the kernels were read as C++, but not compiled for a GPU")
+    folder, table = tmp_path_factory.mktemp("nvcc"), {}
+    supported = subprocess.check_output([NVCC, "--list-gpu-arch"], text=True)
+    architectures = [arch for arch in ARCHITECTURES if f"compute_{arch}\n" in supported]
+    flags = ["-std=c++20", "-O3", "-Werror=all-warnings", "-Xptxas=-v", "-Xcompiler=-Wall,-Wno-unknown-pragmas", *(f"-I{path}" for path in cpp_extension.include_paths())]
+
+    def compile(arch):
+        return subprocess.run([NVCC, *flags, f"-gencode=arch=compute_{arch},code=sm_{arch}", "-c", "wkv6_cuda.cu", "-o", folder / f"{arch}.o"],
+                              cwd=HERE, text=True, stderr=subprocess.PIPE)
+    for arch, process in zip(architectures, multiprocessing.pool.ThreadPool(os.cpu_count()).map(compile, architectures)):
+        assert process.returncode == 0 and "warning" not in process.stderr, process.stderr
+        for report in process.stderr.split("Compiling entry function")[1:]:
+            kernel = re.search(r"(chunk_states|scan|along_values|along_keys)I(?:(?:N3c10\d)?(f|BFloat16|Half)E?)?.*?Li(\d+)E", report).groups()
+            stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report).groups())
+            table[arch, kernel] = int(re.search(r"Used (\d+) registers", report)[1]), stack, stores + loads
+    return table
+
+
+def test_ptxas_keeps_everything_in_registers(ptxas):
+    for (arch, (kernel, dtype, N)), (registers, stack, spills) in ptxas.items():
+        if (dtype, N) == ("BFloat16", "64") or kernel == "scan":
+            print(f"sm_{arch:<4} {kernel:<13} {dtype or '':<9} N {N}   {registers:3} registers   {stack} bytes of stack, {spills} of spills")
+        assert stack == spills == 0, (arch, kernel, dtype, N)
+    assert len(ptxas) == len({arch for arch, _ in ptxas}) * 2 * (3 * 3 + 1)   # two head sizes; three kernels for three dtypes, and the scan
+
+
+# ---- the build ------------------------------------------------------------------------------------------------------------------
+
+TRY_CUDA = """
+import os, types, torch, wkv6
+from torch.utils import cpp_extension
+cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"]    # where PyTorch itself was not built for CUDA, it does not look
+torch.version.cuda, torch.cuda.device_count, torch.cuda.get_device_capability = "13.0", lambda: 1, lambda i: (8, 9)
+class OnGpu(torch.Tensor):
+    device = types.SimpleNamespace(type="cuda")
+y, _ = wkv6.wkv6(*(torch.ones(1, 2, 1, 32).as_subclass(OnGpu) for _ in range(4)), torch.zeros(1, 32), torch.zeros(1, 1, 32, 32))
+print(y.sum().item(), wkv6.kernel_problem("cuda"))
+"""
+FAKE_NVCC = """#!/bin/sh
+[ "$1" = --version ] && echo "Cuda compilation tools, release {release}, V{release}.88" && exit
+echo "nvcc fatal   : Unsupported gpu architecture 'compute_89'" >&2
+exit 1
+"""
+
+
+@pytest.mark.parametrize("release, environment, words", [
+    (None, {}, r"no CUDA compiler \(nvcc\) found; install the CUDA toolkit 13.0"),
+    ("12.4", {}, r"bin/nvcc is of CUDA 12.4, PyTorch of 13.0; install the CUDA toolkit 13.0"),
+    ("13.0", {"CXX": "no-such-compiler"}, r"no C\+\+ compiler \(no-such-compiler\) found; install one"),
+    ("13.0", {}, r"the build failed \(fatal.*\); all of the compiler's words are in .*\.log; CUDA_HOME is "),
+])
+def test_a_gpu_build_that_fails_says_so_in_one_line_and_the_chunked_form_takes_over(tmp_path, release, environment, words):
+    if release:
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin/nvcc").write_text(FAKE_NVCC.format(release=release))
+        (tmp_path / "bin/nvcc").chmod(0o755)
+    process = build(tmp_path / "cache", TRY_CUDA, CUDA_HOME=str(tmp_path), **environment)
+    out, err = process.communicate(timeout=120)
+    notes = [line for line in err.splitlines() if line.startswith("note: ")]
+    assert process.returncode == 0 and out.startswith("1024.0 the compiled WKV-6 kernel for the GPU is not to be had"), err
+    assert len(notes) == 1 and re.search(words, notes[0]) and notes[0].endswith("Going on with the chunked form, which is slower."), err
+    assert "Traceback" not in err
