@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import pathlib
+import platform
 import re
 import shutil
 import subprocess
@@ -31,7 +32,7 @@ def load(device="cpu"):
 
     try:
         flags = {"extra_cflags": _cpu_flags()} if device == "cpu" else {"extra_cflags": ["-O3", "-DWITH_CUDA"], "extra_cuda_cflags": _cuda_flags()}
-        versions = torch.__version__, sys.version, os.environ.get("TORCH_CUDA_ARCH_LIST")
+        versions = torch.__version__, torch.version.cuda, torch.version.hip, sys.version, platform.machine(), os.environ.get("TORCH_CUDA_ARCH_LIST")
         key = hashlib.sha256(f"{[source.read_text() for source in SOURCES[device]]}{flags}{versions}".encode()).hexdigest()[:16]
         folder = pathlib.Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "wkv6"
         library = folder / f"wkv6_{device}_{key}.so"
@@ -42,7 +43,7 @@ def load(device="cpu"):
                 if not library.exists():
                     _build(device, flags, library)
         torch.ops.load_library(library)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = "another process is building it" if isinstance(error, filelock.Timeout) else str(error).partition("\n")[0]
         problem = f"the compiled WKV-6 kernel{' for the GPU' * (device == 'cuda')} is not to be had: {reason}"
         print(f"note: {problem}. Going on with the chunked form, {CHUNKED[device]}.", file=sys.stderr)
@@ -59,11 +60,17 @@ def _cpu_flags():
 
 
 def _cuda_flags():
-    """For the cards that are there. RuntimeError, with what would mend it, where nvcc cannot be had or is not that of PyTorch's CUDA."""
+    """For the card that is there, unless TORCH_CUDA_ARCH_LIST names others; hipcc looks itself."""
+    if torch.version.hip or os.environ.get("TORCH_CUDA_ARCH_LIST", "native") not in ("", "native"):
+        return ["-O3"]
+    card = "{}{}".format(*torch.cuda.get_device_capability())
+    return ["-O3", f"-gencode=arch=compute_{card},code=sm_{card}"]
+
+
+def _check_nvcc():
+    """RuntimeError, with what would mend it, where nvcc cannot be had or is not that of PyTorch's CUDA."""
     from torch.utils import cpp_extension
 
-    if torch.version.hip:
-        return ["-O3"]  # hipcc looks for the cards itself
     install = f"install the CUDA toolkit {torch.version.cuda}, and where it is not found, set CUDA_HOME to its folder"
     nvcc = os.path.join(cpp_extension.CUDA_HOME or "", "bin", "nvcc")
     if not shutil.which(nvcc):
@@ -71,8 +78,6 @@ def _cuda_flags():
     found = re.search(r"release ([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
     if not found or found[1].split(".")[0] != torch.version.cuda.split(".")[0]:
         raise RuntimeError(f"{nvcc} is of CUDA {found[1] if found else '?'}, PyTorch of {torch.version.cuda}; {install}")
-    cards = {"{}{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())}
-    return ["-O3", *(f"-gencode=arch=compute_{card},code=sm_{card}" for card in sorted(cards) if "TORCH_CUDA_ARCH_LIST" not in os.environ)]
 
 
 def _build(device, flags, library):
@@ -86,15 +91,20 @@ def _build(device, flags, library):
     compiler = os.environ.get("CXX", "c++")
     if not shutil.which(compiler):
         raise RuntimeError(f"no C++ compiler ({compiler}) found; install one (Debian, Ubuntu: apt install g++)")
+    if device == "cuda" and not torch.version.hip:
+        _check_nvcc()
     print(f"compiling the WKV-6 kernel{' for the GPU' * (device == 'cuda')} (once, less than a minute) ...", file=sys.stderr, flush=True)
     os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{ninja.BIN_DIR}"  # for a venv that is not activated
     log = library.with_suffix(".log")
     try:
         with tempfile.TemporaryDirectory(dir=library.parent) as build:
-            cpp_extension.load("wkv6", [str(source) for source in SOURCES[device]], **flags, build_directory=build, is_python_module=False)
-            os.replace(next(pathlib.Path(build).glob("*.so")), library)
-    except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
+            sources = [shutil.copy(source, build) if torch.version.hip else str(source) for source in SOURCES[device]]  # hipify writes beside them
+            cpp_extension.load("wkv6", sources, **flags, build_directory=build, is_python_module=False)
+            [built] = pathlib.Path(build).glob("*.so")
+            os.replace(built, library)
+    except (RuntimeError, ValueError, ImportError, subprocess.SubprocessError) as error:
         log.write_text(str(error))
-        first = re.search(r"\b(fatal error|fatal|error) *: .*", str(error))
+        # What the compiler says first; or the whole, where it is not a compiler that says it.
+        first = re.search(r"\b(fatal error|fatal|error) *: .*|^(?!Error building).*", str(error))
         raise RuntimeError(f"the build failed{f' ({first[0]})' if first else ''}; all of the compiler's words are in {log}"
                            f"{f'; CUDA_HOME is {cpp_extension.CUDA_HOME}' * (device == 'cuda')}") from error

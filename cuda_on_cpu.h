@@ -36,6 +36,7 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
+using std::max, std::min;
 
 enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure };
 using cudaStream_t = void*;

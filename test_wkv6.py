@@ -35,7 +35,7 @@ def run(tensors, impl, dtype):
     leaves = [x.to(torch.promote_types(dtype, torch.float32) if i in (3, 4, 5) else dtype).requires_grad_() for i, x in enumerate(tensors)]
     y, state = wkv6.wkv6(*leaves, impl=impl)
     g = torch.Generator().manual_seed(1)
-    gy, gstate = (torch.randn(x.shape, generator=g).to(x.dtype) for x in (y, state))
+    gy, gstate = (torch.randn(x.shape, generator=g).to(x) for x in (y, state))
     return [y, state, *torch.autograd.grad([y, state], leaves, [gy, gstate])]
 
 

@@ -15,28 +15,29 @@
 //                     gw_t = log d_t * d_t sum_j G_t[.][j] S_{t-1}[.][j]
 //
 // gw needs S and G at the same token, though they come from two sides. So a chunk is taken in tiles of 16 tokens, from the last to the first: S is
-// walked to the tile from where the chunk begins (anew for each: cheaper than keeping it), G comes from the tile behind. Let gr' and gk' be what
-// these S and G give to gr and gk. Per key channel, gw gets log d_t times all that passes through d_t, from a token s < t or S to a token q > t or G:
+// walked to the tile from where the chunk begins (anew for each: cheaper than keeping it), G comes from the tile behind. Let gr' and gk' be what S,
+// decayed up to a token, and G, decayed back to it, give to gr and gk. Per key channel, gw gets log d_t times all that passes through d_t, from a
+// token s < t or S to a token q > t or G:
 //
-//     sum_{q>t} r_q gr'_q + sum_{s<t} k_s gk'_s + (prod d) sum_j G S + sum_{s<t<q} r_q (d_{s+1} ... d_{q-1}) k_s (v_s . gy_q)
+//     sum_{q>t} r_q gr'_q + sum_{s<t} k_s gk'_s + (prod d over the tile) sum_j G S + sum_{s<t<q} r_q (d_{s+1} ... d_{q-1}) k_s (v_s . gy_q)
 //
-// A double loop over t < q adds the last product without r_q to gr_q, and without k_t to gk_t. When it comes to t, gr_q is gr'_q and what came from
-// s < t: sum_{q>t} r_q gr_q is the first and the last sum at once.
+// A double loop over s < q adds that last product to gr_q without its r_q, and to gk_s without its k_s. When the loop reaches s = t, gr_q is gr'_q
+// and what came from s < t: so sum_{q>t} r_q gr_q is the first sum and the last.
 //
-// Nothing is divided; decays are multiplied, or their logs added: nothing overflows or cancels, whatever they are. Sums have a fixed order and
-// no atomics: the same bits in every run. A state lies in the registers of a block's N threads (N: head size). Four neighbours share four of
-// its rows (in 3., columns), so that a number from shared memory is used four times; three shuffles add up what they find.
+// Nothing is divided; decays are multiplied, or their logs added: nothing overflows or cancels (below w = 88, where exp(w) ends). Sums have a fixed
+// order and no atomics: the same bits in every run. A state lies in the registers of a block's N threads (N: head size). Four neighbours share
+// four rows of it (in 3., columns); each holds a quarter, uses a number from shared memory four times, and three shuffles add the quarters.
 //
-// bfloat16, B = 1, T = 1024, N = 64, chunks of 64 (MB: what threads ask for; caches serve much of it; the tests count these columns):
+// bfloat16, B = 1, T = 1024, N = 64, chunks of 64 (MB: what threads ask for; caches serve much of it; the tests count the first three columns):
 //
 //                       blocks of 1., 3., 4.    MB loaded    MB stored    multiply-adds and multiplications per token, head and N * N
-//     1.6B  forward             512                59.2         21.6       4: 1 in 1., 3 in 3.
-//     1.6B  backward            512               179.4         56.0      11: 2 in 1., 3 in 3., 6 in 4.
+//     1.6B  forward             512                59.2         21.6       4.5: 1 in 1., 3.5 in 3.
+//     1.6B  backward            512               179.4         56.0      11.5: 2 in 1., 3.5 in 3., 6 in 4.
 //     7B    forward            1024               118.5         43.3
 //     7B    backward           1024               358.9        111.9
 //
-// Arithmetic, not measurement (this has not run on a GPU yet): at 1.6B the operations take at least 13 and 36 us on a 4090 (16384 lanes, 2.52 GHz),
-// 16 and 44 us on an H100 (16896, 1.98 GHz); all those bytes from memory 80 and 234 us (1008 GB/s), 24 and 70 us (3350 GB/s). Memory is the bound.
+// Arithmetic, not measurement (this has not run on a GPU yet): at 1.6B the operations take at least 15 and 37 us on a 4090 (16384 lanes, 2.52 GHz),
+// 18 and 46 us on an H100 (16896, 1.98 GHz); all those bytes from memory 80 and 234 us (1008 GB/s), 24 and 70 us (3350 GB/s).
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -53,11 +54,11 @@
 #define __shfl_xor_sync(mask, x, lane) __shfl_xor(x, lane)
 #endif
 #define UNROLL _Pragma("unroll")  // where registers are counted through: they have no addresses
+#define BOUNDS __launch_bounds__(N, N < 64 ? 8 : 0)  // without the 8 ptxas saves registers that nobody needs, and spills
 
 namespace {
 
-constexpr int TILE = 16;  // tokens in shared memory at a time
-constexpr int SCAN_THREADS = 128;
+constexpr int TILE = 16, SCAN_THREADS = 128;  // TILE: tokens in shared memory at a time
 
 struct alignas(16) Four { float x[4]; };  // numbers that are moved by one instruction
 
@@ -82,21 +83,21 @@ template <int N> struct Tokens {
   int count;
   __device__ Tokens(int T, int chunk, bool reverse) {
     const int begin = blockIdx.x * chunk;
-    count = chunk < T - begin ? chunk : T - begin;
+    count = min(chunk, T - begin);
     first = ((int64_t(blockIdx.z) * T + begin + (reverse ? count - 1 : 0)) * gridDim.y + blockIdx.y) * N + threadIdx.x;
     step = int64_t(gridDim.y) * (reverse ? -N : N);
   }
-  // Beyond the last token there are zeros.
-  template <typename T> __device__ float get(const T* x, int n) const { return n < count ? float(load(x[first + n * step])) : 0.f; }
-  __device__ float log_d(const float* w, int n) const { return n < count ? -expf(load(w[first + n * step])) : 0.f; }
+  // Beyond the last token there are zeros. The last is loaded all the same: at a branch, every load would wait for the one before it.
+  template <typename T> __device__ float get(const T* x, int n) const { const float y = load(x[first + min(n, count - 1) * step]); return n < count ? y : 0.f; }
+  __device__ float log_d(const float* w, int n) const { const float y = -expf(get(w, n)); return n < count ? y : 0.f; }
   template <typename T> __device__ void put(T* x, int n, float value) const { if (n < count) store(x[first + n * step], T(value)); }
 };
 
 template <int N> struct Shared {
-  float q[TILE][N + 4], k[TILE][N + 4], v[TILE][N + 4], d[TILE][N + 4];  // N + 4: rows begin in different banks
-  float decay[N], dots[TILE][TILE + 4];
-  // A tile's v, and k times the decays between it and token n, from where `step` leads away; passed: the log of those, before and after the tile.
-  template <typename T> __device__ float load_decayed(const Tokens<N>& tokens, const T* k_, const T* v_, const float* w, int n, int step, float passed) {
+  float q[TILE][N + 4], k[TILE][N + 4], v[TILE][N + 4], d[TILE][N + 4], decay[N], dots[TILE][TILE + 4];  // + 4: rows begin in different banks
+  // Loads a tile's v, and k decayed: from token n on, by `step`, away from where the state is wanted. passed: the sum of log d from there.
+  template <typename T>
+  __device__ float load_decayed(const Tokens<N>& tokens, const T* k_, const T* v_, const float* w, int n, int step, float passed) {
     _Pragma("unroll 8") for (int t = 0; t < TILE; t++, n += step) {
       k[t][threadIdx.x] = tokens.get(k_, n) * expf(passed);
       v[t][threadIdx.x] = tokens.get(v_, n);
@@ -153,7 +154,7 @@ template <int N> struct State {
 
 // states: what k_t v_t^T come to at the chunk's end; or reverse, with r, gy for k, v, at its beginning. log_decay: the whole chunk's.
 template <typename scalar, int N>
-__global__ void __launch_bounds__(N) chunk_states(const scalar* k, const scalar* v, const float* w, float* states, float* log_decay,
+__global__ void BOUNDS chunk_states(const scalar* k, const scalar* v, const float* w, float* states, float* log_decay,
                                                   int T, int chunk, bool reverse) {
   auto& s = reinterpret_cast<Shared<N>&>(shared_memory);
   const Tokens<N> tokens(T, chunk, !reverse);  // away from where the state is wanted, so that the decay up to there is known
@@ -179,15 +180,15 @@ __global__ void __launch_bounds__(SCAN_THREADS)
   const int at = 4 * (blockIdx.y * SCAN_THREADS + threadIdx.x);
   const int64_t head = blockIdx.x;
   Four S = load(four(first + head * N * N + at)), added[AHEAD];
-  float lost = 0;  // to rounding, of the log of the decays so far: thousands of decays near 1 would drift
+  float log_d[AHEAD], lost = 0;  // lost: to rounding, of the log of the decays so far: thousands of decays near 1 would drift
   for (int n = 0; n < chunks; n += AHEAD) {
-    const auto chunk = [&](int m) { return head * chunks + (reverse ? chunks - 1 - n - m : n + m); };
-    UNROLL for (int m = 0; m < AHEAD; m++) if (n + m < chunks) added[m] = load(four(states + chunk(m) * N * N + at));
+    const auto chunk = [&](int m) { return head * chunks + (reverse ? max(chunks - 1 - n - m, 0) : min(n + m, chunks - 1)); };
+    UNROLL for (int m = 0; m < AHEAD; m++) added[m] = load(four(states + chunk(m) * N * N + at)), log_d[m] = load(log_decay[chunk(m) * N + at / N]);
     UNROLL for (int m = 0; m < AHEAD; m++) {
       if (n + m >= chunks) break;
       store(four(states + chunk(m) * N * N + at), S);
-      const float log_d = load(log_decay[chunk(m) * N + at / N]) + lost, d = expf(log_d);
-      lost = d > 1e-30f ? log_d - logf(d) : 0.f;
+      const float exact = log_d[m] + lost, d = expf(exact);
+      lost = d > 1e-30f ? exact - logf(d) : 0.f;
       S = d * S + added[m];
     }
   }
@@ -197,7 +198,7 @@ __global__ void __launch_bounds__(SCAN_THREADS)
 // y_t = S^T q_t + (q_t . u k_t) v_t, then S = diag(d_t) S + k_t v_t^T. With r, k, v that is y; with k, r, gy, in reverse, gv.
 // A thread holds four columns: every fourth group of four rows.
 template <typename scalar, int N>
-__global__ void __launch_bounds__(N) along_values(const scalar* q, const scalar* k, const scalar* v, const float* w, const float* u,
+__global__ void BOUNDS along_values(const scalar* q, const scalar* k, const scalar* v, const float* w, const float* u,
                                                   const float* states, scalar* y, int T, int chunk, bool reverse) {
   auto& s = reinterpret_cast<Shared<N>&>(shared_memory);
   const Tokens<N> tokens(T, chunk, reverse);
@@ -211,7 +212,7 @@ __global__ void __launch_bounds__(N) along_values(const scalar* q, const scalar*
   }
   for (int n = 0; n < tokens.count; n += TILE) {
     __syncthreads();
-    UNROLL for (int t = 0; t < TILE; t++) {
+    _Pragma("unroll 8") for (int t = 0; t < TILE; t++) {
       s.q[t][i] = tokens.get(q, n + t);
       s.k[t][i] = tokens.get(k, n + t);
       s.v[t][i] = tokens.get(v, n + t);
@@ -238,7 +239,7 @@ __global__ void __launch_bounds__(N) along_values(const scalar* q, const scalar*
 
 // gr, gk, gw (_: tensors), and gu of every chunk. Thread i has part in S and G, and the outputs of key channel i for its own.
 template <typename scalar, int N>
-__global__ void __launch_bounds__(N, N < 64 ? 8 : 0)  // without the 8 ptxas saves registers that nobody needs, and spills
+__global__ void BOUNDS
     along_keys(const scalar* r_, const scalar* k_, const scalar* v_, const float* w_, const float* u_, const scalar* gy_,
                const float* states, const float* gstates, scalar* gr_, scalar* gk_, float* gw_, float* gu_, int T, int chunk) {
   auto& s = reinterpret_cast<Shared<N>&>(shared_memory);
@@ -258,7 +259,7 @@ __global__ void __launch_bounds__(N, N < 64 ? 8 : 0)  // without the 8 ptxas sav
       S.walk(s.decay, s.k, s.v);
     }
     __syncthreads();
-    UNROLL for (int t = 0; t < TILE; t++) {
+    _Pragma("unroll 8") for (int t = 0; t < TILE; t++) {
       s.v[t][i] = tokens.get(v_, n + t);
       gy[t][i] = tokens.get(gy_, n + t);
     }
@@ -289,9 +290,10 @@ __global__ void __launch_bounds__(N, N < 64 ? 8 : 0)  // without the 8 ptxas sav
       after += s.d[t][i];
     }
     __syncthreads();
+    UNROLL for (int t = 0; t < TILE; t++) s.v[t][i] = tokens.get(k_, n + t);  // all before the first store, which loads may not pass
     passed = 0;  // And what comes from tokens of the tile. D: of those between t and q.
     UNROLL for (int t = 0; t < TILE; t++) {
-      const float k = tokens.get(k_, n + t), vgy = s.dots[t][t];
+      const float k = s.v[t][i], vgy = s.dots[t][t];
       float gk = s.k[t][i], through = through_all, D = 1;
       through_all += k * gk;
       UNROLL for (int q = t + 1; q < TILE; q++) {

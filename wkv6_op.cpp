@@ -58,6 +58,9 @@ void check(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, c
     TORCH_CHECK(x.is_contiguous(), "wkv6: every tensor must be contiguous");
     TORCH_CHECK(x.device() == r.device(), "wkv6: every tensor must be on ", r.device(), ", as r is; one is on ", x.device());
   }
+#ifdef WITH_CUDA
+  TORCH_CHECK(reinterpret_cast<uintptr_t>(state.data_ptr()) % 16 == 0, "wkv6: state must be aligned to 16 bytes");
+#endif
 }
 
 // Calls body(scalar of r, N), both compile-time constants.
