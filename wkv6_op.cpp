@@ -27,7 +27,6 @@
 
 #include <tuple>
 #include <type_traits>
-#include <vector>
 
 #ifdef WITH_CUDA
 #include <c10/cuda/CUDAException.h>
@@ -40,11 +39,13 @@
 
 #include <array>
 #include <memory>
+#include <vector>
 #endif
 
 namespace {
 
 using at::Tensor;
+
 void check(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, const Tensor& state) {
   TORCH_CHECK(r.dim() == 4, "wkv6: r must be (B, T, H, N), not ", r.sizes());
   TORCH_CHECK(r.numel() > 0, "wkv6: r is empty: ", r.sizes());
@@ -249,11 +250,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   return {gr_, gk_, gv_, gw_, gu_.sum(0), first};
 }
 
-// ---- the GPU: wkv6_cuda.cu -------------------------------------------------------------------------------------------------------
-
 #else
 
+// ---- the GPU ---------------------------------------------------------------------------------------------------------------------
+
 }  // namespace
+
+// In wkv6_cuda.cu.
 
 template <typename scalar, int N>
 cudaError_t wkv6_forward(int B, int T, int H, int chunk, const scalar* r, const scalar* k, const scalar* v, const float* w, const float* u,
@@ -274,18 +277,18 @@ struct At {  // a pointer to the tensor's numbers, of the type that is asked for
   operator T*() const { return x.data_ptr<std::remove_const_t<T>>(); }
 };
 
-// An empty (B, H, chunks, ...) tensor.
-Tensor per_chunk(const Tensor& r, const Tensor& state, at::IntArrayRef sizes) {
-  std::vector<int64_t> all{r.size(0), r.size(2), (r.size(1) + wkv6_chunk - 1) / wkv6_chunk};
-  all.insert(all.end(), sizes.begin(), sizes.end());
-  return at::empty(all, state.options());
+// To work in: the states of every chunk, (B, H, chunks, N, N), and the logs of their decays, (B, H, chunks, N).
+std::pair<Tensor, Tensor> per_chunk(const Tensor& r, const Tensor& state) {
+  const auto B = r.size(0), H = r.size(2), N = r.size(3), chunks = (r.size(1) + wkv6_chunk - 1) / wkv6_chunk;
+  return {at::empty({B, H, chunks, N, N}, state.options()), at::empty({B, H, chunks, N}, state.options())};
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, const Tensor& state) {
   check(r, k, v, w, u, state);
   const c10::cuda::CUDAGuard guard(r.device());
-  const auto N = r.size(3);
-  const auto y = at::empty_like(r), last = at::empty_like(state), states = per_chunk(r, state, {N, N}), log_decay = per_chunk(r, state, {N});
+  const auto y = at::empty_like(r), last = at::empty_like(state);
+  Tensor states, log_decay;
+  std::tie(states, log_decay) = per_chunk(r, state);
   with_type_and_head_size(r, [&](auto scalar, auto n) {
     C10_CUDA_CHECK((wkv6_forward<decltype(scalar), n>(
         r.size(0), r.size(1), r.size(2), wkv6_chunk, At{r}, At{k}, At{v}, At{w}, At{u}, At{state}, At{y}, At{last}, At{states}, At{log_decay},
@@ -300,10 +303,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   check(r, k, v, w, u, state);
   check(r, k, gy, w, u, gstate);  // gy is like v, and gstate like state
   const c10::cuda::CUDAGuard guard(r.device());
-  const auto N = r.size(3);
   const auto gr = at::empty_like(r), gk = at::empty_like(k), gv = at::empty_like(v), gw = at::empty_like(w), gfirst = at::empty_like(state);
-  const auto states = per_chunk(r, state, {N, N}), gstates = at::empty_like(states), log_decay = per_chunk(r, state, {N});
-  const auto gu = at::empty_like(log_decay);
+  Tensor states, log_decay;
+  std::tie(states, log_decay) = per_chunk(r, state);
+  const auto gstates = at::empty_like(states), gu = at::empty_like(log_decay);
   with_type_and_head_size(r, [&](auto scalar, auto n) {
     C10_CUDA_CHECK((wkv6_backward<decltype(scalar), n>(
         r.size(0), r.size(1), r.size(2), wkv6_chunk, At{r}, At{k}, At{v}, At{w}, At{u}, At{state}, At{gy}, At{gstate}, At{gr}, At{gk}, At{gv},
