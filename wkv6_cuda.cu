@@ -32,12 +32,12 @@
 //
 //                       blocks of 1., 3., 4.    MB loaded    MB stored    multiply-adds and multiplications per token, head and N * N
 //     1.6B  forward             512                59.2         21.6       4.5: 1 in 1., 3.5 in 3.
-//     1.6B  backward            512               179.4         56.0      11.5: 2 in 1., 3.5 in 3., 6 in 4.
+//     1.6B  backward            512               179.4         56.0      11: 2 in 1., 3.5 in 3., 5.5 in 4.
 //     7B    forward            1024               118.5         43.3
 //     7B    backward           1024               358.9        111.9
 //
-// Arithmetic, not measurement (this has not run on a GPU yet): at 1.6B the operations take at least 15 and 37 us on a 4090 (16384 lanes, 2.52 GHz),
-// 18 and 46 us on an H100 (16896, 1.98 GHz); all those bytes from memory 80 and 234 us (1008 GB/s), 24 and 70 us (3350 GB/s).
+// Arithmetic, not measurement (this has not run on a GPU yet): at 1.6B the operations take at least 15 and 36 us on a 4090 (16384 lanes, 2.52 GHz),
+// 18 and 44 us on an H100 (16896, 1.98 GHz); all those bytes from memory 80 and 234 us (1008 GB/s), 24 and 70 us (3350 GB/s).
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -310,6 +310,7 @@ __global__ void BOUNDS
       s.k[t][i] = r[t] * expf(passed);
       passed += s.d[t][i];
     }
+    if (n == 0) break;
     __syncthreads();
     G.walk(s.decay, s.k, gy);
   }
