@@ -149,7 +149,8 @@ inline void run_block(int threads) {
 }
 
 inline bool launch(dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
-  error = shared_bytes > SHARED_LIMIT ? "more shared memory than there is" : grid.x && grid.y && grid.z && grid.y < 65536 && grid.z < 65536 ? "" : "no such grid";
+  const bool possible = grid.x && grid.y && grid.z && grid.y < 65536 && grid.z < 65536;
+  error = !possible ? "no such grid" : shared_bytes > SHARED_LIMIT ? "more shared memory than there is" : "";
   if (error.empty()) {
     fibers.resize(threads);
     body = &kernel;
@@ -162,7 +163,8 @@ inline bool launch(dim3 grid, int threads, size_t shared_bytes, const std::funct
   for (const unsigned block : blocks) {
     blockIdx = dim3(block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y);
     run_block(threads);
-    if (std::any_of(shared + shared_bytes, shared + SHARED_LIMIT, [](char c) { return c != char(0xff); })) error = "shared memory beyond its size was written";
+    const bool beyond = std::any_of(shared + shared_bytes, shared + SHARED_LIMIT, [](char c) { return c != char(0xff); });
+    if (beyond) error = "shared memory beyond its size was written";
     if (!error.empty()) break;
   }
   return error.empty();

@@ -88,7 +88,8 @@ template <int N> struct Tokens {
     step = int64_t(gridDim.y) * (reverse ? -N : N);
   }
   // Beyond the last token there are zeros. The last is loaded all the same: at a branch, every load would wait for the one before it.
-  template <typename T> __device__ float get(const T* x, int n) const { const float y = load(x[first + min(n, count - 1) * step]); return n < count ? y : 0.f; }
+  template <typename T>
+  __device__ float get(const T* x, int n) const { const float y = load(x[first + min(n, count - 1) * step]); return n < count ? y : 0.f; }
   __device__ float log_d(const float* w, int n) const { const float y = -expf(get(w, n)); return n < count ? y : 0.f; }
   template <typename T> __device__ void put(T* x, int n, float value) const { if (n < count) store(x[first + n * step], T(value)); }
 };
@@ -154,8 +155,8 @@ template <int N> struct State {
 
 // states: what k_t v_t^T come to at the chunk's end; or reverse, with r, gy for k, v, at its beginning. log_decay: the whole chunk's.
 template <typename scalar, int N>
-__global__ void BOUNDS chunk_states(const scalar* k, const scalar* v, const float* w, float* states, float* log_decay,
-                                                  int T, int chunk, bool reverse) {
+__global__ void BOUNDS chunk_states(const scalar* k, const scalar* v, const float* w, float* states, float* log_decay, int T, int chunk,
+                                    bool reverse) {
   auto& s = reinterpret_cast<Shared<N>&>(shared_memory);
   const Tokens<N> tokens(T, chunk, !reverse);  // away from where the state is wanted, so that the decay up to there is known
   const int i = threadIdx.x;
@@ -174,8 +175,8 @@ __global__ void BOUNDS chunk_states(const scalar* k, const scalar* v, const floa
 
 // states: from what each chunk adds to where each chunk begins (reverse: ends). last: what remains. The grid is (B * H, parts of a state).
 template <int N>
-__global__ void __launch_bounds__(SCAN_THREADS)
-    scan(float* states, const float* log_decay, const float* first, float* last, int chunks, bool reverse) {
+__global__ void __launch_bounds__(SCAN_THREADS) scan(float* states, const float* log_decay, const float* first, float* last, int chunks,
+                                                     bool reverse) {
   constexpr int AHEAD = 4;  // chunks that are loaded before they are needed
   const int at = 4 * (blockIdx.y * SCAN_THREADS + threadIdx.x);
   const int64_t head = blockIdx.x;
@@ -198,8 +199,8 @@ __global__ void __launch_bounds__(SCAN_THREADS)
 // y_t = S^T q_t + (q_t . u k_t) v_t, then S = diag(d_t) S + k_t v_t^T. With r, k, v that is y; with k, r, gy, in reverse, gv.
 // A thread holds four columns: every fourth group of four rows.
 template <typename scalar, int N>
-__global__ void BOUNDS along_values(const scalar* q, const scalar* k, const scalar* v, const float* w, const float* u,
-                                                  const float* states, scalar* y, int T, int chunk, bool reverse) {
+__global__ void BOUNDS along_values(const scalar* q, const scalar* k, const scalar* v, const float* w, const float* u, const float* states,
+                                    scalar* y, int T, int chunk, bool reverse) {
   auto& s = reinterpret_cast<Shared<N>&>(shared_memory);
   const Tokens<N> tokens(T, chunk, reverse);
   const int i = threadIdx.x, column = i / 4 * 4, part = i % 4 * 4;
@@ -239,9 +240,8 @@ __global__ void BOUNDS along_values(const scalar* q, const scalar* k, const scal
 
 // gr, gk, gw (_: tensors), and gu of every chunk. Thread i has part in S and G, and the outputs of key channel i for its own.
 template <typename scalar, int N>
-__global__ void BOUNDS
-    along_keys(const scalar* r_, const scalar* k_, const scalar* v_, const float* w_, const float* u_, const scalar* gy_,
-               const float* states, const float* gstates, scalar* gr_, scalar* gk_, float* gw_, float* gu_, int T, int chunk) {
+__global__ void BOUNDS along_keys(const scalar* r_, const scalar* k_, const scalar* v_, const float* w_, const float* u_, const scalar* gy_,
+                                  const float* states, const float* gstates, scalar* gr_, scalar* gk_, float* gw_, float* gu_, int T, int chunk) {
   auto& s = reinterpret_cast<Shared<N>&>(shared_memory);
   auto& gy = s.q;
   const Tokens<N> tokens(T, chunk, false);

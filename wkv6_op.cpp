@@ -48,7 +48,6 @@ using at::Tensor;
 
 void check(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, const Tensor& state) {
   TORCH_CHECK(r.dim() == 4, "wkv6: r must be (B, T, H, N), not ", r.sizes());
-  TORCH_CHECK(r.numel() > 0, "wkv6: r is empty: ", r.sizes());
   const auto B = r.size(0), H = r.size(2), N = r.size(3);
   TORCH_CHECK(k.sizes() == r.sizes() && v.sizes() == r.sizes() && w.sizes() == r.sizes(), "wkv6: r, k, v, w must have one shape");
   TORCH_CHECK(k.dtype() == r.dtype() && v.dtype() == r.dtype(), "wkv6: r, k, v must have one dtype");
@@ -60,6 +59,7 @@ void check(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, c
     TORCH_CHECK(x.device() == r.device(), "wkv6: every tensor must be on ", r.device(), ", as r is; one is on ", x.device());
   }
 #ifdef WITH_CUDA
+  TORCH_CHECK(r.numel() > 0, "wkv6: r is empty: ", r.sizes());
   TORCH_CHECK(reinterpret_cast<uintptr_t>(state.data_ptr()) % 16 == 0, "wkv6: state must be aligned to 16 bytes");
 #endif
 }
@@ -267,7 +267,7 @@ cudaError_t wkv6_backward(int B, int T, int H, int chunk, const scalar* r, const
                           const float* state, const scalar* gy, const float* gstate, scalar* gr, scalar* gk, scalar* gv, float* gw, float* gu,
                           float* gfirst, float* states, float* gstates, float* log_decay, cudaStream_t stream);
 
-int64_t wkv6_chunk = 64;  // tokens, a multiple of 16. The tests try others.
+int64_t wkv6_chunk = 64;  // tokens; a variable, since the tests try others
 
 namespace {
 
