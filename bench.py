@@ -21,7 +21,7 @@ import data
 import rwkv6
 import train
 from bone import BoneLinear, add_bone
-from files import run_cli
+from files import run_cli, save_stream
 from memory import reuse_freed
 from quant import quantize
 from wkv6 import kernel_problem, wkv6
@@ -189,11 +189,11 @@ def wkv():
 
 
 def random_checkpoint(n_layer, n_embd, vocab_size, path):
-    """A bfloat16 model with random weights. All blocks share theirs, so the file is small; loaded, each has its own."""
+    """A bfloat16 model with random weights, the same in all blocks."""
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in rwkv6.RWKV(rwkv6.sizes(n_layer, n_embd, vocab_size)).named_parameters()}
-    shared = {re.sub(r"^blocks.\d+.", "", name): (0.02 * torch.randn(shape)).bfloat16() for name, shape in shapes.items()}
-    torch.save({name: shared[re.sub(r"^blocks.\d+.", "", name)] for name in shapes}, path)
+        like = {name: p.bfloat16() for name, p in rwkv6.RWKV(rwkv6.sizes(n_layer, n_embd, vocab_size)).named_parameters()}
+    shared = {re.sub(r"^blocks.\d+.", "", name): (0.02 * torch.randn(t.shape)).bfloat16() for name, t in like.items()}
+    save_stream(like, lambda name: shared[re.sub(r"^blocks.\d+.", "", name)], path)
 
 
 def measure(folder, n_layer, n_embd, vocab_size, quant, ctx_len, r):

@@ -4,37 +4,64 @@ import argparse
 import contextlib
 import ctypes
 import difflib
+import glob
 import json
 import mmap
 import os
 import re
+import signal
 import struct
 import sys
 import warnings
 import zipfile
 import zlib
 
+import psutil
 import torch
 
+ABOUT = "about"     # the tensor that makes a .pth the state of a training (resume.py): what is not numbers, as JSON, in bytes
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # what asks a program to end
 
-def read_checkpoint(path):
-    """The dict {name: tensor} in a .pth file, memory-mapped (private: writing to a tensor does not change the file).
-    ValueError or OSError, in one line, for anything that is not a plain dict of floating tensors. Never runs code of a pickle."""
-    with open(path, "rb") as f:  # missing, a folder, not readable: OSError says which
-        is_zip = f.read(4) == b"PK\x03\x04"
+
+def read_tensors(path, verify=True):
+    """The dict {name: tensor} in a .pth file, memory-mapped (private: writing to a tensor does not change the file). ValueError or OSError,
+    in one line, for anything else. Never runs code of a pickle. verify: hold every byte against the file's checksums."""
+    size = os.path.getsize(path)  # missing, or not readable: OSError says which
+    with open(path, "rb") as f:
+        if f.read(4) != b"PK\x03\x04":
+            raise ValueError(f"{path}: not a PyTorch checkpoint" + " (a .st is for Ai00)" * str(path).endswith(".st") + "; nothing was executed, a .pth as torch.save writes it is needed")
     try:
-        with warnings.catch_warnings(action="ignore"):  # of the pickle protocol: what matters is whether it loads
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with zipfile.ZipFile(path) as archive, warnings.catch_warnings(action="ignore"):  # of the pickle protocol: what matters is whether it loads
+            records = archive.infolist()
+            if any(record.compress_type for record in records) or sum(record.file_size for record in records) > size:
+                raise ValueError("it claims to hold more than it does")
+            if wrong := verify and archive.testzip():
+                raise ValueError(f"the checksum of {wrong} is wrong")
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file can fail anywhere in the unpickler
-        what = "a cut or damaged PyTorch checkpoint" if is_zip else "not a PyTorch checkpoint" + " (a .st is for Ai00)" * str(path).endswith(".st")
         if "unsupported global" in str(error).lower():
-            what = "holds more than tensors: code that would run on loading"
-        raise ValueError(f"{path}: {what}; nothing was executed, a whole .pth of tensors is needed") from error
-    items = checkpoint.items() if isinstance(checkpoint, dict) else ()
-    if not items or not all(isinstance(k, str) and isinstance(v, torch.Tensor) and v.is_floating_point() for k, v in items):
-        raise ValueError(f"{path}: not a model checkpoint; a dict of names and floating tensors is needed")
-    for tensor in checkpoint.values():
-        tensor.is_mapped = is_zip  # what is not a zip archive, the format before PyTorch 1.6, is read whole
+            raise ValueError(f"{path}: holds more than tensors: code that would run on loading; nothing was executed, a .pth of tensors is needed") from error
+        why = str(error).partition("\n")[0] if type(error) is ValueError else "it cannot be read"
+        raise ValueError(f"{path}: a cut or damaged PyTorch checkpoint ({why}); copy or download it again") from error
+    items = tensors.items() if isinstance(tensors, dict) else ()
+    if not items or not all(isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided for name, t in items):
+        raise ValueError(f"{path}: not a model checkpoint; a dict of names and tensors is needed")
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    for name, tensor in items:  # a few bytes can claim to be a tensor of any size
+        if not 0 < tensor.nbytes <= tensor.untyped_storage().nbytes() or tensor.is_meta or total > size:
+            raise ValueError(f"{path}: {name} claims to be {tuple(tensor.shape)}, which the file does not hold")
+        tensor.is_mapped = tensor.is_contiguous()
+    return tensors
+
+
+def read_checkpoint(path, verify=True):
+    """What `read_tensors` reads, where that is floating tensors: a base model, or a Bone checkpoint."""
+    checkpoint = read_tensors(path, verify)
+    if ABOUT in checkpoint:
+        raise ValueError(f"{path}: the state of an unfinished training, for --resume; a model or a checkpoint (rwkv-N.pth) is needed")
+    for name, tensor in checkpoint.items():
+        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"{path}: {name} is {tensor.dtype}; not a model checkpoint, which holds floating numbers")
     return checkpoint
 
 
@@ -46,19 +73,43 @@ def release(tensor):
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start), mmap.MADV_DONTNEED)
 
 
+def remove_leftovers(pattern):
+    """Remove the temporary files of `atomic_path` for paths that fit `pattern` (of glob), whose process was killed."""
+    for path in glob.glob(f"{pattern}.*.tmp"):
+        pid = path.split(".")[-2]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            os.unlink(path)
+
+
+def sync_folder(folder):
+    """What was renamed or removed there stays so, even when the power fails. (Windows has no way to ask for that.)"""
+    if os.name == "posix":
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
 @contextlib.contextmanager
 def atomic_path(path):
-    """A temporary path in the folder of `path`; renamed to `path` when the block ends well, removed when it does not."""
+    """A new, empty, temporary file in the folder of `path`; renamed to `path` when the block ends well, removed when it does not.
+    A symbolic link at `path` is replaced, not followed."""
+    path = os.fspath(path)
     folder = os.path.join(os.path.dirname(path) or ".", "")  # with a / at its end, as a file is no folder
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        why = "it is a folder" if os.path.isdir(path) else f"{folder} is read-only" if os.path.isdir(folder) else f"there is no folder {folder}"
+    if os.path.lexists(path) and not os.path.isfile(path) or not os.access(folder, os.W_OK):
+        why = f"{folder} is read-only" if os.path.isdir(folder) else f"there is no folder {folder}"
+        why = "it is a folder" if os.path.isdir(path) else "it is no file" if os.path.lexists(path) else why
         raise ValueError(f"{path}: cannot be written, as {why}; mend that, or write elsewhere")
-    temporary = f"{path}.{os.getpid()}"
+    remove_leftovers(glob.escape(path))
+    temporary = f"{path}.{os.getpid()}.tmp"
     try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # EXCL: never through a link that lay there
         yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        sync_folder(folder)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -117,7 +168,7 @@ def trained_quant(path, quant):
                 trained = json.load(f).get("quant", trained)
             if trained not in ("none", "int8", "nf4"):
                 raise ValueError(f"quant {trained!r} is unknown")
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{remembered}: not the arguments of a training run ({error}); move it away, and give --quant") from error
     if quant not in (None, trained):
         raise ValueError(f"{path}: trained with --quant {trained} ({remembered}), but --quant is {quant}; use {trained}")
@@ -138,13 +189,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_cli(main):
-    """Run a program's main(): a ValueError, OSError or want of memory becomes `error: ...` on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run a program's main(): a ValueError, OSError or want of memory becomes `error: ...` on stderr and exit code 2; Ctrl-C, or a request to
+    end (SIGTERM, SIGHUP), ends it through every `finally`, with exit code 128 + the signal's number."""
+    def end(number, _):
+        raise SystemExit(128 + number)
+
+    for number in STOPPING[1:]:
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
+            signal.signal(number, end)
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+    except (OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
         file = getattr(error, "filename", None)
-        text = str(error).partition("\n")[0] if isinstance(error, torch.OutOfMemoryError) else error
+        text = str(error).partition("\n")[0] if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else error
         print(f"error: {file}: {error.strerror}" if file else f"error: {text}", file=sys.stderr)
         sys.exit(2)

@@ -245,7 +245,7 @@ def load_model(path, dtype=None, device="cpu", quant="none"):
     The file is mapped; a tensor is placed, then its pages are given back, so memory is never more than the model's and one tensor's.
     Returns an RWKV. ValueError for a missing, misshapen or non-finite tensor. On the meta device, sizes are all that is looked at.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, verify=torch.device(device).type != "meta")
     checkpoint.pop("copy_mask", None)  # of a model with head_qk that RWKV-PEFT wrote: what `tril` does
     config = config_of(checkpoint, path)
     with torch.device("meta"):

@@ -380,7 +380,7 @@ def test_from_text_to_a_tuned_model_that_writes():
 
 @pytest.mark.parametrize("line, says", [
     ("train.py --load_model gone.pth --data_file x", "gone.pth: No such file or directory"),
-    ("merge.py code.pth ckpt.pth out.pth", "code.pth: not a PyTorch checkpoint; nothing was executed, a whole .pth of tensors is needed"),
+    ("merge.py code.pth ckpt.pth out.pth", "code.pth: not a PyTorch checkpoint; nothing was executed, a .pth as torch.save writes it is needed"),
 ])
 def test_an_error_is_one_line_and_no_traceback(line, says):
     pathlib.Path("code.pth").write_bytes(pickle.dumps(os.getcwd))

@@ -152,7 +152,7 @@ def build_model(args, device):
                 p.data = p.data.float()
                 p.requires_grad_(True)
         trained = {name for name, p in model.named_parameters() if p.requires_grad} | loaded.keys()
-        save_dtype = read_checkpoint(args.load_model)["emb.weight"].dtype
+        save_dtype = read_checkpoint(args.load_model, verify=False)["emb.weight"].dtype
     model.grad_cp = bool(args.grad_cp)
     for time_mix in model.modules():
         if args.fla and isinstance(time_mix, rwkv6.TimeMix):
