@@ -92,7 +92,7 @@ def train_step(model, optimizer, T):
     """One whole optimizer step on T random tokens."""
     idx, targets = torch.randint(VOCAB, (2, 1, T))
     loss = train.step(model, [(idx, targets, torch.ones(1, T))], torch.autocast("cpu", torch.bfloat16))
-    train.update(optimizer, torch.amp.GradScaler("cpu", enabled=False), 1e-6, 0, loss)
+    train.update(optimizer, torch.amp.GradScaler("cpu", enabled=False), 1e-6, sum(loss))
 
 
 def products(matrices, x):

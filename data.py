@@ -16,12 +16,14 @@ holds the tokens of all documents, each ended by token 0, and nothing else; x.id
 
 import ast
 import codecs
+import contextlib
 import functools
 import json
 import os
 import pathlib
 import re
 import struct
+import zlib
 from array import array
 
 import numpy as np
@@ -112,6 +114,10 @@ class Documents:
         start = self.pointers[i] // self.tokens.itemsize
         return self.tokens[start:start + self.sizes[i]].astype(np.int64)
 
+    def fingerprint(self):
+        """A number that other documents hardly share: of all their sizes, and of the first million tokens."""
+        return zlib.crc32(np.ascontiguousarray(self.tokens[:1 << 20]), zlib.crc32(np.ascontiguousarray(self.sizes)))
+
     def vocab_size(self):
         """The smallest vocabulary with which a model can read this."""
         return len(self.vocabulary) if self.vocabulary else int(self.tokens.max()) + 1
@@ -148,7 +154,7 @@ def write_binidx(prefix, documents, dtype=np.uint16):
     """Write an iterable of documents (sequences of token ids), one at a time, to prefix.bin and prefix.idx, whole or not at all.
     Returns (number of documents, number of tokens). ValueError for a token that dtype cannot hold."""
     prefix, sizes, pointers = _prefix(prefix), array("i"), array("q")
-    with atomic_path(prefix + ".idx") as idx_path, atomic_path(prefix + ".bin") as bin_path, open(bin_path, "wb") as f:  # .idx comes last
+    with atomic_path(prefix + ".idx") as idx_path, atomic_path(prefix + ".bin") as bin_path, open(bin_path, "wb") as f:
         for document in documents:
             stored = np.asarray(document, np.int64).astype(dtype)
             if not np.array_equal(stored, document):
@@ -158,6 +164,8 @@ def write_binidx(prefix, documents, dtype=np.uint16):
             f.write(stored)
         n, code = len(sizes), next(code for code in DTYPES if DTYPES[code] == dtype)
         pathlib.Path(idx_path).write_bytes(HEADER.pack(MAGIC, 1, code, n, n + 1) + b"".join((sizes, pointers, array("q", range(n + 1)))))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(prefix + ".idx")  # of an earlier conversion: from here on, until the new one is there, nothing is a pair
     return n, sum(sizes)
 
 
@@ -315,23 +323,30 @@ def _permutation(seed, epoch, n):
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
+def rows_of(data, step, micro_bsz, ctx_len, dataload="pad", seed=0, shuffle=True):
+    """What micro batch number `step` consists of, a function of nothing but the arguments: micro_bsz ints.
+    "pad", "only": documents, the next ones of an endless stream in which each epoch is a permutation of all (without shuffle, their order).
+    "get": random places in the whole token stream, where windows of ctx_len + 1 tokens begin."""
+    if dataload == "get":
+        n = len(data.tokens) - ctx_len  # places; the last token of a window is a target only
+        if n < 1:
+            raise ValueError(f"{data.prefix}: {len(data.tokens)} tokens, too few for --dataload get; use --ctx_len {len(data.tokens) - 1} or less")
+        return np.random.default_rng([seed, step, 1]).integers(n, size=micro_bsz).tolist()  # the 1: apart from the permutations
+    places = [divmod(step * micro_bsz + b, len(data)) for b in range(micro_bsz)]
+    return [int(_permutation(seed, epoch, len(data))[i]) if shuffle else i for epoch, i in places]
+
+
 def batch(data, step, micro_bsz, ctx_len, dataload="pad", loss_mask="pad", seed=0, shuffle=True):
-    """Micro batch number `step`: idx, targets (B, T) int64 and mask (B, T) float32, a function of nothing but its arguments.
-    "pad", "only" (B = 1): the next B = micro_bsz documents of an endless stream, in which each epoch is a permutation of all (without
-    shuffle, their order). "get": B windows of T = ctx_len at random places of the whole token stream."""
+    """Micro batch number `step`, the rows that `rows_of` names: idx, targets (B, T) int64 and mask (B, T) float32. B = micro_bsz, 1 for
+    "only"; T is ctx_len for "get"."""
     if dataload not in ("pad", "only", "get") or isinstance(loss_mask, str) and loss_mask not in ("pad", "none", *MARKERS):
         raise ValueError(f"--dataload {dataload} --loss_mask {loss_mask}: there are pad, only, get and pad, none, qa, se")
-    if dataload == "get":
-        n, width = len(data.tokens), ctx_len + 1  # the last token of a window is a target only
-        if n < width:
-            raise ValueError(f"{data.prefix}: {n} tokens, too few for --dataload get; use --ctx_len {n - 1} or less")
-        starts = np.random.default_rng([seed, step, 1]).integers(n - width + 1, size=micro_bsz)  # the 1: apart from the permutations
-        return collate([data.tokens[start:start + width].astype(np.int64) for start in starts], ctx_len, loss_mask)
     if dataload == "only" and micro_bsz != 1:
         raise ValueError(f"--dataload only takes one document at a time, but --micro_bsz is {micro_bsz}; use --dataload only --micro_bsz 1")
     loss_mask = "pad" if (dataload, loss_mask) == ("only", "none") else loss_mask  # the same, where nothing is padded
-    places = [divmod(step * micro_bsz + b, len(data)) for b in range(micro_bsz)]
-    return collate([data[_permutation(seed, epoch, len(data))[i] if shuffle else i] for epoch, i in places], ctx_len, loss_mask)
+    rows = rows_of(data, step, micro_bsz, ctx_len, dataload, seed, shuffle)
+    documents = [data.tokens[start:start + ctx_len + 1].astype(np.int64) if dataload == "get" else data[start] for start in rows]
+    return collate(documents, ctx_len, loss_mask)
 
 
 def main(argv=None):

@@ -3,7 +3,10 @@
 import csv
 import json
 import os
+import re
 import time
+
+from tqdm import tqdm
 
 from files import atomic_path
 
@@ -12,40 +15,63 @@ class Log:
     """In proj_dir: args.json, train_log.txt (a line per epoch), loss.csv (a row per step and held-out loss), loss.png, and vocab.json where
     tokens are characters. With --wandb losses and learning rate go there, too."""
 
-    def __init__(self, args, vocabulary):
-        """Nothing is written yet; but wandb, with whom something may be wrong, is asked now, before the base is loaded."""
+    def __init__(self, args, vocabulary, wandb_id=None):
+        """Nothing is written yet; but wandb, with whom something may be wrong, is asked now, before the base is loaded. It is told
+        arguments and losses, no code, no git remote, no output. wandb_id: of the run that goes on."""
         self.args, self.vocabulary, self.wandb = args, vocabulary, None
-        self.curve, self.picture = (os.path.join(args.proj_dir, name) for name in ("loss.csv", "loss.png"))
+        self.text, self.curve, self.picture = (os.path.join(args.proj_dir, name) for name in ("train_log.txt", "loss.csv", "loss.png"))
+        self.unwritten = {self.text: "", self.curve: ""}
         if args.wandb:
             import wandb
+            settings = wandb.Settings(disable_git=True, save_code=False, console="off")
             try:
-                self.wandb = wandb.init(project=args.wandb, config=vars(args), dir=args.proj_dir, save_code=False)
+                self.wandb = wandb.init(project=args.wandb, config=vars(args), dir=args.proj_dir, settings=settings, id=wandb_id, resume="allow")
             except wandb.errors.Error as error:
                 raise ValueError(f"--wandb {args.wandb}: {error}".replace("\n", " ") + " Or keep it here: WANDB_MODE=offline") from error
 
-    def open(self):
-        os.makedirs(self.args.proj_dir, exist_ok=True)
+    def open(self, progress, resumed):
+        """Begin, at `progress`. A run that is resumed wrote rows of later steps, perhaps, before it was killed: they come again."""
         contents = {"args.json": vars(self.args)} | ({"vocab.json": dict(enumerate(self.vocabulary))} if self.vocabulary else {})
         for name, content in contents.items():
             with atomic_path(os.path.join(self.args.proj_dir, name)) as path, open(path, "w", encoding="utf-8") as f:
                 json.dump(content, f, indent=1, ensure_ascii=False)
-        self.text, self.csv = (open(path, "a", buffering=1) for path in (os.path.join(self.args.proj_dir, "train_log.txt"), self.curve))
-        self.text.write(f"NEW RUN {json.dumps(vars(self.args))}\n")
-        if self.csv.tell() == 0:
-            self.csv.write("step,loss,lr,val_loss\n")
+        if self.args.resume and os.path.exists(self.curve):
+            def known(row):
+                step, val_loss = (re.fullmatch(r"(\d+),[^,]*,[^,]*,([^,]*)\n", row) or re.match("()()", "")).groups()
+                return step and int(step) < progress.step + bool(resumed and val_loss and not progress.losses)
+            with open(self.curve, encoding="utf-8") as f:
+                header, *rows = f.readlines() or [""]
+            with atomic_path(self.curve) as path, open(path, "w", encoding="utf-8") as f:
+                f.writelines([header, *filter(known, rows)])
+        self.write(self.text, f"{'RESUMED' if resumed else 'NEW RUN'} {json.dumps(vars(self.args))}\n")
+
+    def write(self, path, text):
+        """Append to a file. Where that fails, as on a full disk, the text is kept, and comes with the next one."""
+        self.unwritten[path] += text
+        try:
+            with open(path, "ab", buffering=0) as f:
+                end = f.tell()
+                header = "step,loss,lr,val_loss\n" * (path == self.curve and end == 0)
+                content = (header + self.unwritten[path]).encode()
+                if f.write(content) < len(content):
+                    f.truncate(end)
+                else:
+                    self.unwritten[path] = ""
+        except OSError:
+            pass
 
     def line(self, text):
-        print(text)
-        self.text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        tqdm.write(text)
+        self.write(self.text, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def point(self, step, loss="", lr="", val_loss=""):
-        self.csv.write(f"{step},{loss},{lr},{val_loss}\n")
-        if self.wandb:
+        self.write(self.curve, f"{step},{loss},{lr},{val_loss}\n")
+        if self.wandb and step >= self.wandb.step:  # what a resumed run does again, it has already
             self.wandb.log({name: value for name, value in (("loss", loss), ("lr", lr), ("val_loss", val_loss)) if value != ""}, step=step)
         return val_loss
 
     def close(self):
-        """End the wandb run; draw loss.png, where matplotlib is. Returns what to say of it."""
+        """End the wandb run; draw loss.png, where matplotlib is, and room. Returns what to say of it."""
         if self.wandb:
             self.wandb.finish()
         try:
@@ -53,12 +79,15 @@ class Log:
         except ImportError:
             return ""
         axes = (figure := Figure(figsize=(8, 4.5))).add_subplot(xlabel="step", ylabel="loss (nats per token)")
-        with open(self.curve) as f:
-            rows = list(csv.DictReader(f))
-        for column, label, style in (("loss", "training loss", "-"), ("val_loss", "held-out loss", "o-")):
-            if points := [(int(row["step"]), float(row[column])) for row in rows if row[column]]:
-                axes.plot(*zip(*points), style, label=label, linewidth=1)
-        axes.legend()
-        with atomic_path(self.picture) as path:
-            figure.savefig(path, format="png", dpi=120)
+        try:
+            with open(self.curve, encoding="utf-8") as f:
+                rows = list(csv.DictReader(f))
+            for column, label, style in (("loss", "training loss", "-"), ("val_loss", "held-out loss", "o-")):
+                if points := [(int(row["step"]), float(row[column])) for row in rows if row[column]]:
+                    axes.plot(*zip(*points), style, label=label, linewidth=1)
+            axes.legend()
+            with atomic_path(self.picture) as path:
+                figure.savefig(path, format="png", dpi=120)
+        except (OSError, ValueError) as error:
+            return f", but no {self.picture} ({error})"
         return f" and {self.picture}"

@@ -1,6 +1,6 @@
 """train.py's command line, as a table: flag, kind, default, what it is for. The names are those of RWKV-PEFT.
 
-A kind is what argparse calls a type, a tuple of choices, bool for a flag without a value, or list. A default of None is found
+A kind is what argparse calls a type, a tuple of choices, bool for a flag without a value, list, or a dict of argparse's own words. A default of None is found
 elsewhere, as the help says. The README's tables are held against this one by test_options.py.
 """
 
@@ -92,6 +92,10 @@ TABLE = {
         ("epoch_begin", number(int, 0), 0, "number of the first epoch"),
         ("epoch_steps", number(int, 0), 0, "optimizer steps in an epoch; 0: as many as it takes to see the data once"),
         ("epoch_save", number(int, 0), 1, "save a checkpoint every this many epochs; 0: the last one alone"),
+        ("save_steps", number(int, 0), 500, "save the state of the run every this many steps, and with every checkpoint; 0: only then"),
+        ("keep", number(int, 1), 1, "number of states that are kept"),
+        ("resume", {"nargs": "?", "const": "last", "type": choice("resume", ("last", "auto")), "metavar": "auto"}, None,
+         "go on from the last state in proj_dir, exactly; auto: begin anew where there is none"),
         ("micro_bsz", number(int, 1), 1, "rows in a micro batch: what goes through the model at once"),
         ("accumulate_grad_batches", number(int, 1), 1, "micro batches in an optimizer step"),
         ("random_seed", number(int, 0), 0, "seed of the data order and of a new model"),
@@ -134,7 +138,8 @@ def make_parser():
                 choices = f"{{{','.join(map(str, kind))}}}"
                 options = {"type": choice(name, kind), "metavar": choices if len(choices) < 60 else "NAME"}
             else:
-                options = {list: {"nargs": "*"}, bool: {"action": "store_true"}}.get(kind) or {"type": kind, "metavar": kind.__name__.upper()}
+                options = kind if isinstance(kind, dict) else {list: {"nargs": "*"}, bool: {"action": "store_true"}}.get(kind) or {
+                    "type": kind, "metavar": kind.__name__.upper()}
             shown = f" (default: {shown_default(default)})" if shown_default(default) else ""
             group.add_argument(f"--{name}", default=default, help=text + shown, **options)
     return parser

@@ -53,7 +53,7 @@ def world():
 def test_the_tutorial_s_command_trains_word_for_word_but_for_the_size(world, capsys):
     """What follows --bone_config stands for another base and another machine, and nothing else."""
     train.train(train.parse_args(shlex.split(f"{TUTORIAL} {SMALL} --quant nf4")))
-    assert {path.name for path in pathlib.Path("out").glob("*.pth")} == {f"rwkv-{epoch}.pth" for epoch in range(5)}
+    assert {path.name for path in pathlib.Path("out").glob("rwkv-*.pth")} == {f"rwkv-{epoch}.pth" for epoch in range(5)}
     assert column("lr") == [2e-5] * 5 and {t.shape for n, t in read("out/rwkv-4.pth").items() if n.endswith("key.bone")} == {(2, 64, 64)}
     assert "deepspeed_stage_1 shares out what several devices hold; on one, plain PyTorch stands in" in capsys.readouterr().out
 
@@ -110,8 +110,9 @@ OTHER = {  # values of options that have no list of choices
     "mask_id": ["'{\"mask0\":\"0\",\"mask1\":\"1\"}'"], "proj_dir": ["out"], "epoch_count": [1], "epoch_begin": [3], "epoch_steps": [2],
     "epoch_save": [0, 5], "micro_bsz": [2], "accumulate_grad_batches": [2], "random_seed": [7], "lr_init": [1e-3], "lr_final": [0],
     "warmup_steps": [2, -1], "beta1": [0.8], "beta2": [0.999], "adam_eps": [1e-6], "weight_decay": [0.1], "devices": [1], "fla": [""],
+    "save_steps": [0, 1], "keep": [2], "resume": ["auto"],
 }
-APART = {"wandb", "dry_run"}  # tested below, and in test_train.py
+APART = {"wandb", "dry_run"}  # tested below, and in test_train.py; --resume without a value in test_resume.py
 VALUES = [(name, value) for flags in options.TABLE.values() for name, kind, *_ in flags
           for value in (kind if isinstance(kind, tuple) else OTHER.get(name, [])) if (name, value) != ("accelerator", "gpu")]
 
@@ -346,7 +347,7 @@ def test_a_run_whose_every_step_overflows_is_no_success(monkeypatch, capsys):
         model.blocks[1].ln1.bias.grad[3] = math.inf
         return loss
     monkeypatch.setattr(train, "step", step)
-    with pytest.raises(ValueError, match="the gradient was infinite in each of 3 steps"):
+    with pytest.raises(ValueError, match="loss or gradient were not finite in each of 3 steps"):
         run("--precision fp16 --epoch_steps 3")
     assert not os.path.exists("out/rwkv-0.pth")
 

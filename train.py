@@ -1,7 +1,7 @@
 """Fine-tune an RWKV-6 or RWKV-5 model with Bone, or pretrain a small one from scratch. `python train.py --help` lists every flag.
 
 Data flows one way: file -> tokens -> batch -> model -> loss -> step -> checkpoint. A batch is a function of (seed, step),
-so a run is a function of its command line.
+so a run is a function of its command line, wherever it is interrupted and resumed.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import importlib.util
 import math
 import os
 import shlex
+import shutil
 import time
 
 import torch
@@ -22,8 +23,9 @@ from tqdm import tqdm
 import bone
 import data
 import memory
+import resume
 import rwkv6
-from files import read_checkpoint, run_cli, save_stream, trained_quant
+from files import fingerprint, read_checkpoint, run_cli, trained_quant
 from log import Log
 from options import parse_args
 
@@ -196,21 +198,21 @@ def open_documents(args, vocab_size=None):
 
 
 def expected_memory(args, device):
-    """The model that the flags ask for, on the meta device, and {part: bytes} of what its training takes at the peak."""
-    model, _, _ = build_model(args, torch.device("meta"))
+    """What `build_model` makes on the meta device, and {part: bytes} of what its training takes at the peak."""
+    model, *_ = built = build_model(args, torch.device("meta"))
     autocast, _ = precision(args, device)
 
     def loss():
         idx = torch.zeros(args.micro_bsz, args.ctx_len, dtype=torch.int64, device=device)
         with autocast:
             return loss_fn(model, idx, idx, torch.ones(idx.shape, device=device), 1, idx.numel())
-    return model, memory.expected(model, loss, device, args.accumulate_grad_batches > 1)
+    return built, memory.expected(model, loss, device, args.accumulate_grad_batches > 1)
 
 
 def check_memory(args, device):
     """What is trained, and the memory that takes: printed with --dry_run, or where it is not there, which is a ValueError before anything
-    is loaded. Returns the model on the meta device."""
-    model, parts = expected_memory(args, device)
+    is loaded. Returns what `build_model` makes on the meta device."""
+    (model, *_), parts = built, _ = expected_memory(args, device)
     need, free = sum(parts.values()), memory.available(device)
     if args.dry_run or need > free:
         print(model.config)
@@ -230,17 +232,32 @@ def check_memory(args, device):
         less, flag = min((need_with(*change), "--{} {}".format(*change)) for change in changes)
         advice = f"what helps most is {flag}, with which it would take {less / 1e9:.2f} GB" if less < need else "no flag helps: take a smaller model"
         raise ValueError(f"training would take {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; {advice}")
-    return model
+    return built
 
 
-def check_folder(args, paths):
-    """ValueError where proj_dir cannot take this run: a file, one of the checkpoints to come is there, or others on another quantization."""
-    if os.path.exists(args.proj_dir) and not os.path.isdir(args.proj_dir):
-        raise ValueError(f"--proj_dir {args.proj_dir} is a file; give a folder, which is made where it is missing")
-    for path in filter(os.path.exists, paths.values()):
-        raise ValueError(f"{path}: already there, from an earlier run; give another --proj_dir, or move it away")
+def check_folder(args, paths, first, progress, same):
+    """ValueError where proj_dir cannot take this run, from step `first`: what it would write is there, of another run, or it has no room.
+    paths: {step: checkpoint after that step}; progress: of the state to go on from, or None; same: whether it is the same run exactly."""
+    for step, path in paths.items():
+        if os.path.lexists(path) and not (progress and (same or step <= progress.step)):
+            raise ValueError(f"{path}: already there, from an earlier run; give another --proj_dir, or move it away")
+    for step, path in resume.states(args.proj_dir).items():
+        if not progress and step > first:
+            raise ValueError(f"{path}: the state of an earlier run; go on with it by --resume, give another --proj_dir, or move it away")
     for path in glob.glob(os.path.join(glob.escape(args.proj_dir), "rwkv-*.pth")):
         trained_quant(path, args.quant)  # args.json, which is written anew, must stay true of what is there
+
+
+def check_room(args, built, paths):
+    """ValueError where the disk has no room for the checkpoints and states to come."""
+    model, names, dtype = built
+    numbers = sum(p.numel() for name, p in model.named_parameters() if name in names)
+    checkpoints, states = (path for path in paths if not os.path.exists(path)), args.keep + 1 - len(resume.states(args.proj_dir))
+    need = numbers * (dtype.itemsize * len([*checkpoints]) + 12 * max(0, states))  # a state holds, in float32, weights and Adam's two moments
+    free = shutil.disk_usage(args.proj_dir).free
+    if need > free:
+        raise ValueError(f"{args.proj_dir}: the run will write {need / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free; make room, give another "
+                         "--proj_dir, or save less by --epoch_save")
 
 
 def describe(args, model, documents, steps, silent, loss_mask):
@@ -257,30 +274,30 @@ def describe(args, model, documents, steps, silent, loss_mask):
 
 
 def step(model, micro, autocast, scaler=None):
-    """Forward and backward of an optimizer step's micro batches. Returns the mean loss over all their counting tokens."""
+    """Forward and backward of an optimizer step's micro batches. Returns the loss of each; their sum is the mean over all counting tokens."""
     tokens, positions = sum(mask.sum().item() for _, _, mask in micro), sum((targets >= 0).sum().item() for _, targets, _ in micro)
-    total = 0.0
+    losses = []
     for batch in micro:
         with autocast:
             loss = loss_fn(model, *(x.to(model.head.weight.device) for x in batch), tokens, positions)
         (scaler.scale(loss) if scaler else loss).backward()
-        total += loss.item()
-    return total
+        losses.append(loss.item())
+    return losses
 
 
-def update(optimizer, scaler, lr, i, loss):
-    """Step i of the optimizer, on gradients clipped to a norm of 1. Returns whether it was taken: in fp16 it is not where a gradient is
-    infinite; the scale is halved then, and 1 at last. ValueError where loss or gradient are not finite otherwise."""
+def update(optimizer, scaler, lr, loss):
+    """A step of the optimizer, on gradients clipped to a norm of 1. Returns what that norm was, and whether it is a mere overflow of fp16.
+    Where the norm, or the loss, is not finite, nothing is changed but the scale of fp16, which is halved."""
+    scale = scaler.get_scale()
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0).item()
-    if not math.isfinite(loss + (norm if scaler.get_scale() <= 1 else 0)):
-        raise ValueError(f"step {i}: loss {loss}, gradient norm {norm}; what is saved is good. Try a smaller --lr_init, or --precision fp32")
-    scaler.step(optimizer)
+    if math.isfinite(loss + norm):
+        scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    return math.isfinite(norm)
+    return norm, scale > 1 and math.isfinite(loss) and not math.isfinite(norm)
 
 
 @torch.no_grad()
@@ -299,62 +316,92 @@ def val_loss(model, documents, micro_bsz, ctx_len, loss_mask, autocast):
 # ---- the loop -----------------------------------------------------------------------------------------------------------------
 
 def train(args):
-    """A whole run: data and model, then epochs of optimizer steps, with logs, held-out losses and checkpoints in proj_dir."""
+    """A whole run: data and model, then epochs of optimizer steps, with logs, held-out losses, checkpoints and states in proj_dir."""
     device = torch.device("cuda" if args.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-    epochs, N = range(args.epoch_begin, args.epoch_begin + args.epoch_count), args.accumulate_grad_batches
-    paths = {epoch: os.path.join(args.proj_dir, f"rwkv-{epoch}.pth") for epoch in epochs
-             if (epoch + 1 - epochs[0]) % (args.epoch_save or len(epochs)) == 0 or epoch == epochs[-1]}
     if not (args.load_model or args.vocab_size) and (args.data_type or data.kind_of(args.data_file)) not in ("binidx", "jsonl"):
         args.vocab_size = open_documents(args)[0].vocab_size()
-    vocab_size = check_memory(args, device).config.vocab_size
-    if args.dry_run:
-        return
-    check_folder(args, paths)
-    documents, held_out = open_documents(args, vocab_size)
+    built = check_memory(args, device)
+    if not args.dry_run:
+        with resume.lock(args.proj_dir):
+            run(args, device, built)
+
+
+def run(args, device, built):
+    """What `train` does when it holds the lock of proj_dir. built: what `build_model` makes on the meta device."""
+    epochs, N = range(args.epoch_begin, args.epoch_begin + args.epoch_count), args.accumulate_grad_batches
+    documents, held_out = open_documents(args, built[0].config.vocab_size)
     loss_mask = args.loss_mask if args.loss_mask != "se" else (args.mask_id["mask1"], args.mask_id["mask0"])
     silent, _ = (data.check_mask(d, args.ctx_len, loss_mask) if d else 0 for d in (documents, held_out))
-    micro_batch = functools.partial(data.batch, documents, micro_bsz=args.micro_bsz, ctx_len=args.ctx_len, dataload=args.dataload,
-                                    loss_mask=loss_mask, seed=args.random_seed, shuffle=bool(args.data_shuffle))
+    rows = dict(micro_bsz=args.micro_bsz, ctx_len=args.ctx_len, dataload=args.dataload, seed=args.random_seed, shuffle=bool(args.data_shuffle))
+    micro_batch = functools.partial(data.batch, documents, loss_mask=loss_mask, **rows)
     micro_batch(0)  # what cannot be batched is refused here
-    log = Log(args, documents.vocabulary)
+    once = len(documents) if args.dataload != "get" else len(documents.tokens) / args.ctx_len
+    steps = args.epoch_steps or math.ceil(once / (args.micro_bsz * N))
+    paths = {(epoch + 1) * steps: os.path.join(args.proj_dir, f"rwkv-{epoch}.pth") for epoch in epochs
+             if (epoch + 1 - epochs[0]) % (args.epoch_save or len(epochs)) == 0 or epoch == epochs[-1]}
+    first, last = epochs[0] * steps, epochs.stop * steps
+
+    about = {"base": fingerprint(args.load_model), "data": documents.fingerprint()}
+    state = resume.load(args.proj_dir, args.resume) if args.resume else None
+    changes = resume.check_same_run(state, args, about) if state else []
+    check_folder(args, paths, first, state and state.progress, not changes)
+    if state and state.progress.step >= last and not state.progress.losses:
+        return print(f"{args.proj_dir}: this run is complete, {last - first} steps; a higher --epoch_count trains on")
+    check_room(args, built, paths.values())
+    log = Log(args, documents.vocabulary, state and state.about["wandb"])
     if device.type == "cpu":
         memory.reuse_freed()
     model, saved_names, save_dtype = build_model(args, device)
     optimizer = make_optimizer(model, args.lr_init, (args.beta1, args.beta2), args.adam_eps, args.weight_decay, args.layerwise_lr)
     autocast, scaler = precision(args, device)
     held_out_loss = functools.partial(val_loss, model, held_out, args.micro_bsz, args.ctx_len, loss_mask, autocast)
-    once = len(documents) if args.dataload != "get" else len(documents.tokens) / args.ctx_len
-    steps = args.epoch_steps or math.ceil(once / (args.micro_bsz * N))
+    weights = {name: p for name, p in model.named_parameters() if name in saved_names}
+    progress = state.restore(weights, optimizer, scaler) if state else resume.Progress(first)
+    saver = resume.Saver(args.proj_dir, args.keep, log, about | {"args": vars(args), "wandb": log.wandb and log.wandb.id},
+                         progress, weights, optimizer, scaler)
     describe(args, model, documents, steps, silent, loss_mask)
+    log.open(progress, bool(state))
+    if state:
+        log.line(f"going on from {state.path}: step {progress.step} of {last}" + f", with other {', '.join(changes)}" * bool(changes))
+    elif held_out:
+        print(f"held-out loss before training: {log.point(first, val_loss=held_out_loss()):.4f}")
 
-    log.open()
-    if held_out:
-        print(f"held-out loss before training: {log.point(epochs[0] * steps, val_loss=held_out_loss()):.4f}")
-    skipped = 0
-    for epoch in epochs:
-        losses = []
-        with tqdm(total=steps, desc=f"epoch {epoch}", unit="step", dynamic_ncols=True) as bar:
-            for i in range(epoch * steps, (epoch + 1) * steps):
-                started = time.perf_counter()
-                lr = learning_rate(i, epochs[0] * steps, args.epoch_count * steps, args.lr_init, args.lr_final, args.warmup_steps)
-                micro = [micro_batch(i * N + n) for n in range(N)]
-                losses.append(step(model, micro, autocast, scaler))
-                skipped += not update(optimizer, scaler, lr, i, losses[-1])
-                log.point(i, loss=losses[-1], lr=lr)
-                speed = sum(idx.numel() for idx, _, _ in micro) / (time.perf_counter() - started)
-                bar.set_postfix_str(f"loss {losses[-1]:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s, {memory.peak(device) / 1e9:.1f} GB")
-                bar.update()
-        if skipped == len(epochs) * steps:
-            raise ValueError(f"the gradient was infinite in each of {skipped} steps, so nothing was learnt; use --precision bf16 or fp32")
-        log.line(f"epoch {epoch}: mean loss {sum(losses) / steps:.4f}"
-                 + f", {skipped} steps so far left out, whose gradient fp16 could not hold" * bool(skipped)
-                 + (f", held-out loss {log.point((epoch + 1) * steps, val_loss=held_out_loss()):.4f}" if held_out else ""))
-        if epoch in paths:
-            checkpoint = {name: p.detach().to("cpu", save_dtype) for name, p in model.named_parameters() if name in saved_names}
-            save_stream(checkpoint, checkpoint.get, paths[epoch])
-    print(f"wrote {paths[epochs[-1]]}{log.close()}; peak memory {memory.peak(device) / 1e9:.2f} GB")
+    with saver.rescue():
+        for epoch in range((progress.step - bool(progress.losses)) // steps, epochs.stop):
+            with tqdm(total=steps, initial=progress.step - epoch * steps, desc=f"epoch {epoch}", unit="step", dynamic_ncols=True) as bar:
+                while (i := progress.step) < (epoch + 1) * steps:
+                    started = time.perf_counter()
+                    lr = learning_rate(i, first, args.epoch_count * steps, args.lr_init, args.lr_final, args.warmup_steps)
+                    with resume.unbroken():
+                        micro = [micro_batch(i * N + n) for n in range(N)]
+                        losses = step(model, micro, autocast, scaler)
+                        with saver.changing():
+                            norm, overflow = update(optimizer, scaler, lr, sum(losses))
+                            progress.count(sum(losses), norm, overflow)
+                    log.point(i, loss=sum(losses), lr=lr)
+                    if progress.bad_in_a_row:
+                        bad = [n for n in range(N) if not math.isfinite(losses[n])] or range(N)
+                        numbers = (str(row) for n in bad for row in data.rows_of(documents, i * N + n, **rows))
+                        log.line(f"step {i} left out: loss {sum(losses)}, gradient norm {norm}; "
+                                 f"{'rows that begin at tokens' if args.dataload == 'get' else 'documents'} {' '.join(numbers)}, counted from 0")
+                        progress.check()
+                    speed = sum(idx.numel() for idx, _, _ in micro) / (time.perf_counter() - started)
+                    bar.set_postfix_str(f"loss {sum(losses):.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s, {memory.peak(device) / 1e9:.1f} GB")
+                    bar.update()
+                    if args.save_steps and progress.step % args.save_steps == 0 and progress.step < (epoch + 1) * steps:
+                        saver.save_state()
+            log.line(f"epoch {epoch}: {progress.summary(last - first)}"
+                     + (f", held-out loss {log.point(progress.step, val_loss=held_out_loss()):.4f}" if held_out else ""))
+            if progress.step not in paths or saver.save_checkpoint(paths[progress.step], save_dtype):
+                progress.losses.clear()
+            if progress.step in paths or args.save_steps and progress.step % args.save_steps == 0:
+                saver.save_state()
+    said = log.close()
+    if progress.losses:
+        raise ValueError(f"{paths[last]}: could not be saved, as said above; make room, then give the same command with --resume")
+    print(f"wrote {paths[last]}{said}; peak memory {memory.peak(device) / 1e9:.2f} GB")
     if args.load_model:
-        print(f"next: python {shlex.join(['merge.py', args.load_model, paths[epochs[-1]], os.path.join(args.proj_dir, 'tuned.pth')])}")
+        print(f"next: python {shlex.join(['merge.py', args.load_model, paths[last], os.path.join(args.proj_dir, 'tuned.pth')])}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,251 @@
+"""A run that can be stopped anywhere and goes on exactly: its state, the lock on its folder, the signals that end it.
+
+proj_dir/resume-N.pth is the state after N optimizer steps, a dict of tensors as they are in memory:
+
+    weights.NAME                                 what a checkpoint holds, the trained parameters in float32
+    step.NAME, exp_avg.NAME, exp_avg_sq.NAME     Adam's, of each trained parameter
+    rng, rng_cuda                                PyTorch's random state, of the CPU and, where there is one, the GPU
+    about                                        the rest, as JSON in bytes (uint8): Progress, gradient scaler, command line, fingerprints
+
+A batch is a function of (seed, step), so the step says where in the data the run is.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+import signal
+import sys
+
+import filelock
+import torch
+
+from files import ABOUT, STOPPING, read_tensors, release, save_stream
+
+# Flags that say what a step computes; with another value a state would mean something else. Paths may differ: contents are compared.
+FIXED = ("bone_r", "bone_mode", "train_parts", "data_type", "ctx_len", "dataload", "data_shuffle", "loss_mask", "mask_id", "epoch_begin",
+         "epoch_steps", "micro_bsz", "accumulate_grad_batches", "random_seed", "precision", "quant")
+CHANGEABLE = ("epoch_count", "lr_init", "lr_final", "warmup_steps", "beta1", "beta2", "adam_eps", "weight_decay", "layerwise_lr")
+
+
+HOPELESS = 10       # steps in a row whose loss or gradient is not finite
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is."""
+    step: int                                               # optimizer steps since epoch 0, those left out included
+    losses: list = dataclasses.field(default_factory=list)  # of the epoch's steps so far; empty again when its checkpoint is written
+    overflows: int = 0                                      # steps left out as fp16 could not hold the gradient
+    bad: int = 0                                            # steps left out as loss or gradient were not finite
+    bad_in_a_row: int = 0
+
+    def count(self, loss, norm, overflow):
+        bad = not overflow and not math.isfinite(loss + norm)
+        self.overflows, self.bad, self.bad_in_a_row = self.overflows + overflow, self.bad + bad, self.bad_in_a_row + 1 if bad else 0
+        self.losses.append(loss)
+        self.step += 1
+
+    def check(self):
+        if self.bad_in_a_row == HOPELESS:
+            self.bad_in_a_row = 0
+            raise ValueError(f"{HOPELESS} steps in a row had a loss or gradient that is not finite; the weights are those from before. Look at the "
+                             "documents named in the log, try a smaller --lr_init, or --precision fp32")
+
+    def summary(self, steps):
+        """The epoch in words. ValueError where none of the run's `steps` was taken."""
+        if self.overflows + self.bad == steps:
+            raise ValueError(f"loss or gradient were not finite in each of {steps} steps, so nothing was learnt; use --precision bf16 or fp32")
+        finite = [loss for loss in self.losses if math.isfinite(loss)]
+        return (f"mean loss {sum(finite) / max(1, len(finite)):.4f}"
+                + f", {self.overflows} steps so far left out, whose gradient fp16 could not hold" * bool(self.overflows)
+                + f", {self.bad} steps so far left out, whose loss or gradient was not finite" * bool(self.bad))
+
+
+def states(folder):
+    """Paths of the states in a folder, {step: path}, the last step last."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    found = {int(match[1]): os.path.join(folder, name) for name in names if (match := re.fullmatch(r"resume-([0-9]{1,18})\.pth", name))}
+    return dict(sorted(found.items()))
+
+
+class Saver:
+    """Saves a run: checkpoints, and states, of which the last `keep` stay. A disk that is full, or gone, ends no training: the log says so, and
+    the next save may find it mended. about: {name: what JSON holds}; weights: {name: parameter}, what a checkpoint holds."""
+
+    def __init__(self, folder, keep, log, about, progress, weights, optimizer, scaler):
+        self.folder, self.keep, self.log, self.about, self.progress = folder, keep, log, about, progress
+        self.weights, self.optimizer, self.scaler = weights, optimizer, scaler
+        self.saved, self.whole = progress.step, True  # the step that is on disk; whether the weights are those of progress.step
+
+    def attempt(self, path, like, make):
+        """Whether {name: make(name)} could be written to `path`. like: see save_stream."""
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            save_stream(like, make, path)
+        except Exception as error:  # whatever it is, days of training do not end for it
+            why = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+            self.log.line(f"could not save {path}: {why}; what was saved before is whole, training goes on, and the next save tries again")
+            return False
+        return True
+
+    def save_checkpoint(self, path, dtype):
+        """Whether the weights could be written to `path`, in `dtype`."""
+        like = {name: torch.empty_like(p, dtype=dtype, device="meta") for name, p in self.weights.items()}
+        return self.attempt(path, like, lambda name: self.weights[name].detach().to("cpu", dtype))
+
+    def save_state(self, keep=None):
+        about = self.about | {"progress": dataclasses.asdict(self.progress), "scaler": self.scaler.state_dict()}
+        tensors = {f"weights.{name}": p.detach() for name, p in self.weights.items()}
+        tensors |= {f"{key}.{name}": tensor for name, p in self.weights.items() for key, tensor in self.optimizer.state.get(p, {}).items()}
+        tensors |= {"rng": torch.get_rng_state()} | ({"rng_cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
+        tensors[ABOUT] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
+        path = os.path.join(self.folder, f"resume-{self.progress.step}.pth")
+        if self.attempt(path, tensors, lambda name: tensors[name].cpu()):
+            self.saved = self.progress.step
+            for old in list(states(self.folder).values())[:-(keep or self.keep)]:
+                os.unlink(old)
+
+    @contextlib.contextmanager
+    def changing(self):
+        """Around what changes the weights and counts the step: broken off inside, a state would be half of one step and half of the next."""
+        self.whole = False
+        yield
+        self.whole = True
+
+    @contextlib.contextmanager
+    def rescue(self):
+        """Whatever ends the block, what was trained until then is saved, and no earlier state removed."""
+        try:
+            yield
+        except BaseException as end:
+            if self.whole and self.progress.step != self.saved and not getattr(end, "impatient", False):
+                self.save_state(keep=1 << 30)
+            if isinstance(end, (KeyboardInterrupt, SystemExit)):
+                last, again = [*states(self.folder)][-1:], sys.argv + ["--resume"] * ("--resume" not in sys.argv)
+                self.log.line(f"stopped at step {self.progress.step}; " + (f"to go on from step {last[0]}: python {shlex.join(again)}" if last else
+                                                                         "nothing was saved"))
+            raise
+
+
+class State:
+    """A state that was saved: path, about (dict), progress, tensors (mapped)."""
+
+    def __init__(self, path):
+        self.path, self.tensors = path, read_tensors(path)
+        try:
+            self.about = json.loads(self.tensors.pop(ABOUT).numpy().tobytes())
+            self.progress = Progress(**self.about["progress"])
+            numbers = [number for name, number in vars(self.progress).items() if name != "losses"]
+            self.about["args"].items(), [self.about[key] for key in ("base", "data", "wandb")]
+            [*map(float, self.progress.losses), *map(float, self.about["scaler"].values())]
+            if not all(type(number) is int and number >= 0 for number in numbers):
+                raise ValueError("its numbers are wrong")
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: not the state of a training ({type(error).__name__}: {error}); move it away, then the one before it is used") from error
+
+    @torch.no_grad()
+    def restore(self, weights, optimizer, scaler):
+        """Put the state into place. Returns its Progress. ValueError, before anything is changed, where it does not fit."""
+        tensors, trained = self.tensors, [name for name, p in weights.items() if p.requires_grad]
+        expected = {f"weights.{name}": (p.shape, p.dtype) for name, p in weights.items()} | {"rng": (torch.get_rng_state().shape, torch.uint8)}
+        if any(name.startswith("exp_avg.") for name in tensors):  # there are none before the first step that was taken
+            expected |= {f"{key}.{name}": (weights[name].shape, weights[name].dtype) for name in trained for key in ("exp_avg", "exp_avg_sq")}
+            expected |= {f"step.{name}": (torch.Size(), torch.float32) for name in trained}
+        rng_cuda = tensors.pop("rng_cuda", None)
+        for name in sorted(expected.keys() ^ tensors.keys()):
+            raise ValueError(f"{self.path}: {name} {'is missing' if name in expected else 'has no place in this run'}; it was saved by a run with other parameters")
+        for name, tensor in tensors.items():
+            if (tensor.shape, tensor.dtype) != expected[name] or not tensor.isfinite().all():
+                raise ValueError(f"{self.path}: {name} is {tuple(tensor.shape)}, {tensor.dtype}; finite numbers of {expected[name]} are needed")
+        try:
+            scaler.load_state_dict(self.about["scaler"])
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{self.path}: the state of its gradient scaler is wrong ({error}); move it away") from error
+        for name, p in weights.items():
+            p.copy_(tensors[f"weights.{name}"])
+            if f"step.{name}" in tensors:
+                optimizer.state[p] = {key: tensors[f"{key}.{name}"].to(p.device, copy=True) for key in ("step", "exp_avg", "exp_avg_sq")}
+        torch.set_rng_state(tensors["rng"].clone())
+        if rng_cuda is not None and torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(rng_cuda.clone())
+        for tensor in tensors.values():
+            release(tensor)
+        return self.progress
+
+
+def load(folder, wanted):
+    """The last State in a folder. Where there is none: None for `wanted`, --resume, `auto`, else a ValueError."""
+    path = next(reversed(states(folder).values()), None)
+    if not path and wanted == "last":
+        raise ValueError(f"{folder}: holds no resume-N.pth to go on from; drop --resume to begin anew, or give that run's --proj_dir")
+    return State(path) if path else None
+
+
+def check_same_run(state, args, about):
+    """What the command line changes, as flags, against that of the state; ValueError where the run would be another one."""
+    now, then = json.loads(json.dumps(vars(args))), state.about["args"]
+    for flag in FIXED:
+        if now[flag] != then.get(flag):
+            raise ValueError(f"{state.path}: saved with --{flag} {then.get(flag)}, but --{flag} is {now[flag]}; use the same, or give another --proj_dir")
+    for what, flag in (("base", "load_model"), ("data", "data_file")):
+        if about[what] != state.about[what]:
+            raise ValueError(f"{state.path}: saved when --{flag} ({then.get(flag)}) had another content than {now[flag]} has; give that, or another --proj_dir")
+    return [f"--{flag} {now[flag]} (was {then.get(flag)})" for flag in CHANGEABLE if now[flag] != then.get(flag)]
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """Make a folder where it is missing, and hold its lock. ValueError where another living process does; when one dies, the system lets go of
+    its lock. A folder that was made, and is still empty at the end, is removed."""
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise ValueError(f"--proj_dir {folder} is a file; give a folder, which is made where it is missing")
+    path, made = pathlib.Path(folder, ".lock"), [p for p in (pathlib.Path(folder), *pathlib.Path(folder).parents) if not p.exists()]
+    for name in (".lock", "train_log.txt", "loss.csv", "wandb"):
+        if os.path.islink(link := os.path.join(folder, name)):
+            raise ValueError(f"{link}: a symbolic link, through which this run would write elsewhere; remove it")
+    os.makedirs(folder, exist_ok=True)
+    held = filelock.FileLock(path)
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise ValueError(f"{folder}: another run, process {path.read_text() or 'unknown'}, is training there; wait for its end, or give another --proj_dir") from error
+    try:
+        path.write_text(str(os.getpid()))
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: who opened it meanwhile sees that it has no name any more
+        held.release()
+        for empty in made:
+            with contextlib.suppress(OSError):
+                empty.rmdir()
+
+
+@contextlib.contextmanager
+def unbroken():
+    """Ctrl-C and a request to end wait until this block has ended. A second one does not wait, and its KeyboardInterrupt or SystemExit has
+    `impatient` set."""
+    caught = []
+
+    def handle(number, frame):
+        if caught:
+            try:
+                before[number](number, frame)
+            except BaseException as end:
+                end.impatient = True
+                raise
+        caught.append(number)
+        os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")
+
+    before = {number: signal.signal(number, handle) for number in STOPPING if callable(signal.getsignal(number))}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if caught:
+        before[caught[0]](caught[0], None)
