@@ -135,6 +135,9 @@ def add_bone(model, r, mode="bat"):
 def rank_and_mode(checkpoint, path):
     """Rank and mode of a Bone checkpoint (dict of tensors), read off the shapes. ValueError where it holds no bone or several ranks."""
     shapes = [tensor.shape for name, tensor in checkpoint.items() if name.endswith(".bone")]
+    for shape in shapes:
+        if len(shape) not in (2, 3) or len(shape) == 3 and shape[1] != shape[2]:
+            raise ValueError(f"{path}: a bone is {tuple(shape)}; (in/r, r, r) or (r, out) is needed, so it is damaged, or of another method")
     found = {(shape[-2], "bat" if len(shape) == 3 else "bone") for shape in shapes}
     if not found:
         raise ValueError(f"{path}: holds no tensor named *.bone; it is not a Bone checkpoint (a base model, or another method's?)")
@@ -162,7 +165,8 @@ def check_fits(checkpoint, shapes, path):
     """Rank and mode of a Bone checkpoint; ValueError unless its tensors are finite and fit the base model's {name: shape}."""
     r, mode = rank_and_mode(checkpoint, path)
     for name, tensor in checkpoint.items():
-        linear = shapes.get(name.removesuffix("bone") + "weight") if name.endswith(".bone") else None
+        linear = shapes.get(name.removesuffix("bone") + "weight", ()) if name.endswith(".bone") and name.startswith("blocks.") else ()
+        linear = linear if len(linear) == 2 else None
         expected = bone_shape(linear, r, mode) if linear else shapes.get(name)
         if expected is None:
             raise ValueError(f"{path}: {name} has no counterpart in the base model; it was trained on another model")

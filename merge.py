@@ -29,6 +29,8 @@ def merge(base_path, bone_path, out_path, quant=None):
     for path, what in ((base_path, "base model"), (bone_path, "checkpoint")):
         if os.path.exists(out_path) and os.path.samefile(path, out_path):
             raise ValueError(f"{out_path}: would overwrite the {what}; give another name")
+    if os.path.isfile(out_path):
+        raise ValueError(f"{out_path}: already there; delete it, or give another name")
     base, checkpoint = read_checkpoint(base_path), read_checkpoint(bone_path)
     quant = trained_quant(bone_path, quant)
     if any(name.endswith(".bone") for name in base):

