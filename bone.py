@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import read_checkpoint
+from files import all_finite, read_checkpoint
 from quant import FrozenLinear, Quantized, dense
 
 
@@ -174,7 +174,7 @@ def check_fits(checkpoint, shapes, path):
             raise ValueError(f"{path}: r {r} of {name} does not divide {tuple(linear)}; it was trained on another model")
         if [n for n in tensor.shape if n != 1] != [n for n in expected if n != 1]:  # time_maa_*: (1, 1, C) and (C,) are both about
             raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, but this base model needs {tuple(expected)}; it was trained on another model")
-        if not tensor.isfinite().all():
+        if not all_finite(tensor):
             raise ValueError(f"{path}: {name} holds NaN or infinite values; its training went wrong, use an earlier checkpoint")
     return r, mode
 

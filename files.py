@@ -46,9 +46,14 @@ def read_tensors(path, verify=True):
     items = tensors.items() if isinstance(tensors, dict) else ()
     if not items or not all(isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided for name, t in items):
         raise ValueError(f"{path}: not a model checkpoint; a dict of names and tensors is needed")
+    # A few bytes can claim to be a tensor of any size, and a mapped tensor can reach into the next one: every storage must be a record.
+    storages = sorted({(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors.values()})
+    stored = [record.file_size for record in sorted(records, key=lambda record: record.header_offset) if "/data/" in record.filename]
+    if [nbytes for _, nbytes in storages] != stored:
+        raise ValueError(f"{path}: a cut or damaged PyTorch checkpoint (its tensors are not what it holds); copy or download it again")
     total = sum(tensor.nbytes for tensor in tensors.values())
-    for name, tensor in items:  # a few bytes can claim to be a tensor of any size
-        if not 0 < tensor.nbytes <= tensor.untyped_storage().nbytes() or tensor.is_meta or total > size:
+    for name, tensor in items:
+        if not 0 < tensor.nbytes <= tensor.untyped_storage().nbytes() or total > size:
             raise ValueError(f"{path}: {name} claims to be {tuple(tensor.shape)}, which the file does not hold")
         tensor.is_mapped = tensor.is_contiguous()
     return tensors
@@ -72,6 +77,11 @@ def fingerprint(path):
     with zipfile.ZipFile(path) as archive:
         checksums = sorted((record.filename.rpartition("/")[2], record.CRC) for record in archive.infolist() if "/data/" in record.filename)
     return zlib.crc32(json.dumps(checksums).encode())
+
+
+def all_finite(tensor):
+    """Whether no number of a tensor is NaN or infinite; takes no memory, as isfinite() does."""
+    return all(extreme.isfinite() for extreme in tensor.aminmax())
 
 
 def release(tensor):
@@ -212,6 +222,8 @@ def run_cli(main):
         sys.exit(130)
     except (OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
         file = getattr(error, "filename", None)
-        text = str(error).partition("\n")[0] if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else error
-        print(f"error: {file}: {error.strerror}" if file else f"error: {text}", file=sys.stderr)
+        text = str(error).partition("\n")[0] if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else str(error)
+        text = f"{file}: {error.strerror}" if file else text
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)   # names in a file may hold anything, be of any length
+        print(f"error: {text if len(text) < 1000 else text[:500] + ' ... ' + text[-400:]}", file=sys.stderr)
         sys.exit(2)

@@ -34,7 +34,9 @@ def stream(model, state, tokens, length, temperature, top_p, generator, stop="",
     for _ in range(length):
         with torch.autocast(device.type, torch.bfloat16, enabled=model.head.weight.dtype == torch.bfloat16):
             logits, state = model(torch.tensor([tokens], device=device), state)
-        token = sample(logits[0, -1].float().cpu(), temperature, top_p, generator)
+        if not (logits := logits[0, -1].float().cpu()).isfinite().all():
+            raise ValueError("what the model computes is not finite: its training went wrong, or a file is damaged; use an earlier checkpoint")
+        token = sample(logits, temperature, top_p, generator)
         tokens = [token] if token != vocabulary.END else []
         if not tokens:
             break

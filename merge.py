@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from bone import check_fits, merge_weight
-from files import Parser, read_checkpoint, release, run_cli, save_safetensors, save_stream, trained_quant
+from files import Parser, all_finite, read_checkpoint, release, run_cli, save_safetensors, save_stream, trained_quant
 from quant import FORMATS, quantize
 
 
@@ -41,15 +41,18 @@ def merge(base_path, bone_path, out_path, quant=None):
         bar.update()
         weight, bone = base.pop(name), checkpoint.get(name.removesuffix("weight") + "bone")
         if bone is None:
-            return checkpoint[name].view_as(weight).to(weight.dtype) if name in checkpoint else weight
-        result = merge_weight(quantize(weight, quant).dequantize(torch.float32) if quant != "none" else weight, bone).to(weight.dtype)
+            result = checkpoint[name].view_as(weight).to(weight.dtype) if name in checkpoint else weight
+        else:
+            result = merge_weight(quantize(weight, quant).dequantize(torch.float32) if quant != "none" else weight, bone).to(weight.dtype)
         release(weight)
+        if not all_finite(result):
+            raise ValueError(f"{name} would hold NaN or infinite values in {result.dtype}: {base_path} is damaged, or the training went wrong")
         return result
 
     def merged_float16(name):
         weight = merged(names[name])
         half = for_ai00(names[name], weight)[1]
-        if not all(extreme.isfinite() for extreme in half.aminmax()):
+        if not all_finite(half):
             raise ValueError(f"{names[name]} reaches {weight.abs().max().item():g}, but float16, which {out_path} would hold, ends at 65504; write a .pth")
         release(weight)
         return half

@@ -24,7 +24,7 @@ import sys
 import filelock
 import torch
 
-from files import ABOUT, STOPPING, read_tensors, release, save_stream
+from files import ABOUT, STOPPING, all_finite, read_tensors, release, save_stream
 
 # Flags that say what a step computes; with another value a state would mean something else. Paths may differ: contents are compared.
 FIXED = ("bone_r", "bone_mode", "train_parts", "data_type", "ctx_len", "dataload", "data_shuffle", "loss_mask", "mask_id", "epoch_begin",
@@ -84,9 +84,13 @@ class Saver:
 
     def attempt(self, path, like, make):
         """Whether {name: make(name)} could be written to `path`. like: see save_stream."""
+        def finite(name):
+            if not all_finite(tensor := make(name)):
+                raise ValueError(f"{name} holds NaN or infinite values in {tensor.dtype}")
+            return tensor
         try:
             os.makedirs(self.folder, exist_ok=True)
-            save_stream(like, make, path)
+            save_stream(like, finite, path)
         except Exception as error:  # whatever it is, days of training do not end for it
             why = getattr(error, "strerror", None) or str(error).partition("\n")[0]
             self.log.line(f"could not save {path}: {why}; what was saved before is whole, training goes on, and the next save tries again")
@@ -160,7 +164,7 @@ class State:
         for name in sorted(expected.keys() ^ tensors.keys()):
             raise ValueError(f"{self.path}: {name} {'is missing' if name in expected else 'has no place in this run'}; it was saved by a run with other parameters")
         for name, tensor in tensors.items():
-            if (tensor.shape, tensor.dtype) != expected[name] or not tensor.isfinite().all():
+            if (tensor.shape, tensor.dtype) != expected[name] or not all_finite(tensor):
                 raise ValueError(f"{self.path}: {name} is {tuple(tensor.shape)}, {tensor.dtype}; finite numbers of {expected[name]} are needed")
         try:
             scaler.load_state_dict(self.about["scaler"])

@@ -398,7 +398,7 @@ def run(args, device, built):
                 saver.save_state()
     said = log.close()
     if progress.losses:
-        raise ValueError(f"{paths[last]}: could not be saved, as said above; make room, then give the same command with --resume")
+        raise ValueError(f"{paths[last]}: could not be saved, as said above; mend that, then give the same command with --resume")
     print(f"wrote {paths[last]}{said}; peak memory {memory.peak(device) / 1e9:.2f} GB")
     if args.load_model:
         print(f"next: python {shlex.join(['merge.py', args.load_model, paths[last], os.path.join(args.proj_dir, 'tuned.pth')])}")
