@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test interop bench clean
+.PHONY: demo test interop bench torture clean
 
 demo: $(VENV)/ready
 	bash demo.sh $(BIN)/python
@@ -19,6 +19,10 @@ interop: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python bench.py
+
+# A quarter of an hour of kills, damaged files and a full disk.
+torture: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python torture.py
 
 $(VENV)/ready: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -140,8 +140,8 @@ def save_stream(like, make, path):
     torch.save lays the archive out and leaves the tensors' bytes away (skip_data); they and their checksums are then filled in."""
     names = list(like)
     with atomic_path(path) as temporary:
-        with torch.serialization.skip_data():
-            torch.save({name: torch.empty(t.shape, dtype=t.dtype) for name, t in like.items()}, temporary)   # memory that is never touched
+        with torch.serialization.skip_data(), open(temporary, "r+b") as f:                                # a file, whose errors have names
+            torch.save({name: torch.empty(t.shape, dtype=t.dtype) for name, t in like.items()}, f)          # memory that is never touched
         with zipfile.ZipFile(temporary) as archive, open(temporary, "r+b") as f:
             entry = archive.start_dir                                                   # of the directory at the archive's end
             for record in archive.infolist():

@@ -131,8 +131,8 @@ def build_model(args, device):
     """The model with exactly the trained parameters requiring gradients, as float32; the names to save, and in which dtype.
     What a --bone_load checkpoint had trained is saved again, even where it is not trained any further: merging needs it."""
     args.quant = trained_quant(args.bone_load, args.quant)
+    torch.manual_seed(args.random_seed)
     if not args.load_model:
-        torch.manual_seed(args.random_seed)
         with torch.device("meta" if device.type == "meta" else "cpu"):
             model = rwkv6.init_model(args.n_layer, args.n_embd, args.vocab_size or 65536, device=device, version=args.my_testing or "x060",
                                      pre_ffn=bool(args.pre_ffn), head_qk=args.head_qk or 0)
