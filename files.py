@@ -93,10 +93,11 @@ def release(tensor):
 
 
 def remove_leftovers(pattern):
-    """Remove the temporary files of `atomic_path` for paths that fit `pattern` (of glob), whose process was killed."""
+    """Remove the temporary files of `atomic_path` for paths that fit `pattern` (of glob), whose process was killed. Its number may be
+    that of this process now: in a container it often is."""
     for path in glob.glob(f"{pattern}.*.tmp"):
         pid = path.split(".")[-2]
-        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+        if re.fullmatch("[0-9]{1,9}", pid) and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
             os.unlink(path)
 
 
@@ -116,9 +117,10 @@ def atomic_path(path):
     A symbolic link at `path` is replaced, not followed."""
     path = os.fspath(path)
     folder = os.path.join(os.path.dirname(path) or ".", "")  # with a / at its end, as a file is no folder
-    if os.path.lexists(path) and not os.path.isfile(path) or not os.access(folder, os.W_OK):
+    taken = os.path.exists(path) and not os.path.isfile(path) and not os.path.islink(path)  # by a folder, or /dev/null
+    if taken or not os.access(folder, os.W_OK):
         why = f"{folder} is read-only" if os.path.isdir(folder) else f"there is no folder {folder}"
-        why = "it is a folder" if os.path.isdir(path) else "it is no file" if os.path.lexists(path) else why
+        why = "it is a folder" if os.path.isdir(path) else "it is no file" if taken else why
         raise ValueError(f"{path}: cannot be written, as {why}; mend that, or write elsewhere")
     remove_leftovers(glob.escape(path))
     temporary = f"{path}.{os.getpid()}.tmp"

@@ -12,6 +12,7 @@ A batch is a function of (seed, step), so the step says where in the data the ru
 
 import contextlib
 import dataclasses
+import glob
 import json
 import math
 import os
@@ -24,7 +25,7 @@ import sys
 import filelock
 import torch
 
-from files import ABOUT, STOPPING, all_finite, read_tensors, release, save_stream
+from files import ABOUT, STOPPING, all_finite, read_tensors, release, remove_leftovers, save_stream
 
 # Flags that say what a step computes; with another value a state would mean something else. Paths may differ: contents are compared.
 FIXED = ("bone_r", "bone_mode", "train_parts", "data_type", "ctx_len", "dataload", "data_shuffle", "loss_mask", "mask_id", "epoch_begin",
@@ -73,6 +74,13 @@ def states(folder):
     return dict(sorted(found.items()))
 
 
+def prune(folder, keep):
+    """Remove all but the last `keep` states, as far as the disk allows."""
+    for path in [*states(folder).values()][:-keep]:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
 class Saver:
     """Saves a run: checkpoints, and states, of which the last `keep` stay. A disk that is full, or gone, ends no training: the log says so, and
     the next save may find it mended. about: {name: what JSON holds}; weights: {name: parameter}, what a checkpoint holds."""
@@ -111,8 +119,7 @@ class Saver:
         path = os.path.join(self.folder, f"resume-{self.progress.step}.pth")
         if self.attempt(path, tensors, lambda name: tensors[name].cpu()):
             self.saved = self.progress.step
-            for old in list(states(self.folder).values())[:-(keep or self.keep)]:
-                os.unlink(old)
+            prune(self.folder, keep or self.keep)
 
     @contextlib.contextmanager
     def changing(self):
@@ -220,9 +227,12 @@ def lock(folder):
         raise ValueError(f"{folder}: another run, process {path.read_text() or 'unknown'}, is training there; wait for its end, or give another --proj_dir") from error
     try:
         path.write_text(str(os.getpid()))
+        for name in ("resume-*.pth", "rwkv-*.pth"):
+            remove_leftovers(os.path.join(glob.escape(folder), name))
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: who opened it meanwhile sees that it has no name any more
+        with contextlib.suppress(OSError):
+            path.unlink()  # while it is held: who opened it meanwhile sees that it has no name any more
         held.release()
         for empty in made:
             with contextlib.suppress(OSError):

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from files import read_checkpoint, release
+from files import all_finite, read_checkpoint, release
 from quant import PIECE, quantize
 from wkv6 import wkv6
 
@@ -265,9 +265,9 @@ def load_model(path, dtype=None, device="cpu", quant="none"):
         module, kept = name.rpartition(".")[0], storage_dtype(model, name, dtype or tensor.dtype)
         if torch.device(device).type != "meta":
             for piece in tensor.flatten().split(PIECE):
-                if not piece.sum(dtype=torch.float32).isfinite():
+                if not all_finite(piece):
                     raise ValueError(f"{path}: {name} holds NaN or infinite values; the file is damaged or its training went wrong")
-                if kept == torch.float16 and not piece.half().isfinite().all():
+                if kept == torch.float16 and not all_finite(piece.half()):
                     raise ValueError(f"{path}: {name} reaches {piece.abs().max().item():g}, but float16 ends at 65504; use --precision bf16")
         if quant != "none" and name.startswith("blocks.") and isinstance(model.get_submodule(module), nn.Linear):
             try:

@@ -346,6 +346,7 @@ def run(args, device, built):
     changes = resume.check_same_run(state, args, about) if state else []
     check_folder(args, paths, first, state and state.progress, not changes)
     if state and state.progress.step >= last and not state.progress.losses:
+        resume.prune(args.proj_dir, args.keep)
         return print(f"{args.proj_dir}: this run is complete, {last - first} steps; a higher --epoch_count trains on")
     check_room(args, built, paths.values())
     log = Log(args, documents.vocabulary, state and state.about["wandb"])
@@ -378,13 +379,13 @@ def run(args, device, built):
                         with saver.changing():
                             norm, overflow = update(optimizer, scaler, lr, sum(losses))
                             progress.count(sum(losses), norm, overflow)
-                    log.point(i, loss=sum(losses), lr=lr)
-                    if progress.bad_in_a_row:
-                        bad = [n for n in range(N) if not math.isfinite(losses[n])] or range(N)
-                        numbers = (str(row) for n in bad for row in data.rows_of(documents, i * N + n, **rows))
-                        log.line(f"step {i} left out: loss {sum(losses)}, gradient norm {norm}; "
-                                 f"{'rows that begin at tokens' if args.dataload == 'get' else 'documents'} {' '.join(numbers)}, counted from 0")
-                        progress.check()
+                        log.point(i, loss=sum(losses), lr=lr)
+                        if progress.bad_in_a_row:
+                            bad = [n for n in range(N) if not math.isfinite(losses[n])] or range(N)
+                            numbers = (str(row) for n in bad for row in data.rows_of(documents, i * N + n, **rows))
+                            log.line(f"step {i} left out: loss {sum(losses)}, gradient norm {norm}; "
+                                     f"{'rows that begin at tokens' if args.dataload == 'get' else 'documents'} {' '.join(numbers)}, counted from 0")
+                            progress.check()
                     speed = sum(idx.numel() for idx, _, _ in micro) / (time.perf_counter() - started)
                     bar.set_postfix_str(f"loss {sum(losses):.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s, {memory.peak(device) / 1e9:.1f} GB")
                     bar.update()
