@@ -237,7 +237,9 @@ def _open_tokens(path, kind, ctx_len):
         tokens = np.load(path, mmap_mode="r", allow_pickle=False) if kind == "numpy" else np.memmap(path, "<u2", "r")
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise ValueError(f"{tokens.dtype}, {tokens.ndim} dimensions")
-    except (ValueError, EOFError, AttributeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header can fail anywhere in NumPy
         raise ValueError(f"{path}: not {kind}, a row of integers ({error}); another --data_type may fit") from error
     return Documents(path, tokens, ctx_len)
 

@@ -19,13 +19,14 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import sys
 
 import filelock
 import torch
 
-from files import ABOUT, STOPPING, all_finite, read_tensors, release, remove_leftovers, save_stream
+from files import ABOUT, STOPPING, all_finite, read_tensors, release, remove_leftovers, save_stream, trained_quant
 
 # Flags that say what a step computes; with another value a state would mean something else. Paths may differ: contents are compared.
 FIXED = ("bone_r", "bone_mode", "train_parts", "data_type", "ctx_len", "dataload", "data_shuffle", "loss_mask", "mask_id", "epoch_begin",
@@ -52,7 +53,7 @@ class Progress:
         self.step += 1
 
     def check(self):
-        if self.bad_in_a_row == HOPELESS:
+        if self.bad_in_a_row >= HOPELESS:
             self.bad_in_a_row = 0
             raise ValueError(f"{HOPELESS} steps in a row had a loss or gradient that is not finite; the weights are those from before. Look at the "
                              "documents named in the log, try a smaller --lr_init, or --precision fp32")
@@ -101,7 +102,7 @@ class Saver:
             save_stream(like, finite, path)
         except Exception as error:  # whatever it is, days of training do not end for it
             why = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-            self.log.line(f"could not save {path}: {why}; what was saved before is whole, training goes on, and the next save tries again")
+            self.log.line(f"could not save {path}: {why}; what was saved before is whole, and the next save tries again")
             return False
         return True
 
@@ -173,6 +174,7 @@ class State:
         for name, tensor in tensors.items():
             if (tensor.shape, tensor.dtype) != expected[name] or not all_finite(tensor):
                 raise ValueError(f"{self.path}: {name} is {tuple(tensor.shape)}, {tensor.dtype}; finite numbers of {expected[name]} are needed")
+            release(tensor)
         try:
             scaler.load_state_dict(self.about["scaler"])
         except (KeyError, RuntimeError) as error:
@@ -207,6 +209,32 @@ def check_same_run(state, args, about):
         if about[what] != state.about[what]:
             raise ValueError(f"{state.path}: saved when --{flag} ({then.get(flag)}) had another content than {now[flag]} has; give that, or another --proj_dir")
     return [f"--{flag} {now[flag]} (was {then.get(flag)})" for flag in CHANGEABLE if now[flag] != then.get(flag)]
+
+
+def check_folder(args, paths, first, progress, same):
+    """ValueError where proj_dir cannot take this run, from step `first`: what it would write is there, of another run.
+    paths: {step: checkpoint after that step}; progress: of the state to go on from, or None; same: whether it is the same run exactly."""
+    for step, path in paths.items():
+        if os.path.lexists(path) and not (progress and (same or step <= progress.step)):
+            raise ValueError(f"{path}: already there, from an earlier run; give another --proj_dir, or move it away")
+    for step, path in states(args.proj_dir).items():
+        if not progress and step > first:
+            raise ValueError(f"{path}: the state of an earlier run; go on with it by --resume, give another --proj_dir, or move it away")
+    for path in glob.glob(os.path.join(glob.escape(args.proj_dir), "rwkv-*.pth")):
+        trained_quant(path, args.quant)  # args.json, which is written anew, must stay true of what is there
+
+
+def check_room(args, built, paths):
+    """ValueError where the disk has no room for the checkpoints and states to come."""
+    model, names, dtype = built
+    numbers = sum(p.numel() for name, p in model.named_parameters() if name in names)
+    to_come = [path for path in paths if not os.path.exists(path)]
+    # A state holds, in float32, weights and Adam's two moments; the new one is there before the old one goes.
+    need = numbers * (dtype.itemsize * len(to_come) + 12 * max(0, args.keep + 1 - len(states(args.proj_dir))))
+    free = shutil.disk_usage(args.proj_dir).free
+    if need > free:
+        raise ValueError(f"{args.proj_dir}: the run will write {need / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free; make room, give another "
+                         "--proj_dir, or save less by --epoch_save")
 
 
 @contextlib.contextmanager

@@ -7,12 +7,10 @@ so a run is a function of its command line, wherever it is interrupted and resum
 import argparse
 import contextlib
 import functools
-import glob
 import importlib.util
 import math
 import os
 import shlex
-import shutil
 import time
 
 import torch
@@ -235,31 +233,6 @@ def check_memory(args, device):
     return built
 
 
-def check_folder(args, paths, first, progress, same):
-    """ValueError where proj_dir cannot take this run, from step `first`: what it would write is there, of another run, or it has no room.
-    paths: {step: checkpoint after that step}; progress: of the state to go on from, or None; same: whether it is the same run exactly."""
-    for step, path in paths.items():
-        if os.path.lexists(path) and not (progress and (same or step <= progress.step)):
-            raise ValueError(f"{path}: already there, from an earlier run; give another --proj_dir, or move it away")
-    for step, path in resume.states(args.proj_dir).items():
-        if not progress and step > first:
-            raise ValueError(f"{path}: the state of an earlier run; go on with it by --resume, give another --proj_dir, or move it away")
-    for path in glob.glob(os.path.join(glob.escape(args.proj_dir), "rwkv-*.pth")):
-        trained_quant(path, args.quant)  # args.json, which is written anew, must stay true of what is there
-
-
-def check_room(args, built, paths):
-    """ValueError where the disk has no room for the checkpoints and states to come."""
-    model, names, dtype = built
-    numbers = sum(p.numel() for name, p in model.named_parameters() if name in names)
-    checkpoints, states = (path for path in paths if not os.path.exists(path)), args.keep + 1 - len(resume.states(args.proj_dir))
-    need = numbers * (dtype.itemsize * len([*checkpoints]) + 12 * max(0, states))  # a state holds, in float32, weights and Adam's two moments
-    free = shutil.disk_usage(args.proj_dir).free
-    if need > free:
-        raise ValueError(f"{args.proj_dir}: the run will write {need / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free; make room, give another "
-                         "--proj_dir, or save less by --epoch_save")
-
-
 def describe(args, model, documents, steps, silent, loss_mask):
     """Print what is about to be trained on what; silent: documents of the first 1000 in which no token counts under the loss mask."""
     print(f"{model.config}\n{f'Bone {args.bone_mode} r {args.bone_r}' if args.load_model else 'from scratch'}: "
@@ -298,6 +271,13 @@ def update(optimizer, scaler, lr, loss):
     scaler.update()
     optimizer.zero_grad()
     return norm, scale > 1 and math.isfinite(loss) and not math.isfinite(norm)
+
+
+def suspects(documents, losses, first, rows):
+    """In words, the rows of a step's micro batches, from number `first` on, whose loss is not finite; of all of them where each loss is."""
+    bad = [n for n, loss in enumerate(losses) if not math.isfinite(loss)] or range(len(losses))
+    numbers = " ".join(str(row) for n in bad for row in data.rows_of(documents, first + n, **rows))
+    return f"{'rows that begin at tokens' if rows['dataload'] == 'get' else 'documents'} {numbers}, counted from 0"
 
 
 @torch.no_grad()
@@ -344,11 +324,11 @@ def run(args, device, built):
     about = {"base": fingerprint(args.load_model), "data": documents.fingerprint()}
     state = resume.load(args.proj_dir, args.resume) if args.resume else None
     changes = resume.check_same_run(state, args, about) if state else []
-    check_folder(args, paths, first, state and state.progress, not changes)
+    resume.check_folder(args, paths, first, state and state.progress, not changes)
     if state and state.progress.step >= last and not state.progress.losses:
         resume.prune(args.proj_dir, args.keep)
         return print(f"{args.proj_dir}: this run is complete, {last - first} steps; a higher --epoch_count trains on")
-    check_room(args, built, paths.values())
+    resume.check_room(args, built, paths.values())
     log = Log(args, documents.vocabulary, state and state.about["wandb"])
     if device.type == "cpu":
         memory.reuse_freed()
@@ -376,18 +356,16 @@ def run(args, device, built):
                     with resume.unbroken():
                         micro = [micro_batch(i * N + n) for n in range(N)]
                         losses = step(model, micro, autocast, scaler)
+                        loss = sum(losses)
                         with saver.changing():
-                            norm, overflow = update(optimizer, scaler, lr, sum(losses))
-                            progress.count(sum(losses), norm, overflow)
-                        log.point(i, loss=sum(losses), lr=lr)
+                            norm, overflow = update(optimizer, scaler, lr, loss)
+                            progress.count(loss, norm, overflow)
+                        log.point(i, loss=loss, lr=lr)
                         if progress.bad_in_a_row:
-                            bad = [n for n in range(N) if not math.isfinite(losses[n])] or range(N)
-                            numbers = (str(row) for n in bad for row in data.rows_of(documents, i * N + n, **rows))
-                            log.line(f"step {i} left out: loss {sum(losses)}, gradient norm {norm}; "
-                                     f"{'rows that begin at tokens' if args.dataload == 'get' else 'documents'} {' '.join(numbers)}, counted from 0")
+                            log.line(f"step {i} left out: loss {loss}, gradient norm {norm}; {suspects(documents, losses, i * N, rows)}")
                             progress.check()
                     speed = sum(idx.numel() for idx, _, _ in micro) / (time.perf_counter() - started)
-                    bar.set_postfix_str(f"loss {sum(losses):.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s, {memory.peak(device) / 1e9:.1f} GB")
+                    bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s, {memory.peak(device) / 1e9:.1f} GB")
                     bar.update()
                     if args.save_steps and progress.step % args.save_steps == 0 and progress.step < (epoch + 1) * steps:
                         saver.save_state()
@@ -397,6 +375,8 @@ def run(args, device, built):
                 progress.losses.clear()
             if progress.step in paths or args.save_steps and progress.step % args.save_steps == 0:
                 saver.save_state()
+            if progress.step < last:
+                progress.losses.clear()
     said = log.close()
     if progress.losses:
         raise ValueError(f"{paths[last]}: could not be saved, as said above; mend that, then give the same command with --resume")
