@@ -43,6 +43,19 @@ def test_what_is_written_is_read_again(dtype, name):
     assert sorted(os.listdir()) == ["x.bin", "x.idx"]
 
 
+def test_a_new_bin_is_never_beside_an_old_idx(monkeypatch):
+    """Of as many tokens, the two would pass for a pair."""
+    write_binidx("x", [[1, 2, 3], [4, 0]])
+    def replace(old, new, plain=os.replace):
+        if new.endswith(".idx"):
+            raise KeyboardInterrupt                     # killed between the two
+        plain(old, new)
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        write_binidx("x", [[5, 6], [7, 8, 0]])
+    assert os.listdir() == ["x.bin"]
+
+
 def test_nothing_is_left_when_writing_fails():
     def documents():
         yield [1, 2, 3]

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -301,6 +302,27 @@ def save(content, path="bad.pth"):
     pathlib.Path(path).write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
 
 
+def a_flipped_bit():
+    content = bytearray(pathlib.Path("base.pth").read_bytes())
+    content[len(content) // 2] ^= 1
+    save(bytes(content))
+
+
+def repacked(method=zipfile.ZIP_STORED, **changes):
+    """bad.pth is base.pth, its records written anew, with other contents of those that are named in `changes`."""
+    with zipfile.ZipFile("base.pth") as base, zipfile.ZipFile("bad.pth", "w", method) as bad:
+        for name in base.namelist():
+            bad.writestr(name, changes.get(name.rpartition("/")[2], base.read(name)))
+
+
+def compressed():
+    repacked(zipfile.ZIP_DEFLATED)
+
+
+def reaching_into_the_next():
+    repacked(**{"3": b"shorter than the tensor"})
+
+
 def of_an_nf4_run():
     os.mkdir("old")
     save(bone_of("base.pth"), "old/rwkv-0.pth")
@@ -317,6 +339,14 @@ BASE, BONES, ONE = "--load_model bad.pth", "--bone_load bad.pth", torch.ones(1)
     (BASE, "bad.pth: a cut or damaged", lambda: save(pathlib.Path("base.pth").read_bytes()[:20_000])),
     (BASE, "nothing was executed", lambda: save({"emb.weight": Code()})),
     (BASE, "bad.pth: not a model checkpoint", lambda: save([1, 2])),
+    (BASE, "bad.pth: a cut or damaged PyTorch checkpoint (the checksum of", a_flipped_bit),
+    (BASE, "bad.pth: a cut or damaged PyTorch checkpoint (it claims to hold more than it does)", compressed),
+    (BASE, "bad.pth: head.weight claims to be (1099511627776, 64), which the file does not hold", lambda: save(tiny() | {"head.weight": torch.ones(1, 64).expand(2**40, 64)})),
+    (BASE, "tensors that share their content claim", lambda: save(tiny() | dict.fromkeys(map(str, range(500)), tiny()["head.weight"]))),
+    (BASE, "bad.pth: a cut or damaged PyTorch checkpoint (its tensors are not what it holds)", reaching_into_the_next),
+    (BASE, "bad.pth: not a PyTorch checkpoint", lambda: torch.save(tiny(), "bad.pth", _use_new_zipfile_serialization=False)),
+    (BASE, "1000000000 blocks", lambda: save(tiny() | {"blocks.999999999.att.time_maa_x": ONE})),
+    (BASE, "bad.pth: two\\nlines is torch.int64", lambda: save(tiny() | {"two\nlines": torch.ones(1, dtype=torch.int64)})),
     (BASE, "bad.pth: an RWKV-4", lambda: save({"blocks.0.att.time_mix_k": ONE})),
     (BASE, "bad.pth: an RWKV-5", lambda: save({"blocks.0.att.time_mix_k": ONE, "blocks.0.att.ln_x.weight": ONE})),
     (BASE, "bad.pth: an RWKV-7", lambda: save({"blocks.0.att.r_k": ONE, "blocks.0.att.x_r": ONE})),

@@ -97,9 +97,10 @@ def in_a_dict(tensors, r):
 
 
 def in_a_pth(path, r):
+    """Whether only bytes were changed, so that nothing but the original can be right."""
     kind = r.random()
     if kind < 0.4:
-        return path.write_bytes(in_bytes(path.read_bytes(), r))
+        return path.write_bytes(in_bytes(path.read_bytes(), r)) > 0
     if kind < 0.7:
         if r.random() < 0.1:
             return torch.save(in_a_dict(torch.load(path, weights_only=True), r), path, _use_new_zipfile_serialization=False)
@@ -261,7 +262,7 @@ def try_one(prepared, folder, seed, out):
         r = random.Random(seed)
         mutate, path, program = r.choice(PROGRAMS)
         torch.manual_seed(0)
-        mutate(pathlib.Path(path), r)
+        original = pathlib.Path("original", os.path.basename(path)) if mutate(pathlib.Path(path), r) else None
         before, said, errors = contents("."), io.StringIO(), io.StringIO()
         pathlib.Path("/proc/self/clear_refs").write_text("5")
         start, began, wrong = peak(), time.perf_counter(), ""
@@ -276,7 +277,9 @@ def try_one(prepared, folder, seed, out):
         seconds, memory = time.perf_counter() - began, (peak() - start) / 1e9
         error = errors.getvalue().replace("\r", "\n").rstrip("\n").rpartition("\n")[2]
         after = contents(".")
-        if code == 2 and (not error.startswith("error: ") or len(error) > 1000 or "Traceback" in errors.getvalue()):
+        if code == 0 and original and not same(plain(path), plain(original)):
+            wrong = "damage was accepted"
+        elif code == 2 and (not error.startswith("error: ") or len(error) > 1000 or "Traceback" in errors.getvalue()):
             wrong = f"exit code 2 without one line: {errors.getvalue()[-500:]}"
         elif code not in (0, 2):
             wrong = wrong or f"exit code {code}: {errors.getvalue()[-500:]}"
