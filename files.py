@@ -51,7 +51,8 @@ def read_tensors(path, verify=True):
     stored = [record.file_size for record in sorted(records, key=lambda record: record.header_offset) if "/data/" in record.filename]
     if [nbytes for _, nbytes in storages] != stored:
         raise ValueError(f"{path}: a cut or damaged PyTorch checkpoint (its tensors are not what it holds); copy or download it again")
-    for name, tensor in items:
+    tensors = {name: tensor.detach() for name, tensor in items}
+    for name, tensor in tensors.items():
         if not 0 < tensor.nbytes <= tensor.untyped_storage().nbytes():
             raise ValueError(f"{path}: {name} claims to be {tuple(tensor.shape)}, which the file does not hold")
         tensor.is_mapped = tensor.is_contiguous()

@@ -29,6 +29,7 @@ import zipfile
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 import bone
 import compiled
@@ -164,6 +165,14 @@ def merging():
         assert tuned[name].equal(expected) and expected.isfinite().all(), name
 
 
+def merging_for_ai00():
+    main_of(merge, "merge.py base.pth run/rwkv-0.pth tuned.st")
+    tuned = load_file("tuned.st")
+    merging()
+    expected = dict(merge.for_ai00(name, tensor) for name, tensor in plain("tuned.pth").items())
+    assert tuned.keys() == expected.keys() and all(tuned[name].equal(tensor.detach()) for name, tensor in expected.items())
+
+
 def first_loss(flags):
     main_of(train, f"train.py {TRAIN} --epoch_steps 1 {flags}")
     with open("new/loss.csv") as f:
@@ -218,7 +227,7 @@ def speaking():
     main_of(generate, "generate.py base.pth --bone run/rwkv-0.pth --prompt bac --length 3")
 
 
-PROGRAMS = [(in_a_pth, "base.pth", merging), (in_a_pth, "base.pth", merging), (in_a_pth, "base.pth", training), (in_a_pth, "base.pth", speaking),
+PROGRAMS = [(in_a_pth, "base.pth", merging), (in_a_pth, "base.pth", merging_for_ai00), (in_a_pth, "base.pth", training), (in_a_pth, "base.pth", speaking),
             (in_a_pth, "run/rwkv-0.pth", merging), (in_a_pth, "run/rwkv-0.pth", merging), (in_a_pth, "run/rwkv-0.pth", going_on_from_bones),
             (in_a_pth, "run/rwkv-0.pth", speaking), (in_a_pth, "out/resume-1.pth", resuming), (in_a_pth, "out/resume-1.pth", resuming),
             (lambda path, r: path.write_bytes(in_bytes(path.read_bytes(), r)), "x.idx", reading), (lambda path, r: path.write_bytes(in_bytes(path.read_bytes(), r)), "x.bin", reading),
@@ -262,7 +271,7 @@ def try_one(prepared, folder, seed, out):
         r = random.Random(seed)
         mutate, path, program = r.choice(PROGRAMS)
         torch.manual_seed(0)
-        original = pathlib.Path("original", os.path.basename(path)) if mutate(pathlib.Path(path), r) else None
+        original = pathlib.Path("original", os.path.basename(path)) if mutate(pathlib.Path(path), r) is True else None
         before, said, errors = contents("."), io.StringIO(), io.StringIO()
         pathlib.Path("/proc/self/clear_refs").write_text("5")
         start, began, wrong = peak(), time.perf_counter(), ""
