@@ -178,6 +178,9 @@ def _open_binidx(path):
     if os.path.exists(jsonl) and (prefix == jsonl or missing()):
         prefix = jsonl
         if missing() or os.stat(jsonl).st_mtime_ns >= os.stat(prefix + ".idx").st_mtime_ns:
+            if not os.access(folder := os.path.dirname(jsonl) or ".", os.W_OK):
+                raise ValueError(f"{jsonl}: its tokens are kept beside it, but {folder} is read-only; write them elsewhere, by "
+                                 f"python data.py {jsonl} PREFIX, and use --data_file PREFIX")
             jsonl_to_binidx(jsonl, prefix)
     if missing():
         raise FileNotFoundError(f"{path}: no {' and '.join(missing())}, and no {jsonl}; give a .jsonl, or the prefix of a .bin and .idx "

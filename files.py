@@ -133,6 +133,9 @@ def atomic_path(path):
             os.fsync(f.fileno())
         os.replace(temporary, path)
         sync_folder(folder)
+    except OSError as error:
+        error.filename = error.filename or path  # a full disk does not say which file it has no room for
+        raise
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)

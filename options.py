@@ -95,7 +95,7 @@ TABLE = {
         ("save_steps", number(int, 0), 500, "save the state of the run every this many steps, and with every checkpoint; 0: only then"),
         ("keep", number(int, 1), 1, "number of states that are kept"),
         ("resume", {"nargs": "?", "const": "last", "type": choice("resume", ("last", "auto")), "metavar": "auto"}, None,
-         "go on from the last state in proj_dir, exactly; auto: begin anew where there is none"),
+         "go on from the last state in proj_dir, exactly (the same as last); auto: begin anew where there is none"),
         ("micro_bsz", number(int, 1), 1, "rows in a micro batch: what goes through the model at once"),
         ("accumulate_grad_batches", number(int, 1), 1, "micro batches in an optimizer step"),
         ("random_seed", number(int, 0), 0, "seed of the data order and of a new model"),

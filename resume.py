@@ -56,7 +56,7 @@ class Progress:
         if self.bad_in_a_row >= HOPELESS:
             self.bad_in_a_row = 0
             raise ValueError(f"{HOPELESS} steps in a row had a loss or gradient that is not finite; the weights are those from before. Look at the "
-                             "documents named in the log, try a smaller --lr_init, or --precision fp32")
+                             "documents named in the log; or begin anew, or from an earlier state, with a smaller --lr_init, or with --precision fp32")
 
     def summary(self, steps):
         """The epoch in words. ValueError where none of the run's `steps` was taken."""
@@ -101,8 +101,10 @@ class Saver:
             os.makedirs(self.folder, exist_ok=True)
             save_stream(like, finite, path)
         except Exception as error:  # whatever it is, days of training do not end for it
-            why = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-            self.log.line(f"could not save {path}: {why}; what was saved before is whole, and the next save tries again")
+            why = getattr(error, "strerror", None) or str(error).partition("\n")[0].removeprefix(f"{path}: ")
+            last = [*states(self.folder)][-1:]
+            self.log.line(f"could not save {path}: {why}; " + (f"what was saved before is whole, the state of step {last[0]} the last" if last else
+                                                               "no state of this run is on disk so far"))
             return False
         return True
 
@@ -131,12 +133,12 @@ class Saver:
 
     @contextlib.contextmanager
     def rescue(self):
-        """Whatever ends the block, what was trained until then is saved, and no earlier state removed."""
+        """Whatever ends the block, what was trained until then is saved; where it is an error, no earlier state is removed."""
         try:
             yield
         except BaseException as end:
             if self.whole and self.progress.step != self.saved and not getattr(end, "impatient", False):
-                self.save_state(keep=1 << 30)
+                self.save_state(None if isinstance(end, (KeyboardInterrupt, SystemExit)) else 1 << 30)
             if isinstance(end, (KeyboardInterrupt, SystemExit)):
                 last, again = [*states(self.folder)][-1:], sys.argv + ["--resume"] * ("--resume" not in sys.argv)
                 self.log.line(f"stopped at step {self.progress.step}; " + (f"to go on from step {last[0]}: python {shlex.join(again)}" if last else
@@ -148,7 +150,12 @@ class State:
     """A state that was saved: path, about (dict), progress, tensors (mapped)."""
 
     def __init__(self, path):
-        self.path, self.tensors = path, read_tensors(path)
+        advice = ("move it away, then the one before it is used; or go on from a checkpoint, in another --proj_dir, by --bone_load rwkv-N.pth "
+                  "--epoch_begin N+1")
+        try:
+            self.path, self.tensors = path, read_tensors(path)
+        except ValueError as error:
+            raise ValueError(f"{str(error).rpartition('; ')[0]}; {advice}") from error
         try:
             self.about = json.loads(self.tensors.pop(ABOUT).numpy().tobytes())
             self.progress = Progress(**self.about["progress"])
@@ -158,7 +165,7 @@ class State:
             if not all(type(number) is int and number >= 0 for number in numbers):
                 raise ValueError("its numbers are wrong")
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not the state of a training ({type(error).__name__}: {error}); move it away, then the one before it is used") from error
+            raise ValueError(f"{path}: not the state of a training ({type(error).__name__}: {error}); {advice}") from error
 
     @torch.no_grad()
     def restore(self, weights, optimizer, scaler):
@@ -207,19 +214,20 @@ def check_same_run(state, args, about):
             raise ValueError(f"{state.path}: saved with --{flag} {then.get(flag)}, but --{flag} is {now[flag]}; use the same, or give another --proj_dir")
     for what, flag in (("base", "load_model"), ("data", "data_file")):
         if about[what] != state.about[what]:
-            raise ValueError(f"{state.path}: saved when --{flag} ({then.get(flag)}) had another content than {now[flag]} has; give that, or another --proj_dir")
+            raise ValueError(f"{state.path}: --{flag} {now[flag]} has another content than {then.get(flag)} had when this was saved; give that, or another "
+                             "--proj_dir")
     return [f"--{flag} {now[flag]} (was {then.get(flag)})" for flag in CHANGEABLE if now[flag] != then.get(flag)]
 
 
 def check_folder(args, paths, first, progress, same):
     """ValueError where proj_dir cannot take this run, from step `first`: what it would write is there, of another run.
     paths: {step: checkpoint after that step}; progress: of the state to go on from, or None; same: whether it is the same run exactly."""
-    for step, path in paths.items():
-        if os.path.lexists(path) and not (progress and (same or step <= progress.step)):
-            raise ValueError(f"{path}: already there, from an earlier run; give another --proj_dir, or move it away")
     for step, path in states(args.proj_dir).items():
         if not progress and step > first:
             raise ValueError(f"{path}: the state of an earlier run; go on with it by --resume, give another --proj_dir, or move it away")
+    for step, path in paths.items():
+        if os.path.lexists(path) and not (progress and (same or step <= progress.step)):
+            raise ValueError(f"{path}: already there, from an earlier run; give another --proj_dir, or move it away")
     for path in glob.glob(os.path.join(glob.escape(args.proj_dir), "rwkv-*.pth")):
         trained_quant(path, args.quant)  # args.json, which is written anew, must stay true of what is there
 
@@ -233,7 +241,7 @@ def check_room(args, built, paths):
     need = numbers * (dtype.itemsize * len(to_come) + 12 * max(0, args.keep + 1 - len(states(args.proj_dir))))
     free = shutil.disk_usage(args.proj_dir).free
     if need > free:
-        raise ValueError(f"{args.proj_dir}: the run will write {need / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free; make room, give another "
+        raise ValueError(f"{args.proj_dir}: the run will write {need / 1e6:,.0f} MB, but the disk has {free / 1e6:,.0f} MB free; make room, give another "
                          "--proj_dir, or save less by --epoch_save")
 
 
@@ -247,12 +255,14 @@ def lock(folder):
     for name in (".lock", "train_log.txt", "loss.csv", "wandb"):
         if os.path.islink(link := os.path.join(folder, name)):
             raise ValueError(f"{link}: a symbolic link, through which this run would write elsewhere; remove it")
-    os.makedirs(folder, exist_ok=True)
     held = filelock.FileLock(path)
     try:
+        os.makedirs(folder, exist_ok=True)
         held.acquire(timeout=0)
     except filelock.Timeout as error:
         raise ValueError(f"{folder}: another run, process {path.read_text() or 'unknown'}, is training there; wait for its end, or give another --proj_dir") from error
+    except OSError as error:
+        raise ValueError(f"--proj_dir {folder} cannot be written ({error.strerror}); give another") from error
     try:
         path.write_text(str(os.getpid()))
         for name in ("resume-*.pth", "rwkv-*.pth"):

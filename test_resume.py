@@ -161,7 +161,7 @@ def test_a_complete_run_says_so_and_a_longer_one_goes_on(capsys):
     run(RUN)
     before = read("out/rwkv-1.pth")
     run(RUN + "--resume")
-    assert capsys.readouterr().out.endswith("out: this run is complete, 6 steps; a higher --epoch_count trains on\n")
+    assert capsys.readouterr().out.endswith("out: this run is complete, 6 steps; a higher --epoch_count than 2 trains on\n")
     run(RUN + "--epoch_count 3 --resume")
     assert "step 6 of 9, with other --epoch_count 3 (was 2)" in capsys.readouterr().out and column("step") == [*range(9)]
     assert same(read("out/rwkv-1.pth"), before) and os.path.exists("out/rwkv-2.pth")
@@ -303,7 +303,7 @@ def test_a_full_disk_ends_no_training_and_harms_no_earlier_file(monkeypatch, cap
         action()
     run("--epoch_steps 5 --epoch_count 2 --save_steps 1")
     said = capsys.readouterr().out
-    assert [int(step) for step in re.findall(r"could not save out/resume-(\d).pth: File too large; what was saved before is whole, and the next", said)] == [3, 4]
+    assert [int(step) for step in re.findall(r"could not save out/resume-(\d).pth: File too large; what was saved before is whole, the state of step 2 the last", said)] == [3, 4]
     assert [*resume.states("out")] == [10] and curve("out") == curve("whole") and same(read("out/rwkv-1.pth"), read("whole/rwkv-1.pth"))
 
 
@@ -379,7 +379,7 @@ def test_a_folder_that_is_read_only_for_a_while_ends_no_training(monkeypatch, ca
 def test_room_is_looked_for_before_anything_is_loaded(monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5_000_000))
     monkeypatch.setattr(resume, "State", None)
-    assert re.search(r"out: the run will write 0.02 GB, but the disk has 0.01 GB free; make room", refused(capsys, lambda: run("--epoch_count 90")))
+    assert re.search(r"out: the run will write 17 MB, but the disk has 5 MB free; make room", refused(capsys, lambda: run("--epoch_count 90")))
     assert not os.path.exists("out")
     run("--epoch_count 9")                                      # 2 states of 1 MB, 9 checkpoints of 0.16 MB
 
@@ -509,8 +509,8 @@ def a_link(name, target):
     ("--resume --bone_r 8", "out/resume-2.pth: saved with --bone_r 16, but --bone_r is 8; use the same", spoil_state()),
     ("--resume --micro_bsz 3", "saved with --micro_bsz 4", spoil_state()), ("--resume --random_seed 3", "saved with --random_seed 0", spoil_state()),
     ("--resume --precision fp32", "saved with --precision bf16", spoil_state()), ("--resume --epoch_steps 9", "saved with --epoch_steps 4", spoil_state()),
-    ("--resume", "saved when --load_model (base.pth) had another content than base.pth has", lambda: (spoil_state()(), torch.save(tiny() | {"head.weight": torch.ones(300, 64)}, "base.pth"))),
-    ("--resume", "saved when --data_file (x) had another content than x has", lambda: (spoil_state()(), data.write_binidx("x", counting([20] * 12)))),
+    ("--resume", "--load_model base.pth has another content than base.pth had when this was saved", lambda: (spoil_state()(), torch.save(tiny() | {"head.weight": torch.ones(300, 64)}, "base.pth"))),
+    ("--resume", "--data_file x has another content than x had when this was saved", lambda: (spoil_state()(), data.write_binidx("x", counting([20] * 12)))),
     ("--resume", "not the state of a training (AttributeError: 'NoneType'", spoil_state(scaler=None)),
     ("--resume", "not the state of a training", spoil_state(progress={"step": -1})), ("--resume", "not the state of a training", spoil_state(progress={"stop": 1})),
     ("--resume", "not the state of a training", spoil_state(args=[])), ("--resume", "not the state of a training", without("about")),

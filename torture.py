@@ -462,7 +462,7 @@ def disk():
                 break
         assert end.returncode == 0, end.stderr
         said = re.findall("could not save .*", (folder / "said").read_text())
-        assert "No space left on device; what was saved before is whole" in said[0] and (folder / "code").read_text() == "143\n", said
+        assert "No space left on device; what was saved before is whole, the state of step" in said[0] and (folder / "code").read_text() == "143\n", said
         assert all(t.isfinite().all() for t in files.read_tensors(folder / "during.pth").values())
         steps = [int(line.split(",")[0]) for line in (folder / "loss.csv").read_text().splitlines()[1:]]
         assert steps == [*range(len(steps))]

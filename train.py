@@ -325,9 +325,10 @@ def run(args, device, built):
     state = resume.load(args.proj_dir, args.resume) if args.resume else None
     changes = resume.check_same_run(state, args, about) if state else []
     resume.check_folder(args, paths, first, state and state.progress, not changes)
-    if state and state.progress.step >= last and not state.progress.losses:
+    if state and state.progress.step >= last + bool(state.progress.losses):
         resume.prune(args.proj_dir, args.keep)
-        return print(f"{args.proj_dir}: this run is complete, {last - first} steps; a higher --epoch_count trains on")
+        return print(f"{args.proj_dir}: this run is complete, {state.progress.step - first} steps; a higher --epoch_count than "
+                     f"{state.progress.step // steps - epochs[0]} trains on")
     resume.check_room(args, built, paths.values())
     log = Log(args, documents.vocabulary, state and state.about["wandb"])
     if device.type == "cpu":
@@ -347,6 +348,7 @@ def run(args, device, built):
     elif held_out:
         print(f"held-out loss before training: {log.point(first, val_loss=held_out_loss()):.4f}")
 
+    missing = []
     with saver.rescue():
         for epoch in range((progress.step - bool(progress.losses)) // steps, epochs.stop):
             with tqdm(total=steps, initial=progress.step - epoch * steps, desc=f"epoch {epoch}", unit="step", dynamic_ncols=True) as bar:
@@ -373,13 +375,18 @@ def run(args, device, built):
                      + (f", held-out loss {log.point(progress.step, val_loss=held_out_loss()):.4f}" if held_out else ""))
             if progress.step not in paths or saver.save_checkpoint(paths[progress.step], save_dtype):
                 progress.losses.clear()
+            else:
+                missing.append(paths[progress.step])
             if progress.step in paths or args.save_steps and progress.step % args.save_steps == 0:
                 saver.save_state()
             if progress.step < last:
                 progress.losses.clear()
     said = log.close()
     if progress.losses:
-        raise ValueError(f"{paths[last]}: could not be saved, as said above; mend that, then give the same command with --resume")
+        raise ValueError(f"{paths[last]}: could not be saved, as said above; " + ("mend that, then give the same command with --resume"
+                         if resume.states(args.proj_dir) else "neither could any state, so nothing of this run is left"))
+    if missing:
+        print(f"note: {', '.join(missing)} could not be saved, as said above")
     print(f"wrote {paths[last]}{said}; peak memory {memory.peak(device) / 1e9:.2f} GB")
     if args.load_model:
         print(f"next: python {shlex.join(['merge.py', args.load_model, paths[last], os.path.join(args.proj_dir, 'tuned.pth')])}")
