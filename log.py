@@ -25,7 +25,7 @@ class Log:
             import wandb
             settings = wandb.Settings(disable_git=True, save_code=False, console="off")
             try:
-                self.wandb = wandb.init(project=args.wandb, config=vars(args), dir=args.proj_dir, settings=settings, id=wandb_id, resume="allow")
+                self.wandb = wandb.init(project=args.wandb, config=vars(args), dir=os.path.abspath(args.proj_dir), settings=settings, id=wandb_id, resume="allow")
             except wandb.errors.Error as error:
                 raise ValueError(f"--wandb {args.wandb}: {error}".replace("\n", " ") + " Or keep it here: WANDB_MODE=offline") from error
 

@@ -77,7 +77,7 @@ def test_a_dry_run_says_what_is_trained_and_what_it_takes_and_writes_nothing(cap
     train.train(arguments(f"--dry_run {flags}"))
     said = capsys.readouterr().out
     assert set(os.listdir()) == before                                    # and needs no data
-    model, parts = train.expected_memory(arguments(flags), CPU)
+    (model, *_), parts = train.expected_memory(arguments(flags), CPU)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert f"{trained:,} parameters" in said and all(part in said for part in (*parts, "expected peak", "free on cpu: it fits"))
 
