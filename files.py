@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ctypes
 import difflib
+import errno
 import glob
 import json
 import mmap
@@ -109,6 +110,9 @@ def sync_folder(folder):
         fd = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some network file systems cannot
+                raise
         finally:
             os.close(fd)
 

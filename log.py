@@ -1,5 +1,6 @@
 """What a run writes beside its checkpoints: its arguments, its losses as text, numbers and a picture, and where wanted all of it to wandb."""
 
+import contextlib
 import csv
 import json
 import os
@@ -61,8 +62,9 @@ class Log:
             pass
 
     def line(self, text):
-        tqdm.write(text)
         self.write(self.text, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        with contextlib.suppress(OSError):  # of a terminal that is closed
+            tqdm.write(text)
 
     def point(self, step, loss="", lr="", val_loss=""):
         self.write(self.curve, f"{step},{loss},{lr},{val_loss}\n")

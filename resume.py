@@ -162,7 +162,7 @@ class State:
             numbers = [number for name, number in vars(self.progress).items() if name != "losses"]
             self.about["args"].items(), [self.about[key] for key in ("base", "data", "wandb")]
             [*map(float, self.progress.losses), *map(float, self.about["scaler"].values())]
-            if not all(type(number) is int and number >= 0 for number in numbers):
+            if not all(type(number) is int and number >= 0 for number in numbers) or os.path.basename(path) != f"resume-{self.progress.step}.pth":
                 raise ValueError("its numbers are wrong")
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not the state of a training ({type(error).__name__}: {error}); {advice}") from error
@@ -193,8 +193,7 @@ class State:
         torch.set_rng_state(tensors["rng"].clone())
         if rng_cuda is not None and torch.cuda.is_initialized():
             torch.cuda.set_rng_state(rng_cuda.clone())
-        for tensor in tensors.values():
-            release(tensor)
+        tensors.clear()  # else the file would stay mapped, and its room on the disk taken when it is removed
         return self.progress
 
 
@@ -291,7 +290,8 @@ def unbroken():
                 end.impatient = True
                 raise
         caught.append(number)
-        os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")
+        with contextlib.suppress(OSError):  # of a terminal that is closed, a pipe whose reader the same Ctrl-C ended
+            os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")
 
     before = {number: signal.signal(number, handle) for number in STOPPING if callable(signal.getsignal(number))}
     try:
