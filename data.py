@@ -19,6 +19,7 @@ import codecs
 import contextlib
 import functools
 import json
+import math
 import os
 import pathlib
 import re
@@ -115,8 +116,11 @@ class Documents:
         return self.tokens[start:start + self.sizes[i]].astype(np.int64)
 
     def fingerprint(self):
-        """A number that other documents hardly share: of all their sizes, and of the first million tokens."""
-        return zlib.crc32(np.ascontiguousarray(self.tokens[:1 << 20]), zlib.crc32(np.ascontiguousarray(self.sizes)))
+        """A number that other documents hardly share: of all their sizes, and of a million tokens from everywhere among them."""
+        checksum = zlib.crc32(np.ascontiguousarray(self.sizes))
+        for start in np.linspace(0, max(0, len(self.tokens) - (1 << 14)), 64).astype(np.int64):
+            checksum = zlib.crc32(np.ascontiguousarray(self.tokens[start:start + (1 << 14)]), checksum)
+        return checksum
 
     def vocab_size(self):
         """The smallest vocabulary with which a model can read this."""
@@ -339,6 +343,13 @@ def rows_of(data, step, micro_bsz, ctx_len, dataload="pad", seed=0, shuffle=True
         return np.random.default_rng([seed, step, 1]).integers(n, size=micro_bsz).tolist()  # the 1: apart from the permutations
     places = [divmod(step * micro_bsz + b, len(data)) for b in range(micro_bsz)]
     return [int(_permutation(seed, epoch, len(data))[i]) if shuffle else i for epoch, i in places]
+
+
+def suspects(documents, losses, first, rows):
+    """In words, the rows of a step's micro batches, from number `first` on, whose loss is not finite; of all of them where each loss is."""
+    bad = [n for n, loss in enumerate(losses) if not math.isfinite(loss)] or range(len(losses))
+    numbers = " ".join(str(row) for n in bad for row in rows_of(documents, first + n, **rows))
+    return f"{'rows that begin at tokens' if rows['dataload'] == 'get' else 'documents'} {numbers}, counted from 0"
 
 
 def batch(data, step, micro_bsz, ctx_len, dataload="pad", loss_mask="pad", seed=0, shuffle=True):

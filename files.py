@@ -9,6 +9,7 @@ import glob
 import json
 import mmap
 import os
+import pickletools
 import re
 import signal
 import struct
@@ -24,10 +25,28 @@ ABOUT = "about"     # the tensor that makes a .pth the state of a training (resu
 STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # what asks a program to end
 
 
+def check_pickle(content):
+    """ValueError where a pickle holds anything but what a dict of tensors is made of. torch.load(weights_only=True) executes nothing either, but
+    it knows types that take any amount of memory, and tuples that contain one another, whose hash takes for ever."""
+    parts = (r"collections OrderedDict|torch Tensor|torch(\.storage)? \w+Storage|torch\.nn\.parameter Parameter|torch\._tensor _rebuild_from_type_v2|"
+             r"torch\._utils _rebuild_(tensor_v2|parameter)")
+    before, reusable = "", set()    # what may be used again by its number: names and tensors, and nothing that has parts
+    for code, argument, _ in pickletools.genops(content):
+        if code.name == "GLOBAL" and not re.fullmatch(parts, argument):
+            raise ValueError(f"{argument.replace(' ', '.')} is no part of a tensor")
+        if code.name in ("BINPUT", "LONG_BINPUT", "PUT") and before in ("GLOBAL", "BINUNICODE", "REDUCE"):
+            reusable.add(argument)
+        if code.name in ("BINGET", "LONG_BINGET", "GET") and argument not in reusable or code.name in ("DUP", "MEMOIZE", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ"):
+            raise ValueError("its parts contain one another")
+        before = code.name
+
+
 def read_tensors(path, verify=True):
     """The dict {name: tensor} in a .pth file, memory-mapped (private: writing to a tensor does not change the file). ValueError or OSError,
     in one line, for anything else. Never runs code of a pickle. verify: hold every byte against the file's checksums."""
     size = os.path.getsize(path)  # missing, or not readable: OSError says which
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: is no file; a .pth is needed")
     with open(path, "rb") as f:
         if f.read(4) != b"PK\x03\x04":
             raise ValueError(f"{path}: not a PyTorch checkpoint" + " (a .st is for Ai00)" * str(path).endswith(".st") + "; nothing was executed, a .pth as torch.save writes it is needed")
@@ -36,25 +55,27 @@ def read_tensors(path, verify=True):
             records = archive.infolist()
             if any(record.compress_type for record in records) or sum(record.file_size for record in records) > size:
                 raise ValueError("it claims to hold more than it does")
+            [pickled] = [record for record in records if record.filename.endswith("data.pkl")]
+            check_pickle(archive.read(pickled))
             if wrong := verify and archive.testzip():
                 raise ValueError(f"the checksum of {wrong} is wrong")
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file can fail anywhere in the unpickler
-        if "unsupported global" in str(error).lower():
-            raise ValueError(f"{path}: holds more than tensors: code that would run on loading; nothing was executed, a .pth of tensors is needed") from error
+        if "is no part of a tensor" in str(error):
+            raise ValueError(f"{path}: holds more than tensors: {error}; nothing was executed, a .pth of tensors is needed") from error
         why = str(error).partition("\n")[0] if type(error) is ValueError else "it cannot be read"
         raise ValueError(f"{path}: a cut or damaged PyTorch checkpoint ({why}); copy or download it again") from error
     items = tensors.items() if isinstance(tensors, dict) else ()
     if not items or not all(isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided for name, t in items):
         raise ValueError(f"{path}: not a model checkpoint; a dict of names and tensors is needed")
+    tensors = {name: torch.Tensor.detach(tensor) for name, tensor in items}  # without attributes, which could stand in for methods
     # A few bytes can claim to be a tensor of any size, and a mapped tensor can reach into the next one: every storage must be a record.
     storages = sorted({(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors.values()})
     stored = [record.file_size for record in sorted(records, key=lambda record: record.header_offset) if "/data/" in record.filename]
     if [nbytes for _, nbytes in storages] != stored:
         raise ValueError(f"{path}: a cut or damaged PyTorch checkpoint (its tensors are not what it holds); copy or download it again")
-    tensors = {name: tensor.detach() for name, tensor in items}
     for name, tensor in tensors.items():
-        if not 0 < tensor.nbytes <= tensor.untyped_storage().nbytes():
+        if not 0 < tensor.nbytes <= tensor.untyped_storage().nbytes() or tensor.is_neg() or tensor.is_conj():
             raise ValueError(f"{path}: {name} claims to be {tuple(tensor.shape)}, which the file does not hold")
         tensor.is_mapped = tensor.is_contiguous()
     if (total := sum(tensor.nbytes for tensor in tensors.values())) > size:
@@ -194,6 +215,8 @@ def trained_quant(path, quant):
     trained = quant or "none"
     if path and os.path.exists(remembered):
         try:
+            if not os.path.isfile(remembered):
+                raise ValueError("it is no file")
             with open(remembered, encoding="utf-8") as f:
                 trained = json.load(f).get("quant", trained)
             if trained not in ("none", "int8", "nf4"):
@@ -218,6 +241,16 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; " + (f"did you mean {near[0]}?" if near else f"python {self.prog} --help lists all flags"))
 
 
+def let_go_of_broken_output():
+    """What is still to be written to a pipe whose reader is gone goes nowhere from now on, and is no error: the Ctrl-C that ends a program ends
+    the `tee` behind it too."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def run_cli(main):
     """Run a program's main(): a ValueError, OSError or want of memory becomes `error: ...` on stderr and exit code 2; Ctrl-C, or a request to
     end (SIGTERM, SIGHUP), ends it through every `finally`, with exit code 128 + the signal's number."""
@@ -230,11 +263,13 @@ def run_cli(main):
     try:
         main()
     except KeyboardInterrupt:
+        let_go_of_broken_output()
         sys.exit(130)
     except (OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
         file = getattr(error, "filename", None)
         text = str(error).partition("\n")[0] if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else str(error)
         text = f"{file}: {error.strerror}" if file else text
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)   # names in a file may hold anything, be of any length
+        let_go_of_broken_output()
         print(f"error: {text if len(text) < 1000 else text[:500] + ' ... ' + text[-400:]}", file=sys.stderr)
         sys.exit(2)

@@ -30,12 +30,16 @@ class Log:
             except wandb.errors.Error as error:
                 raise ValueError(f"--wandb {args.wandb}: {error}".replace("\n", " ") + " Or keep it here: WANDB_MODE=offline") from error
 
-    def open(self, progress, resumed):
-        """Begin, at `progress`. A run that is resumed wrote rows of later steps, perhaps, before it was killed: they come again."""
+    def describe(self):
+        """Write what others need to know of the checkpoints: args.json, vocab.json."""
         contents = {"args.json": vars(self.args)} | ({"vocab.json": dict(enumerate(self.vocabulary))} if self.vocabulary else {})
         for name, content in contents.items():
             with atomic_path(os.path.join(self.args.proj_dir, name)) as path, open(path, "w", encoding="utf-8") as f:
                 json.dump(content, f, indent=1, ensure_ascii=False)
+
+    def open(self, progress, resumed):
+        """Begin, at `progress`. A run that is resumed wrote rows of later steps, perhaps, before it was killed: they come again."""
+        self.describe()
         if self.args.resume and os.path.exists(self.curve):
             def known(row):
                 step, val_loss = (re.fullmatch(r"(\d+),[^,]*,[^,]*,([^,]*)\n", row) or re.match("()()", "")).groups()
@@ -60,6 +64,11 @@ class Log:
                     self.unwritten[path] = ""
         except OSError:
             pass
+
+    def sync(self):
+        """Have the rows so far on disk: a state that is there goes on from them."""
+        with contextlib.suppress(OSError), open(self.curve, "rb+") as f:
+            os.fsync(f.fileno())
 
     def line(self, text):
         self.write(self.text, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

@@ -22,14 +22,15 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 
 import filelock
 import torch
 
-from files import ABOUT, STOPPING, all_finite, read_tensors, release, remove_leftovers, save_stream, trained_quant
+from files import ABOUT, STOPPING, all_finite, let_go_of_broken_output, read_tensors, release, remove_leftovers, save_stream, trained_quant
 
 # Flags that say what a step computes; with another value a state would mean something else. Paths may differ: contents are compared.
-FIXED = ("bone_r", "bone_mode", "train_parts", "data_type", "ctx_len", "dataload", "data_shuffle", "loss_mask", "mask_id", "epoch_begin",
+FIXED = ("bone_r", "bone_mode", "train_parts", "ctx_len", "dataload", "data_shuffle", "loss_mask", "mask_id", "epoch_begin",
          "epoch_steps", "micro_bsz", "accumulate_grad_batches", "random_seed", "precision", "quant")
 CHANGEABLE = ("epoch_count", "lr_init", "lr_final", "warmup_steps", "beta1", "beta2", "adam_eps", "weight_decay", "layerwise_lr")
 
@@ -63,21 +64,21 @@ class Progress:
         if self.overflows + self.bad == steps:
             raise ValueError(f"loss or gradient were not finite in each of {steps} steps, so nothing was learnt; use --precision bf16 or fp32")
         finite = [loss for loss in self.losses if math.isfinite(loss)]
-        return (f"mean loss {sum(finite) / max(1, len(finite)):.4f}"
+        return ((f"mean loss {sum(finite) / len(finite):.4f}" if finite else "no loss that is finite")
                 + f", {self.overflows} steps so far left out, whose gradient fp16 could not hold" * bool(self.overflows)
                 + f", {self.bad} steps so far left out, whose loss or gradient was not finite" * bool(self.bad))
 
 
-def states(folder):
-    """Paths of the states in a folder, {step: path}, the last step last."""
+def states(folder, first=-1):
+    """Paths of the states in a folder that are of a step after `first`, {step: path}, the last step last."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     found = {int(match[1]): os.path.join(folder, name) for name in names if (match := re.fullmatch(r"resume-([0-9]{1,18})\.pth", name))}
-    return dict(sorted(found.items()))
+    return {step: found[step] for step in sorted(found) if step > first}
 
 
-def prune(folder, keep):
-    """Remove all but the last `keep` states, as far as the disk allows."""
-    for path in [*states(folder).values()][:-keep]:
+def prune(folder, keep, first):
+    """Remove all but the last `keep` states of a run that began at step `first`, as far as the disk allows."""
+    for path in [*states(folder, first).values()][:-keep]:
         with contextlib.suppress(OSError):
             os.unlink(path)
 
@@ -86,8 +87,9 @@ class Saver:
     """Saves a run: checkpoints, and states, of which the last `keep` stay. A disk that is full, or gone, ends no training: the log says so, and
     the next save may find it mended. about: {name: what JSON holds}; weights: {name: parameter}, what a checkpoint holds."""
 
-    def __init__(self, folder, keep, log, about, progress, weights, optimizer, scaler):
-        self.folder, self.keep, self.log, self.about, self.progress = folder, keep, log, about, progress
+    def __init__(self, folder, keep, first, log, about, progress, weights, optimizer, scaler):
+        self.folder, self.keep, self.first, self.log, self.about, self.progress = folder, keep, first, log, about, progress
+        self.lock = contextlib.ExitStack()            # of the folder, where that had to be made again
         self.weights, self.optimizer, self.scaler = weights, optimizer, scaler
         self.saved, self.whole = progress.step, True  # the step that is on disk; whether the weights are those of progress.step
 
@@ -98,11 +100,13 @@ class Saver:
                 raise ValueError(f"{name} holds NaN or infinite values in {tensor.dtype}")
             return tensor
         try:
-            os.makedirs(self.folder, exist_ok=True)
+            if not os.path.exists(self.folder):         # it vanished, and what describes the checkpoints with it
+                self.lock.enter_context(lock(self.folder))
+                self.log.describe()
             save_stream(like, finite, path)
         except Exception as error:  # whatever it is, days of training do not end for it
             why = getattr(error, "strerror", None) or str(error).partition("\n")[0].removeprefix(f"{path}: ")
-            last = [*states(self.folder)][-1:]
+            last = [*states(self.folder, self.first)][-1:]
             self.log.line(f"could not save {path}: {why}; " + (f"what was saved before is whole, the state of step {last[0]} the last" if last else
                                                                "no state of this run is on disk so far"))
             return False
@@ -120,9 +124,10 @@ class Saver:
         tensors |= {"rng": torch.get_rng_state()} | ({"rng_cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
         tensors[ABOUT] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
         path = os.path.join(self.folder, f"resume-{self.progress.step}.pth")
+        self.log.sync()
         if self.attempt(path, tensors, lambda name: tensors[name].cpu()):
             self.saved = self.progress.step
-            prune(self.folder, keep or self.keep)
+            prune(self.folder, keep or self.keep, self.first)
 
     @contextlib.contextmanager
     def changing(self):
@@ -136,14 +141,23 @@ class Saver:
         """Whatever ends the block, what was trained until then is saved; where it is an error, no earlier state is removed."""
         try:
             yield
-        except BaseException as end:
+        except BaseException as error:
+            let_go_of_broken_output()
+            end = error
+            while end.__context__ and not isinstance(end, (KeyboardInterrupt, SystemExit)):     # which a broken pipe may have come after
+                end = end.__context__
+            stopped = isinstance(end, (KeyboardInterrupt, SystemExit))
             if self.whole and self.progress.step != self.saved and not getattr(end, "impatient", False):
-                self.save_state(None if isinstance(end, (KeyboardInterrupt, SystemExit)) else 1 << 30)
-            if isinstance(end, (KeyboardInterrupt, SystemExit)):
-                last, again = [*states(self.folder)][-1:], sys.argv + ["--resume"] * ("--resume" not in sys.argv)
-                self.log.line(f"stopped at step {self.progress.step}; " + (f"to go on from step {last[0]}: python {shlex.join(again)}" if last else
-                                                                         "nothing was saved"))
-            raise
+                with only_ctrl_c():
+                    self.save_state(None if stopped else 1 << 30)
+            if not stopped:
+                raise
+            last, again = [*states(self.folder, self.first)][-1:], sys.argv + ["--resume"] * ("--resume" not in sys.argv)
+            self.log.line(f"stopped at step {self.progress.step}; " + (f"to go on from step {last[0]}: python {shlex.join(again)}" if last else
+                                                                     "nothing was saved"))
+            raise end from None
+        finally:
+            self.lock.close()
 
 
 class State:
@@ -159,17 +173,23 @@ class State:
         try:
             self.about = json.loads(self.tensors.pop(ABOUT).numpy().tobytes())
             self.progress = Progress(**self.about["progress"])
-            numbers = [number for name, number in vars(self.progress).items() if name != "losses"]
-            self.about["args"].items(), [self.about[key] for key in ("base", "data", "wandb")]
-            [*map(float, self.progress.losses), *map(float, self.about["scaler"].values())]
-            if not all(type(number) is int and number >= 0 for number in numbers) or os.path.basename(path) != f"resume-{self.progress.step}.pth":
-                raise ValueError("its numbers are wrong")
+            counts = [number for name, number in vars(self.progress).items() if name != "losses"]
+            losses, scaler = self.progress.losses, self.about["scaler"]
+            for right, what in (
+                (all(type(n) is int and n >= 0 for n in counts), "progress"), (type(losses) is list and all(type(n) in (int, float) for n in losses), "losses"),
+                (all(type(n) in (int, float) and (n > 0 or name == "_growth_tracker") and n < 1e38 for name, n in scaler.items()), "scaler"),
+                (all(type(scaler.get(name, 0)) is int and scaler.get(name, 0) < 2**31 for name in ("growth_interval", "_growth_tracker")), "scaler"),
+                (type(self.about["args"]) is dict and {"base", "data", "wandb"} <= self.about.keys(), "args"),
+                (os.path.basename(path) == f"resume-{self.progress.step}.pth", f"step {self.progress.step}, in a file of this name,"),
+            ):
+                if not right:
+                    raise ValueError(f"{what} cannot be")
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not the state of a training ({type(error).__name__}: {error}); {advice}") from error
 
     @torch.no_grad()
     def restore(self, weights, optimizer, scaler):
-        """Put the state into place. Returns its Progress. ValueError, before anything is changed, where it does not fit."""
+        """Put the state into place. Returns its Progress. ValueError, with the weights as they were, where it does not fit."""
         tensors, trained = self.tensors, [name for name, p in weights.items() if p.requires_grad]
         expected = {f"weights.{name}": (p.shape, p.dtype) for name, p in weights.items()} | {"rng": (torch.get_rng_state().shape, torch.uint8)}
         if any(name.startswith("exp_avg.") for name in tensors):  # there are none before the first step that was taken
@@ -179,27 +199,28 @@ class State:
         for name in sorted(expected.keys() ^ tensors.keys()):
             raise ValueError(f"{self.path}: {name} {'is missing' if name in expected else 'has no place in this run'}; it was saved by a run with other parameters")
         for name, tensor in tensors.items():
-            if (tensor.shape, tensor.dtype) != expected[name] or not all_finite(tensor):
-                raise ValueError(f"{self.path}: {name} is {tuple(tensor.shape)}, {tensor.dtype}; finite numbers of {expected[name]} are needed")
+            least = {"step": 1, "exp_avg_sq": 0}.get(name.partition(".")[0], -math.inf)
+            if (tensor.shape, tensor.dtype) != expected[name] or not all_finite(tensor) or tensor.min() < least:
+                raise ValueError(f"{self.path}: {name} is {tuple(tensor.shape)}, {tensor.dtype}; {expected[name]} of finite numbers from {least} on are needed")
             release(tensor)
         try:
             scaler.load_state_dict(self.about["scaler"])
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(f"{self.path}: the state of its gradient scaler is wrong ({error}); move it away") from error
+            torch.set_rng_state(tensors["rng"].clone())
+            if rng_cuda is not None and torch.cuda.is_initialized():
+                torch.cuda.set_rng_state(rng_cuda.clone())
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{self.path}: its gradient scaler or random state cannot be ({str(error).partition(chr(10))[0]}); move it away") from error
         for name, p in weights.items():
             p.copy_(tensors[f"weights.{name}"])
             if f"step.{name}" in tensors:
                 optimizer.state[p] = {key: tensors[f"{key}.{name}"].to(p.device, copy=True) for key in ("step", "exp_avg", "exp_avg_sq")}
-        torch.set_rng_state(tensors["rng"].clone())
-        if rng_cuda is not None and torch.cuda.is_initialized():
-            torch.cuda.set_rng_state(rng_cuda.clone())
         tensors.clear()  # else the file would stay mapped, and its room on the disk taken when it is removed
         return self.progress
 
 
-def load(folder, wanted):
-    """The last State in a folder. Where there is none: None for `wanted`, --resume, `auto`, else a ValueError."""
-    path = next(reversed(states(folder).values()), None)
+def load(folder, wanted, first):
+    """The last State in a folder of a run that began at step `first`. Where there is none: None for `wanted`, --resume, `auto`, else a ValueError."""
+    path = next(reversed(states(folder, first).values()), None)
     if not path and wanted == "last":
         raise ValueError(f"{folder}: holds no resume-N.pth to go on from; drop --resume to begin anew, or give that run's --proj_dir")
     return State(path) if path else None
@@ -209,21 +230,20 @@ def check_same_run(state, args, about):
     """What the command line changes, as flags, against that of the state; ValueError where the run would be another one."""
     now, then = json.loads(json.dumps(vars(args))), state.about["args"]
     for flag in FIXED:
-        if now[flag] != then.get(flag):
+        if now[flag] != then.get(flag) and not (flag == "train_parts" and sorted(now[flag]) == sorted(then.get(flag) or [])):
             raise ValueError(f"{state.path}: saved with --{flag} {then.get(flag)}, but --{flag} is {now[flag]}; use the same, or give another --proj_dir")
     for what, flag in (("base", "load_model"), ("data", "data_file")):
         if about[what] != state.about[what]:
             raise ValueError(f"{state.path}: --{flag} {now[flag]} has another content than {then.get(flag)} had when this was saved; give that, or another "
                              "--proj_dir")
-    return [f"--{flag} {now[flag]} (was {then.get(flag)})" for flag in CHANGEABLE if now[flag] != then.get(flag)]
+    return [f"--{flag} {now[flag]} (was {json.dumps(then.get(flag))})" for flag in CHANGEABLE if now[flag] != then.get(flag)]
 
 
 def check_folder(args, paths, first, progress, same):
     """ValueError where proj_dir cannot take this run, from step `first`: what it would write is there, of another run.
     paths: {step: checkpoint after that step}; progress: of the state to go on from, or None; same: whether it is the same run exactly."""
-    for step, path in states(args.proj_dir).items():
-        if not progress and step > first:
-            raise ValueError(f"{path}: the state of an earlier run; go on with it by --resume, give another --proj_dir, or move it away")
+    for path in () if progress else states(args.proj_dir, first).values():
+        raise ValueError(f"{path}: the state of an earlier run; go on with it by --resume, give another --proj_dir, or move it away")
     for step, path in paths.items():
         if os.path.lexists(path) and not (progress and (same or step <= progress.step)):
             raise ValueError(f"{path}: already there, from an earlier run; give another --proj_dir, or move it away")
@@ -231,13 +251,13 @@ def check_folder(args, paths, first, progress, same):
         trained_quant(path, args.quant)  # args.json, which is written anew, must stay true of what is there
 
 
-def check_room(args, built, paths):
-    """ValueError where the disk has no room for the checkpoints and states to come."""
+def check_room(args, built, paths, first, step):
+    """ValueError where the disk has no room for the checkpoints and states to come after `step`, of a run that began at `first`."""
     model, names, dtype = built
     numbers = sum(p.numel() for name, p in model.named_parameters() if name in names)
-    to_come = [path for path in paths if not os.path.exists(path)]
+    to_come = [path for at, path in paths.items() if at >= step and not os.path.exists(path)]
     # A state holds, in float32, weights and Adam's two moments; the new one is there before the old one goes.
-    need = numbers * (dtype.itemsize * len(to_come) + 12 * max(0, args.keep + 1 - len(states(args.proj_dir))))
+    need = numbers * (dtype.itemsize * len(to_come) + 12 * max(0, args.keep + 1 - len(states(args.proj_dir, first))))
     free = shutil.disk_usage(args.proj_dir).free
     if need > free:
         raise ValueError(f"{args.proj_dir}: the run will write {need / 1e6:,.0f} MB, but the disk has {free / 1e6:,.0f} MB free; make room, give another "
@@ -254,6 +274,8 @@ def lock(folder):
     for name in (".lock", "train_log.txt", "loss.csv", "wandb"):
         if os.path.islink(link := os.path.join(folder, name)):
             raise ValueError(f"{link}: a symbolic link, through which this run would write elsewhere; remove it")
+        if os.path.exists(link) and not (os.path.isdir if name == "wandb" else os.path.isfile)(link):
+            raise ValueError(f"{link}: is no {'folder' if name == 'wandb' else 'file'}, as this run needs it; move it away")
     held = filelock.FileLock(path)
     try:
         os.makedirs(folder, exist_ok=True)
@@ -263,13 +285,14 @@ def lock(folder):
     except OSError as error:
         raise ValueError(f"--proj_dir {folder} cannot be written ({error.strerror}); give another") from error
     try:
-        path.write_text(str(os.getpid()))
+        soft = isinstance(held, filelock.SoftFileLock)  # where the file system knows no locks: the file itself is one, with its own content
+        soft or path.write_text(str(os.getpid()))
         for name in ("resume-*.pth", "rwkv-*.pth"):
             remove_leftovers(os.path.join(glob.escape(folder), name))
         yield
     finally:
         with contextlib.suppress(OSError):
-            path.unlink()  # while it is held: who opened it meanwhile sees that it has no name any more
+            soft or path.unlink()  # while it is held: who opened it meanwhile sees that it has no name any more
         held.release()
         for empty in made:
             with contextlib.suppress(OSError):
@@ -277,19 +300,32 @@ def lock(folder):
 
 
 @contextlib.contextmanager
+def only_ctrl_c():
+    """Requests to end, of which supervisors send several, do not break this block off; Ctrl-C does."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOPPING if number != signal.SIGINT}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def unbroken():
-    """Ctrl-C and a request to end wait until this block has ended. A second one does not wait, and its KeyboardInterrupt or SystemExit has
-    `impatient` set."""
-    caught = []
+    """Ctrl-C and a request to end wait until this block has ended. A second Ctrl-C does not wait, and its KeyboardInterrupt has `impatient` set;
+    but one that a wrapper passes on beside the terminal's, at the same moment, is none."""
+    caught, since = [], 0
 
     def handle(number, frame):
-        if caught:
-            try:
-                before[number](number, frame)
-            except BaseException as end:
-                end.impatient = True
-                raise
+        nonlocal since
+        if caught and number == signal.SIGINT and time.monotonic() - since > 0.2:
+            end = KeyboardInterrupt()
+            end.impatient = True
+            raise end
+        since = since if caught else time.monotonic()
         caught.append(number)
+        if len(caught) > 1:
+            return
         with contextlib.suppress(OSError):  # of a terminal that is closed, a pipe whose reader the same Ctrl-C ended
             os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")
 

@@ -323,6 +323,14 @@ def reaching_into_the_next():
     repacked(**{"3": b"shorter than the tensor"})
 
 
+def test_attributes_of_a_tensor_in_a_file_are_left_there():
+    tensor = torch.ones(2)
+    tensor.detach = tensor.note = 1
+    save({"a": tensor, "b": torch.nn.Parameter(torch.ones(3))})
+    read_again = files.read_checkpoint("bad.pth")
+    assert read_again["a"].equal(torch.ones(2)) and {*vars(read_again["a"])} == {"is_mapped"} and not read_again["b"].requires_grad
+
+
 def of_an_nf4_run():
     os.mkdir("old")
     save(bone_of("base.pth"), "old/rwkv-0.pth")

@@ -233,15 +233,12 @@ def check_memory(args, device):
     return built
 
 
-def describe(args, model, documents, steps, silent, loss_mask):
-    """Print what is about to be trained on what; silent: documents of the first 1000 in which no token counts under the loss mask."""
+def describe(args, model, documents, steps):
+    """Print what is about to be trained on what."""
     print(f"{model.config}\n{f'Bone {args.bone_mode} r {args.bone_r}' if args.load_model else 'from scratch'}: "
           f"{' of '.join(f'{n:,}' for n in count(model))} parameters trained, {args.precision} on {model.head.weight.device.type}\n"
           f"{len(documents):,} documents, {len(documents.tokens):,} tokens; {args.epoch_count} x {steps} steps of "
           f"{args.micro_bsz * args.accumulate_grad_batches} rows up to {args.ctx_len} tokens")
-    if silent:
-        marker, _ = data.MARKERS.get(loss_mask, loss_mask)
-        print(f"note: {silent} of the first {min(1000, len(documents))} documents have nothing after {marker} within {args.ctx_len} tokens and count for nothing")
     if "deepspeed" in args.strategy:
         print(f"note: {args.strategy} shares out what several devices hold; on one, plain PyTorch stands in for it (--dry_run says the memory)")
 
@@ -273,13 +270,6 @@ def update(optimizer, scaler, lr, loss):
     return norm, scale > 1 and math.isfinite(loss) and not math.isfinite(norm)
 
 
-def suspects(documents, losses, first, rows):
-    """In words, the rows of a step's micro batches, from number `first` on, whose loss is not finite; of all of them where each loss is."""
-    bad = [n for n, loss in enumerate(losses) if not math.isfinite(loss)] or range(len(losses))
-    numbers = " ".join(str(row) for n in bad for row in data.rows_of(documents, first + n, **rows))
-    return f"{'rows that begin at tokens' if rows['dataload'] == 'get' else 'documents'} {numbers}, counted from 0"
-
-
 @torch.no_grad()
 def val_loss(model, documents, micro_bsz, ctx_len, loss_mask, autocast):
     """Mean loss over the counting tokens of all documents, each seen once."""
@@ -306,30 +296,40 @@ def train(args):
             run(args, device, built)
 
 
-def run(args, device, built):
-    """What `train` does when it holds the lock of proj_dir. built: what `build_model` makes on the meta device."""
-    epochs, N = range(args.epoch_begin, args.epoch_begin + args.epoch_count), args.accumulate_grad_batches
-    documents, held_out = open_documents(args, built[0].config.vocab_size)
+def open_batches(args, vocab_size):
+    """The data as training sees it: documents and held-out ones, loss mask, `rows` (what says which rows a micro batch has, see data.rows_of),
+    micro_batch(number), and the number of optimizer steps in an epoch."""
+    documents, held_out = open_documents(args, vocab_size)
     loss_mask = args.loss_mask if args.loss_mask != "se" else (args.mask_id["mask1"], args.mask_id["mask0"])
     silent, _ = (data.check_mask(d, args.ctx_len, loss_mask) if d else 0 for d in (documents, held_out))
+    if silent:
+        marker, _ = data.MARKERS.get(loss_mask, loss_mask)
+        print(f"note: {silent} of the first {min(1000, len(documents))} documents have nothing after {marker} within {args.ctx_len} tokens and count for nothing")
     rows = dict(micro_bsz=args.micro_bsz, ctx_len=args.ctx_len, dataload=args.dataload, seed=args.random_seed, shuffle=bool(args.data_shuffle))
     micro_batch = functools.partial(data.batch, documents, loss_mask=loss_mask, **rows)
     micro_batch(0)  # what cannot be batched is refused here
     once = len(documents) if args.dataload != "get" else len(documents.tokens) / args.ctx_len
-    steps = args.epoch_steps or math.ceil(once / (args.micro_bsz * N))
+    steps = args.epoch_steps or math.ceil(once / (args.micro_bsz * args.accumulate_grad_batches))
+    return documents, held_out, loss_mask, rows, micro_batch, steps
+
+
+def run(args, device, built):
+    """What `train` does when it holds the lock of proj_dir. built: what `build_model` makes on the meta device."""
+    documents, held_out, loss_mask, rows, micro_batch, steps = open_batches(args, built[0].config.vocab_size)
+    epochs, N = range(args.epoch_begin, args.epoch_begin + args.epoch_count), args.accumulate_grad_batches
     paths = {(epoch + 1) * steps: os.path.join(args.proj_dir, f"rwkv-{epoch}.pth") for epoch in epochs
              if (epoch + 1 - epochs[0]) % (args.epoch_save or len(epochs)) == 0 or epoch == epochs[-1]}
     first, last = epochs[0] * steps, epochs.stop * steps
 
     about = {"base": fingerprint(args.load_model), "data": documents.fingerprint()}
-    state = resume.load(args.proj_dir, args.resume) if args.resume else None
+    state = resume.load(args.proj_dir, args.resume, first) if args.resume else None
     changes = resume.check_same_run(state, args, about) if state else []
     resume.check_folder(args, paths, first, state and state.progress, not changes)
-    if state and state.progress.step >= last + bool(state.progress.losses):
-        resume.prune(args.proj_dir, args.keep)
+    if state and (state.progress.step > last or state.progress.step == last and os.path.exists(paths[last])):
+        resume.prune(args.proj_dir, args.keep, first)
         return print(f"{args.proj_dir}: this run is complete, {state.progress.step - first} steps; a higher --epoch_count than "
                      f"{state.progress.step // steps - epochs[0]} trains on")
-    resume.check_room(args, built, paths.values())
+    resume.check_room(args, built, paths, first, state.progress.step if state else first)
     log = Log(args, documents.vocabulary, state and state.about["wandb"])
     if device.type == "cpu":
         memory.reuse_freed()
@@ -339,14 +339,17 @@ def run(args, device, built):
     held_out_loss = functools.partial(val_loss, model, held_out, args.micro_bsz, args.ctx_len, loss_mask, autocast)
     weights = {name: p for name, p in model.named_parameters() if name in saved_names}
     progress = state.restore(weights, optimizer, scaler) if state else resume.Progress(first)
-    saver = resume.Saver(args.proj_dir, args.keep, log, about | {"args": vars(args), "wandb": log.wandb and log.wandb.id},
+    saver = resume.Saver(args.proj_dir, args.keep, first, log, about | {"args": vars(args), "wandb": log.wandb and log.wandb.id},
                          progress, weights, optimizer, scaler)
-    describe(args, model, documents, steps, silent, loss_mask)
+    describe(args, model, documents, steps)
     log.open(progress, bool(state))
     if state:
         log.line(f"going on from {state.path}: step {progress.step} of {last}" + f", with other {', '.join(changes)}" * bool(changes))
     elif held_out:
         print(f"held-out loss before training: {log.point(first, val_loss=held_out_loss()):.4f}")
+
+    if state and not progress.losses and progress.step in paths and not os.path.exists(paths[progress.step]):
+        saver.save_checkpoint(paths[progress.step], save_dtype)  # it was moved away, but the state has it
 
     missing = []
     with saver.rescue():
@@ -364,7 +367,7 @@ def run(args, device, built):
                             progress.count(loss, norm, overflow)
                         log.point(i, loss=loss, lr=lr)
                         if progress.bad_in_a_row:
-                            log.line(f"step {i} left out: loss {loss}, gradient norm {norm}; {suspects(documents, losses, i * N, rows)}")
+                            log.line(f"step {i} left out: loss {loss}, gradient norm {norm}; {data.suspects(documents, losses, i * N, rows)}")
                             progress.check()
                     speed = sum(idx.numel() for idx, _, _ in micro) / (time.perf_counter() - started)
                     bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s, {memory.peak(device) / 1e9:.1f} GB")
@@ -382,9 +385,9 @@ def run(args, device, built):
             if progress.step < last:
                 progress.losses.clear()
     said = log.close()
-    if progress.losses:
+    if not os.path.exists(paths[last]):
         raise ValueError(f"{paths[last]}: could not be saved, as said above; " + ("mend that, then give the same command with --resume"
-                         if resume.states(args.proj_dir) else "neither could any state, so nothing of this run is left"))
+                         if resume.states(args.proj_dir, first) else "neither could any state"))
     if missing:
         print(f"note: {', '.join(missing)} could not be saved, as said above")
     print(f"wrote {paths[last]}{said}; peak memory {memory.peak(device) / 1e9:.2f} GB")
