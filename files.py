@@ -87,7 +87,7 @@ def read_checkpoint(path, verify=True):
     """What `read_tensors` reads, where that is floating tensors: a base model, or a Bone checkpoint."""
     checkpoint = read_tensors(path, verify)
     if ABOUT in checkpoint:
-        raise ValueError(f"{path}: the state of an unfinished training, for --resume; a model or a checkpoint (rwkv-N.pth) is needed")
+        raise ValueError(f"{path}: the state of a training, for --resume; a model or a checkpoint (rwkv-N.pth) is needed")
     for name, tensor in checkpoint.items():
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"{path}: {name} is {tensor.dtype}; not a model checkpoint, which holds floating numbers")

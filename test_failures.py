@@ -241,11 +241,19 @@ def test_a_process_that_is_killed_holds_no_lock(capsys):
     run()
 
 
+STOPPED = {}    # {name: content} of the folder of a run of 4 steps that was killed after 2; the same for every test
+
+
 def spoil_state(**changes):
     """A state whose record `about` is other than it was."""
     def prepare():
-        run("--epoch_steps 4 --save_steps 2 --keep 9")
-        os.unlink("out/resume-4.pth"), os.unlink("out/rwkv-0.pth")
+        if not STOPPED:
+            run("--epoch_steps 4 --save_steps 2 --keep 9")
+            STOPPED.update((name, pathlib.Path("out", name).read_bytes()) for name in os.listdir("out") if name not in ("resume-4.pth", "rwkv-0.pth"))
+            shutil.rmtree("out")
+        os.mkdir("out")
+        for name, content in STOPPED.items():
+            pathlib.Path("out", name).write_bytes(content)
         state = read("out/resume-2.pth")
         record = json.loads(state["about"].numpy().tobytes())
         torch.save(state | {"about": torch.frombuffer(bytearray(json.dumps(record | changes).encode()), dtype=torch.uint8)}, "out/resume-2.pth")
@@ -296,7 +304,7 @@ def a_link(name, target):
     ("--resume", "exp_avg.blocks.0.att.key.bone is missing", without("exp_avg.blocks.0.att.key.bone")), ("--resume", "rng is missing", without("rng")),
     ("--resume", "out/resume-2.pth: a cut or damaged", lambda: (spoil_state()(), os.truncate("out/resume-2.pth", 9999))),
     ("--resume --lr_init 1", "out/rwkv-0.pth: already there", lambda: (spoil_state()(), pathlib.Path("out/rwkv-0.pth").write_bytes(b"of other weights"))),
-    ("--bone_load out/resume-2.pth --proj_dir b", "out/resume-2.pth: the state of an unfinished training, for --resume", spoil_state()),
+    ("--bone_load out/resume-2.pth --proj_dir b", "out/resume-2.pth: the state of a training, for --resume", spoil_state()),
     ("", "out/.lock: a symbolic link", a_link(".lock", "x.bin")), ("", "out/loss.csv: a symbolic link", a_link("loss.csv", "x.bin")),
     ("", "out/train_log.txt: a symbolic link", a_link("train_log.txt", "nowhere")), ("", "out/wandb: a symbolic link", a_link("wandb", ".")),
     ("", "out/rwkv-0.pth: already there", a_link("rwkv-0.pth", "nowhere")),
