@@ -1,5 +1,6 @@
 """The figures that the README quotes: `python bench.py` for speed, or its parts alone: `python bench.py layer`, `step`, `quantized`,
-`loss`, `wkv`; and `python bench.py memory` (or `memory 1.6B nf4`, say), which trains models of the true sizes for an hour.
+`infctx`, `loss`, `wkv`; and `python bench.py memory` (or `memory 1.6B nf4`, say), which trains models of the true sizes for an hour, and
+`memory long`, rows of 65,536 tokens.
 
 A figure of speed is a ratio. What is compared runs in turn, round after round, in one process; the ratio of each round is taken, and
 their median printed: a machine that is shared, or slows down, slows both sides. Times, medians too, are there for orientation.
@@ -160,6 +161,23 @@ def loss():
     row("in chunks / with the logits whole", in_turn(5, chunked=chunked, plain=plain), "chunked", "plain", "<=", 1.0)
 
 
+def infctx():
+    print("\nthe same step on 4096 tokens: 8 rows of 512, one by one, or one row of 4096 by --train_type infctx, in chunks of 512 (tokens/s)")
+    for quant in (None, "nf4"):
+        model = model_2_blocks("bone", quant)
+        optimizer = train.make_optimizer(model, 1e-6)
+
+        def run(rows, T, keep_products, **chunks):
+            model.keep_products = keep_products
+            micro = [(*torch.randint(VOCAB, (2, 1, T)), torch.ones(1, T)) for _ in range(rows)]
+            losses = train.step(model, micro, torch.autocast("cpu", torch.bfloat16), **chunks)
+            train.update(optimizer, torch.amp.GradScaler("cpu", enabled=False), 1e-6, sum(losses))
+        times = in_turn(5, rows=lambda: run(8, 512, False), exact=lambda: run(1, 4096, True, chunk_ctx=512),
+                        cut=lambda: run(1, 4096, True, chunk_ctx=512, bptt=1))
+        row(f"{quant or 'bfloat16'}: infctx / rows of one chunk", times, "rows", "exact", ">=", 0.9)
+        row(f"{quant or 'bfloat16'}: infctx --bptt 1 / rows of one chunk", times, "rows", "cut", ">=", 0.9)
+
+
 def wkv_on_gpu():
     """Each time is of 20 runs. The copy moves the bytes that the operator cannot do without: r, k, v, w, y; and r, k, v, w, gy, gr, gk, gv, gw."""
     print(f"\nWKV-6, 32 heads of 64, bfloat16, forward + backward, 20 times, on {torch.cuda.get_device_name()}")
@@ -196,17 +214,18 @@ def random_checkpoint(n_layer, n_embd, vocab_size, path):
     save_stream(like, lambda name: shared[re.sub(r"^blocks.\d+.", "", name)], path)
 
 
-def measure(folder, n_layer, n_embd, vocab_size, quant, ctx_len, r):
-    """GB at the peak of a training run of two steps on a model of random weights, less what importing PyTorch takes: measured, expected."""
-    base, prefix = f"{folder}/base.pth", f"{folder}/x"
-    random_checkpoint(n_layer, n_embd, vocab_size, base)
-    data.write_binidx(prefix, torch.randint(1, vocab_size, (2, ctx_len + 1)).tolist())
-    flags = ["--load_model", base, "--data_file", prefix, "--proj_dir", f"{folder}/{n_layer}-{n_embd}-{quant}", "--ctx_len", str(ctx_len),
-             "--epoch_steps", "2", "--bone_r", str(r), "--quant", quant, "--accelerator", "cpu"]
-    expected = sum(train.expected_memory(train.parse_args(flags), torch.device("cpu"))[1].values())
-    imported = subprocess.check_output([sys.executable, "-c", "import torch, psutil; print(psutil.Process().memory_info().rss)"])
-    said = subprocess.check_output([sys.executable, train.__file__, *flags], text=True)
-    return float(re.search(r"peak memory ([\d.]+) GB", said)[1]) - int(imported) / 1e9, expected / 1e9
+def measure(folder, n_layer, n_embd, vocab_size, ctx_len, r, flags, steps=2):
+    """GB at the peak of a training run of some steps on a model of random weights, less what importing PyTorch takes; {part: GB} expected."""
+    with tempfile.TemporaryDirectory(dir=folder) as folder:
+        base, prefix = f"{folder}/base.pth", f"{folder}/x"
+        random_checkpoint(n_layer, n_embd, vocab_size, base)
+        data.write_binidx(prefix, torch.randint(1, vocab_size, (2, ctx_len + 1)).tolist())
+        flags = ["--load_model", base, "--data_file", prefix, "--proj_dir", f"{folder}/out", "--ctx_len", str(ctx_len), "--epoch_steps", str(steps),
+                 "--bone_r", str(r), "--accelerator", "cpu", *flags.split()]
+        expected = train.expected_memory(train.parse_args(flags), torch.device("cpu"))[1]
+        imported = subprocess.check_output([sys.executable, "-c", "import torch, psutil; print(psutil.Process().memory_info().rss)"])
+        said = subprocess.check_output([sys.executable, train.__file__, *flags], text=True)
+        return float(re.search(r"peak memory ([\d.]+) GB", said)[1]) - int(imported) / 1e9, {part: size / 1e9 for part, size in expected.items()}
 
 
 # n_layer, n_embd; and GB for bf16, int8 and nf4: what the tutorial of RWKV-PEFT names, and what is to be reached here
@@ -224,15 +243,29 @@ def memory(only=()):
         for model, (n_layer, n_embd, *figures) in MODELS.items():
             for kind, (tutorial, aim) in zip(kinds, figures):
                 if (model in only or not {*only} & MODELS.keys()) and (kind in only or not {*only} & kinds.keys()):
-                    measured, expected = measure(folder, n_layer, n_embd, 65536, kinds[kind], 1024, R)
+                    measured, expected = measure(folder, n_layer, n_embd, 65536, 1024, R, f"--quant {kinds[kind]}")
                     met = "met" if measured <= aim else "NOT MET"
-                    print(f"{model + ' ' + kind:<12}{measured:9.2f}{expected:9.2f}{tutorial:9.1f}{aim:9.1f}  {met}", flush=True)
+                    print(f"{model + ' ' + kind:<12}{measured:9.2f}{sum(expected.values()):9.2f}{tutorial:9.1f}{aim:9.1f}  {met}", flush=True)
+
+
+def long():
+    """The peak with ctx_len 65,536 against that with ctx_len = chunk_ctx; the states between chunks are counted apart."""
+    print("\nGB at the peak of `python train.py`, 1.6B with 2 of its 24 blocks, in brackets what --dry_run expects")
+    with tempfile.TemporaryDirectory() as folder:
+        short, long = (measure(folder, 2, N_EMBD, 65536, ctx_len, R, f"--train_type {kind} --chunk_ctx 512", steps=1)
+                       for ctx_len, kind in ((512, "none"), (65536, "infctx")))
+    states = long[1]["states between chunks"]
+    for (measured, expected), what in ((short, "512 tokens"), (long, "65,536 tokens, infctx, in chunks of 512")):
+        print(f"{what:<42}{measured:6.2f} ({sum(expected.values()):.2f})")
+    ratio = (long[0] - states) / short[0]
+    print(f"{'the latter, without the states between chunks':<42}{long[0] - states:6.2f}, of which there are {states:.2f}; ratio {ratio:.3f} "
+          f"(<= 1.1: {'met' if ratio <= 1.1 else 'NOT MET'})")
 
 
 def main():
-    parts = {"layer": layer, "step": step, "quantized": quantized, "loss": loss, "wkv": wkv}
+    parts = {"layer": layer, "step": step, "quantized": quantized, "infctx": infctx, "loss": loss, "wkv": wkv}
     if sys.argv[1:2] == ["memory"]:
-        return memory(sys.argv[2:])
+        return long() if sys.argv[2:] == ["long"] else memory(sys.argv[2:])
     if unknown := set(sys.argv[1:]) - set(parts):
         raise ValueError(f"{unknown.pop()} is no part of the benchmark: {', '.join(parts)} and memory are")
     reuse_freed()

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from files import all_finite, read_checkpoint
-from quant import FrozenLinear, Quantized, dense
+from quant import FrozenLinear, Quantized, dense, product
 
 
 def segments(x, r):
@@ -47,14 +47,14 @@ class Bat(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bone, dtype):
         r = bone.shape[1]
-        W, B = dense(weight, dtype), bone.to(dtype)
+        B = bone.to(dtype)
         x_b = torch.empty(bone.shape[0], len(x), r, dtype=dtype, device=x.device).copy_(segments(x, r))  # cast and regroup at once
         z = torch.empty(x.shape, dtype=dtype, device=x.device)
         torch.bmm(x_b, B.transpose(1, 2), out=segments(z, r))
         s = z.view(len(x), -1, r).sum(1)
         # z meets x before x is rounded, and s meets y inside the product's float32 sums: a bone too small to move a bfloat16
         # number by a step still counts, on average. Added to rounded numbers, it would vanish.
-        y = s.repeat(1, len(W) // r).addmm_(z.add_(x), W.t())
+        y = product(lambda: s.repeat(1, weight.shape[0] // r).addmm_(z.add_(x), dense(weight, dtype).t()))
         ctx.save_for_backward(x_b, bone)
         ctx.weight, ctx.x_dtype = weight, x.dtype
         return y

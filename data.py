@@ -292,7 +292,7 @@ def qa_mask(tokens, begin="Assistant:", end="User:"):
     return np.logical_and.reduceat(counts, begins).astype(np.float32)  # a token that touches a marker belongs to it
 
 
-def check_mask(data, ctx_len, loss_mask):
+def check_mask(data, ctx_len, loss_mask, cut=True):
     """How many of the first 1000 documents have no token that counts; ValueError where that is all of them."""
     markers = MARKERS.get(loss_mask, loss_mask)
     if markers in ("pad", "none"):
@@ -300,21 +300,23 @@ def check_mask(data, ctx_len, loss_mask):
     if data.vocabulary:
         raise ValueError(f"{data.prefix}: its tokens are characters, in which --loss_mask finds no marker; use pad or none")
     n = min(1000, len(data))
-    silent = sum(not collate([data[i]], ctx_len, markers)[2].any() for i in range(n))
+    silent = sum(not collate([data[i]], ctx_len, markers, cut)[2].any() for i in range(n))
     if silent == n:
         begin, end = markers
         raise ValueError(f"{data.prefix}: no answer in {n} documents: no {begin} in the first {ctx_len} tokens; use --loss_mask pad, or {end} ... {begin} ...")
     return silent
 
 
-def collate(documents, ctx_len, loss_mask="pad"):
-    """B documents, arrays of token ids -> idx, targets (B, T) int64, -100 where padding begins, and mask (B, T) float32; T <= ctx_len.
-    loss_mask: "pad", the documents count; "none", the 0s after them too, up to ctx_len; "qa", only the answers; or what stands for
-    "Assistant:" and "User:" there, a pair."""
+def collate(documents, ctx_len, loss_mask="pad", cut=True):
+    """B documents, arrays of token ids -> idx, targets (B, T) int64, -100 where padding begins, and mask (B, T) float32; T <= ctx_len where
+    longer documents are cut. loss_mask: "pad", the documents count; "none", the 0s after them too, up to ctx_len; "qa", only the answers;
+    or what stands for "Assistant:" and "User:" there, a pair."""
     # Padding cannot reach the tokens before it, as the model is causal, and with a mask it has no cross-entropy of its own: whole
     # columns of it would be computed for nothing. Without a mask it counts, and stays.
     markers = MARKERS.get(loss_mask, loss_mask)
-    width = ctx_len + 1 if markers == "none" else min(ctx_len + 1, max(2, *map(len, documents)))  # 2: a lone token is an idx too
+    longest = max(2, *map(len, documents))      # 2: a lone token is an idx too
+    limit = ctx_len + 1 if cut else max(ctx_len + 1, longest)
+    width = limit if markers == "none" else min(limit, longest)
     rows = torch.full((len(documents), width), 0 if markers == "none" else -100)
     mask = torch.full(rows.shape, float(markers == "none"))
     for row, counts, document in zip(rows, mask, documents):
@@ -325,6 +327,11 @@ def collate(documents, ctx_len, loss_mask="pad"):
         else:  # some tokens more are looked at: a marker that the cut goes through is still one
             counts[:n] = torch.from_numpy(qa_mask(document[:n + len(markers[0].encode())], *markers)[:n])
     return rows[:, :-1].clamp(min=0), rows[:, 1:].contiguous(), mask[:, 1:].contiguous()
+
+
+def silent(B=1, device="cpu"):
+    """A batch of B rows of one token, of which none counts."""
+    return torch.zeros(B, 1, dtype=torch.int64, device=device), torch.full((B, 1), -100, device=device), torch.zeros(B, 1, device=device)
 
 
 @functools.lru_cache(maxsize=2)  # a batch lies in one epoch or on the border of two
@@ -352,7 +359,7 @@ def suspects(documents, losses, first, rows):
     return f"{'rows that begin at tokens' if rows['dataload'] == 'get' else 'documents'} {numbers}, counted from 0"
 
 
-def batch(data, step, micro_bsz, ctx_len, dataload="pad", loss_mask="pad", seed=0, shuffle=True):
+def batch(data, step, micro_bsz, ctx_len, dataload="pad", loss_mask="pad", seed=0, shuffle=True, cut=True):
     """Micro batch number `step`, the rows that `rows_of` names: idx, targets (B, T) int64 and mask (B, T) float32. B = micro_bsz, 1 for
     "only"; T is ctx_len for "get"."""
     if dataload not in ("pad", "only", "get") or isinstance(loss_mask, str) and loss_mask not in ("pad", "none", *MARKERS):
@@ -362,7 +369,7 @@ def batch(data, step, micro_bsz, ctx_len, dataload="pad", loss_mask="pad", seed=
     loss_mask = "pad" if (dataload, loss_mask) == ("only", "none") else loss_mask  # the same, where nothing is padded
     rows = rows_of(data, step, micro_bsz, ctx_len, dataload, seed, shuffle)
     documents = [data.tokens[start:start + ctx_len + 1].astype(np.int64) if dataload == "get" else data[start] for start in rows]
-    return collate(documents, ctx_len, loss_mask)
+    return collate(documents, ctx_len, loss_mask, cut)
 
 
 def main(argv=None):

@@ -9,11 +9,12 @@ import time
 
 from tqdm import tqdm
 
+import devices
 from files import atomic_path
 
 
 class Log:
-    """In proj_dir: args.json, train_log.txt (a line per epoch), loss.csv (a row per step and held-out loss), loss.png, and vocab.json where
+    """Written by rank 0 alone. In proj_dir: args.json, train_log.txt (a line per epoch), loss.csv (a row per step and held-out loss), loss.png, and vocab.json where
     tokens are characters. With --wandb losses and learning rate go there, too."""
 
     def __init__(self, args, vocabulary, wandb_id=None):
@@ -22,7 +23,7 @@ class Log:
         self.args, self.vocabulary, self.wandb = args, vocabulary, None
         self.text, self.curve, self.picture = (os.path.join(args.proj_dir, name) for name in ("train_log.txt", "loss.csv", "loss.png"))
         self.unwritten = {self.text: "", self.curve: ""}
-        if args.wandb:
+        if args.wandb and not devices.rank():
             import wandb
             settings = wandb.Settings(disable_git=True, save_code=False, console="off")
             try:
@@ -39,6 +40,8 @@ class Log:
 
     def open(self, progress, resumed):
         """Begin, at `progress`. A run that is resumed wrote rows of later steps, perhaps, before it was killed: they come again."""
+        if devices.rank():
+            return
         self.describe()
         if self.args.resume and os.path.exists(self.curve):
             def known(row):
@@ -52,6 +55,8 @@ class Log:
 
     def write(self, path, text):
         """Append to a file. Where that fails, as on a full disk, the text is kept, and comes with the next one."""
+        if devices.rank():
+            return
         self.unwritten[path] += text
         try:
             with open(path, "ab", buffering=0) as f:
@@ -85,6 +90,8 @@ class Log:
         """End the wandb run; draw loss.png, where matplotlib is, and room. Returns what to say of it."""
         if self.wandb:
             self.wandb.finish()
+        if devices.rank():
+            return ""
         try:
             from matplotlib.figure import Figure
         except ImportError:

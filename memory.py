@@ -48,12 +48,15 @@ def tensors(model):
     return [*model.parameters(), *model.buffers()]
 
 
-def expected(model, loss, device, accumulate=False):
+def expected(model, outputs, device, accumulate=False):
     """Bytes at the peak of training `model`, which is on the meta device: {part: bytes}, to be added up.
 
-    loss(): runs `model` on a batch that it makes, and returns the loss; called with fake tensors, it may not look at a value.
-    accumulate: whether the gradients of an earlier micro batch are there already.
+    outputs(): runs `model` on a batch that it makes, and returns what the backward pass begins from, loss and states; called with fake
+    tensors, it may not look at a value. accumulate: whether the gradients of an earlier micro batch are there already.
     """
+    def backward(outputs):
+        torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+
     blocks, runs = model.blocks, []
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = sum(t.nbytes for t in tensors(model))
@@ -62,12 +65,12 @@ def expected(model, loss, device, accumulate=False):
         for model.blocks in (blocks[:1], blocks[:2]):
             with LiveBytes(tensors(model)) as live:
                 if accumulate:
-                    loss().backward()
+                    backward(outputs())
                     live.peak = live.now
-                value = loss()
+                values = outputs()
                 forward, live.peak = (live.peak, live.now), live.now
-                value.backward()
-                del value
+                backward(values)
+                del values
             runs.append((*forward, live.peak, live.now))
             model.zero_grad()
     model.blocks = blocks

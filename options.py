@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import os
 import re
 
 import torch
@@ -22,6 +23,7 @@ REFUSED = {  # values that RWKV-PEFT takes, and why they are not taken here
                   "sft": "is a Hugging Face data set; write its texts into a .jsonl, and give that"},
     "my_testing": {"x070": f"is RWKV-7; {RWKV_PEFT}"},
     "quant": {"4bit": ONLY_NF4, "fp4": ONLY_NF4},
+    "train_type": {"state": f"would train initial states; {RWKV_PEFT}"},
     "peft": {**{method: f"is another method than Bone; {RWKV_PEFT}" for method in ("lora", "pissa", "state")},
              "disha": "is Bone's later name there; use --peft bone",
              "none": "would train every parameter; RWKV-LM (github.com/BlinkDL/RWKV-LM) does"},
@@ -79,7 +81,7 @@ TABLE = {
         ("data_type", ("binidx", "jsonl", "utf-8", "utf-16le", "dummy", "numpy", "uint16"), None,
          "utf-8, utf-16le: a text's characters; dummy: sums; numpy, uint16: bare tokens (default: told by the file's name)"),
         ("val_file", str, "", "held-out data of the same kind; its loss is measured after every epoch"),
-        ("ctx_len", number(int, 1), 512, "longest row in tokens; longer documents are cut"),
+        ("ctx_len", number(int, 1), 512, "longest row in tokens; longer documents are cut, unless train_type is infctx"),
         ("dataload", ("pad", "only", "get"), "pad", "pad: one document per row; only: the same without padding, micro_bsz 1; get: random windows"),
         ("data_shuffle", SWITCH, 1, "0: documents in the order of the file"),
         ("loss_mask", ("pad", "none", "qa", "se"), "pad",
@@ -96,6 +98,9 @@ TABLE = {
         ("keep", number(int, 1), 1, "number of states that are kept"),
         ("resume", {"nargs": "?", "const": "last", "type": choice("resume", ("last", "auto")), "metavar": "auto"}, None,
          "go on from the last state in proj_dir, exactly (the same as last); auto: begin anew where there is none"),
+        ("train_type", ("none", "infctx"), "none", "infctx: rows of any length in the memory of chunk_ctx tokens, with the gradient of the whole row"),
+        ("chunk_ctx", number(int, 1), 512, "tokens that infctx takes at once"),
+        ("bptt", number(int, 0), 0, "chunks of infctx that the gradient flows back through; 0: all; 1 is fastest"),
         ("micro_bsz", number(int, 1), 1, "rows in a micro batch: what goes through the model at once"),
         ("accumulate_grad_batches", number(int, 1), 1, "micro batches in an optimizer step"),
         ("random_seed", number(int, 0), 0, "seed of the data order and of a new model"),
@@ -113,8 +118,10 @@ TABLE = {
     ],
     "machine": [
         ("accelerator", ("auto", "gpu", "cpu"), "auto", "auto: the GPU where there is one"),
-        ("devices", number(int, 1), 1, "number of GPUs; one, so far"),
-        ("strategy", STRATEGIES, "auto", "auto, ddp, or deepspeed_stage_ with 1, 2, 3, 2_offload or 3_offload; on one device plain PyTorch stands in"),
+        ("devices", number(int, 1), 1, "number of GPUs, or of processes on CPUs; one process is started for each"),
+        ("num_nodes", number(int, 1), 1, "number of machines; on each of them the same is started, see the README"),
+        ("strategy", STRATEGIES, "auto", "how devices share: auto and ddp: trained tensors alone; deepspeed_stage_1: Adam's moments are dealt out; 2, 3, "
+         "2_offload, 3_offload: the weights, too"),
         ("precision", ("bf16", "fp16", "fp32", "tf32"), "bf16", "of the matrix products; trained parameters are always float32"),
         ("quant", ("none", "int8", "nf4"), None, "keep the base model's large matrices in 8 or 4 bits (default: none, or as bone_load was trained)"),
         ("grad_cp", SWITCH, 1, "1: recompute activations block by block in the backward pass, to save memory; 0: keep them"),
@@ -164,7 +171,9 @@ def parse_args(argv=None):
         (new and args.bone_load, "--bone_load needs the base model it was trained on: add --load_model"),
         (unknown, f"--train_parts {' '.join(unknown)} is unknown: time, ln, emb and head can be trained"),
         (args.loss_mask == "se" and len(markers) < 2, """--mask_id needs two texts, as in --mask_id '{"mask0":"User:","mask1":"Assistant:"}'"""),
-        (args.devices > 1, f"--devices {args.devices}: only one device is supported so far; leave it out"),
+        (args.num_nodes > 1 and "RANK" not in os.environ and not args.dry_run and not {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys(),
+         f"--num_nodes {args.num_nodes} needs to know where the first machine is, and which one this is: MASTER_ADDR=10.0.0.1 NODE_RANK=0 python train.py ..."),
+        (args.accelerator != "cpu" and 0 < torch.cuda.device_count() < args.devices, f"--devices {args.devices}, but PyTorch sees {torch.cuda.device_count()} GPUs here"),
         (args.accelerator == "gpu" and not torch.cuda.is_available(), "--accelerator gpu, but PyTorch sees no GPU here; use --accelerator cpu or leave it out"),
         (args.wandb and not importlib.util.find_spec("wandb"), "--wandb: wandb is not installed; pip install wandb, or drop --wandb"),
     ):

@@ -15,6 +15,9 @@ Sources: Dettmers et al., "QLoRA" (arXiv 2305.14314), section 3 and appendix E f
 are those of its implementation, bitsandbytes, bit for bit (test_quant.py).
 """
 
+import collections
+import contextlib
+
 import torch
 from torch import nn
 
@@ -95,11 +98,43 @@ class FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.weight = weight
-        return x @ dense(weight, x.dtype).t()
+        return product(lambda: x @ dense(weight, x.dtype).t())
 
     @staticmethod
     def backward(ctx, gy):
         return gy @ dense(ctx.weight, gy.dtype), None
+
+
+# Of a block that is recomputed in the backward pass (gradient checkpointing) the products with frozen weights are most of the work, and what they
+# gave is the smaller part of its activations. With them kept, recomputing it costs little, and no weight is dequantized for it.
+_kept = None    # while such a block runs: (what its products gave so far, whether this is the second time)
+
+
+@contextlib.contextmanager
+def _keeping(outputs, again):
+    global _kept
+    before, _kept = _kept, (outputs, again)
+    try:
+        yield
+    finally:
+        _kept = before
+
+
+def keep_products():
+    """For torch.utils.checkpoint(context_fn=keep_products): what `product` makes in the first run of a block is kept for the second."""
+    outputs = collections.deque()
+    return _keeping(outputs, False), _keeping(outputs, True)
+
+
+def product(make):
+    """make(), a tensor; or what it was the first time. Called within the forward of an autograd.Function."""
+    outputs, again = _kept or (None, False)
+    if again:
+        return outputs.popleft()
+    y = make()
+    if outputs is not None:
+        outputs.append(y.detach())      # y will have the graph at its back, which would then hold itself
+    return y
 
 
 def dense(weight, dtype):

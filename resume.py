@@ -2,12 +2,12 @@
 
 proj_dir/resume-N.pth is the state after N optimizer steps, a dict of tensors as they are in memory:
 
-    weights.NAME                                 what a checkpoint holds, the trained parameters in float32
+    weights.NAME                                 what a checkpoint holds, the trained parameters in float32, whole, on however many devices
     step.NAME, exp_avg.NAME, exp_avg_sq.NAME     Adam's, of each trained parameter
     rng, rng_cuda                                PyTorch's random state, of the CPU and, where there is one, the GPU
     about                                        the rest, as JSON in bytes (uint8): Progress, gradient scaler, command line, fingerprints
 
-A batch is a function of (seed, step), so the step says where in the data the run is.
+A batch is a function of (seed, step), so the step says where in the data the run is. A step has the same micro batches on any number of devices.
 """
 
 import contextlib
@@ -27,11 +27,12 @@ import time
 import filelock
 import torch
 
+import devices
 from files import ABOUT, STOPPING, all_finite, let_go_of_broken_output, read_tensors, release, remove_leftovers, save_stream, trained_quant
 
 # Flags that say what a step computes; with another value a state would mean something else. Paths may differ: contents are compared.
 FIXED = ("bone_r", "bone_mode", "train_parts", "ctx_len", "dataload", "data_shuffle", "loss_mask", "mask_id", "epoch_begin",
-         "epoch_steps", "micro_bsz", "accumulate_grad_batches", "random_seed", "precision", "quant")
+         "epoch_steps", "micro_bsz", "accumulate_grad_batches", "random_seed", "precision", "quant", "train_type", "chunk_ctx", "bptt")
 CHANGEABLE = ("epoch_count", "lr_init", "lr_final", "warmup_steps", "beta1", "beta2", "adam_eps", "weight_decay", "layerwise_lr")
 
 
@@ -85,20 +86,31 @@ def prune(folder, keep, first):
 
 class Saver:
     """Saves a run: checkpoints, and states, of which the last `keep` stay. A disk that is full, or gone, ends no training: the log says so, and
-    the next save may find it mended. about: {name: what JSON holds}; weights: {name: parameter}, what a checkpoint holds."""
+    the next save may find it mended. about: {name: what JSON holds}; weights: {name: parameter}, what a checkpoint holds. Of several ranks, rank 0
+    writes; where they share out weights or moments (shares, see devices.py) the others send it theirs, so that all must save at once."""
 
-    def __init__(self, folder, keep, first, log, about, progress, weights, optimizer, scaler):
+    def __init__(self, folder, keep, first, log, about, progress, weights, optimizer, scaler, shares=(False, False)):
         self.folder, self.keep, self.first, self.log, self.about, self.progress = folder, keep, first, log, about, progress
         self.lock = contextlib.ExitStack()            # of the folder, where that had to be made again
-        self.weights, self.optimizer, self.scaler = weights, optimizer, scaler
+        self.weights, self.optimizer, self.scaler, self.shares = weights, getattr(optimizer, "optim", optimizer), scaler, shares
         self.saved, self.whole = progress.step, True  # the step that is on disk; whether the weights are those of progress.step
 
     def attempt(self, path, like, make):
         """Whether {name: make(name)} could be written to `path`. like: see save_stream."""
+        names = iter(like)
+
         def finite(name):
-            if not all_finite(tensor := make(name)):
+            if not all_finite(tensor := make(next(names))):
                 raise ValueError(f"{name} holds NaN or infinite values in {tensor.dtype}")
             return tensor
+
+        def take_part():
+            for name in names if any(self.shares) else ():
+                make(name)
+
+        if devices.rank():
+            take_part()
+            return True
         try:
             if not os.path.exists(self.folder):         # it vanished, and what describes the checkpoints with it
                 self.lock.enter_context(lock(self.folder))
@@ -109,25 +121,32 @@ class Saver:
             last = [*states(self.folder, self.first)][-1:]
             self.log.line(f"could not save {path}: {why}; " + (f"what was saved before is whole, the state of step {last[0]} the last" if last else
                                                                "no state of this run is on disk so far"))
+            take_part()                                 # the others wait for it
             return False
         return True
 
     def save_checkpoint(self, path, dtype):
         """Whether the weights could be written to `path`, in `dtype`."""
-        like = {name: torch.empty_like(p, dtype=dtype, device="meta") for name, p in self.weights.items()}
-        return self.attempt(path, like, lambda name: self.weights[name].detach().to("cpu", dtype))
+        like = {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in self.weights.items()}
+        return self.attempt(path, like, lambda name: devices.whole(self.weights[name].detach()).to("cpu", dtype))
 
     def save_state(self, keep=None):
         about = self.about | {"progress": dataclasses.asdict(self.progress), "scaler": self.scaler.state_dict()}
-        tensors = {f"weights.{name}": p.detach() for name, p in self.weights.items()}
-        tensors |= {f"{key}.{name}": tensor for name, p in self.weights.items() for key, tensor in self.optimizer.state.get(p, {}).items()}
-        tensors |= {"rng": torch.get_rng_state()} | ({"rng_cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
-        tensors[ABOUT] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
+        rest = {"rng": torch.get_rng_state()} | ({"rng_cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
+        rest[ABOUT] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
+        weights, adam, dealt = {f"weights.{name}": p.detach() for name, p in self.weights.items()}, self.optimizer.state, self.shares == (True, False)
+        moments = {}
+        if devices.most([len(adam)])[0] if dealt else adam:     # before the first step that was taken there are none
+            nothing = {key: torch.zeros(()) for key in ("step", "exp_avg", "exp_avg_sq")}   # of a parameter whose moments another rank has
+            moments = {f"{key}.{name}": tensor.expand(p.shape) if p not in adam and key != "step" else tensor
+                       for name, p in self.weights.items() if p.requires_grad for key, tensor in adam.get(p, nothing).items()}
+        tensors = weights | moments | rest
         path = os.path.join(self.folder, f"resume-{self.progress.step}.pth")
         self.log.sync()
-        if self.attempt(path, tensors, lambda name: tensors[name].cpu()):
+        if self.attempt(path, tensors, lambda name: devices.added_up(tensors[name]) if dealt and name in moments else devices.whole(tensors[name]).cpu()):
             self.saved = self.progress.step
-            prune(self.folder, keep or self.keep, self.first)
+            if not devices.rank():
+                prune(self.folder, keep or self.keep, self.first)
 
     @contextlib.contextmanager
     def changing(self):
@@ -147,11 +166,14 @@ class Saver:
             while end.__context__ and not isinstance(end, (KeyboardInterrupt, SystemExit)):     # which a broken pipe may have come after
                 end = end.__context__
             stopped = isinstance(end, (KeyboardInterrupt, SystemExit))
-            if self.whole and self.progress.step != self.saved and not getattr(end, "impatient", False):
+            alone = not stopped and any(self.shares)        # an error here, of which the other ranks know nothing: they would not take part
+            if self.whole and self.progress.step != self.saved and not getattr(end, "impatient", False) and not alone:
                 with only_ctrl_c():
                     self.save_state(None if stopped else 1 << 30)
             if not stopped:
                 raise
+            if devices.rank():
+                raise end from None
             last, again = [*states(self.folder, self.first)][-1:], sys.argv + ["--resume"] * ("--resume" not in sys.argv)
             self.log.line(f"stopped at step {self.progress.step}; " + (f"to go on from step {last[0]}: python {shlex.join(again)}" if last else
                                                                      "nothing was saved"))
@@ -180,6 +202,7 @@ class State:
                 (all(type(n) in (int, float) and (n > 0 or name == "_growth_tracker") and n < 1e38 for name, n in scaler.items()), "scaler"),
                 (all(type(scaler.get(name, 0)) is int and scaler.get(name, 0) < 2**31 for name in ("growth_interval", "_growth_tracker")), "scaler"),
                 (type(self.about["args"]) is dict and {"base", "data", "wandb"} <= self.about.keys(), "args"),
+                (type(self.about["micro_batches"]) is int and 0 < self.about["micro_batches"] < 2**31, "micro_batches"),
                 (os.path.basename(path) == f"resume-{self.progress.step}.pth", f"step {self.progress.step}, in a file of this name,"),
             ):
                 if not right:
@@ -190,6 +213,8 @@ class State:
     @torch.no_grad()
     def restore(self, weights, optimizer, scaler):
         """Put the state into place. Returns its Progress. ValueError, with the weights as they were, where it does not fit."""
+        optimizer = getattr(optimizer, "optim", optimizer)      # ZeroRedundancyOptimizer's own, of the parameters that are dealt to this rank
+        mine = {p for group in optimizer.param_groups for p in group["params"]}
         tensors, trained = self.tensors, [name for name, p in weights.items() if p.requires_grad]
         expected = {f"weights.{name}": (p.shape, p.dtype) for name, p in weights.items()} | {"rng": (torch.get_rng_state().shape, torch.uint8)}
         if any(name.startswith("exp_avg.") for name in tensors):  # there are none before the first step that was taken
@@ -211,19 +236,26 @@ class State:
         except (KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"{self.path}: its gradient scaler or random state cannot be ({str(error).partition(chr(10))[0]}); move it away") from error
         for name, p in weights.items():
-            p.copy_(tensors[f"weights.{name}"])
-            if f"step.{name}" in tensors:
-                optimizer.state[p] = {key: tensors[f"{key}.{name}"].to(p.device, copy=True) for key in ("step", "exp_avg", "exp_avg_sq")}
+            p.copy_(devices.part(tensors[f"weights.{name}"], p))
+            if f"step.{name}" in tensors and p in mine:
+                parts = {key: tensors[f"{key}.{name}"] if key == "step" else devices.part(tensors[f"{key}.{name}"], p) for key in ("step", "exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {key: tensor.to(p.device, copy=True) for key, tensor in parts.items()}
         tensors.clear()  # else the file would stay mapped, and its room on the disk taken when it is removed
         return self.progress
 
 
-def load(folder, wanted, first):
-    """The last State in a folder of a run that began at step `first`. Where there is none: None for `wanted`, --resume, `auto`, else a ValueError."""
-    path = next(reversed(states(folder, first).values()), None)
-    if not path and wanted == "last":
+def load(folder, wanted, begin, steps, micro_batches):
+    """The last State in a folder of a run that began at epoch `begin`, and what the run is, (micro batches in a step, steps in an epoch): the
+    state's own, since its steps were counted with them, or else `micro_batches`. steps: the function of the one that gives the other.
+    Where there is no such state: None for `wanted`, --resume, `auto` or None, else a ValueError."""
+    last = [*states(folder).values()][-1:] if wanted else []
+    for state in map(State, last):
+        counted = state.about["micro_batches"]
+        if state.progress.step > begin * steps(counted):
+            return state, counted, steps(counted)
+    if wanted == "last":
         raise ValueError(f"{folder}: holds no resume-N.pth to go on from; drop --resume to begin anew, or give that run's --proj_dir")
-    return State(path) if path else None
+    return None, micro_batches, steps(micro_batches)
 
 
 def check_same_run(state, args, about):
@@ -312,8 +344,9 @@ def only_ctrl_c():
 
 @contextlib.contextmanager
 def unbroken():
-    """Ctrl-C and a request to end wait until this block has ended. A second Ctrl-C does not wait, and its KeyboardInterrupt has `impatient` set;
-    but one that a wrapper passes on beside the terminal's, at the same moment, is none."""
+    """Ctrl-C and a request to end break nothing off in this block, but what it yields, a function: where that is called, it ends, on all ranks at the
+    same step. A second Ctrl-C does not wait, and its KeyboardInterrupt has `impatient` set; but one that a wrapper passes on beside the terminal's,
+    at the same moment, is none."""
     caught, since = [], 0
 
     def handle(number, frame):
@@ -324,16 +357,18 @@ def unbroken():
             raise end
         since = since if caught else time.monotonic()
         caught.append(number)
-        if len(caught) > 1:
+        if len(caught) > 1 or devices.rank():
             return
         with contextlib.suppress(OSError):  # of a terminal that is closed, a pipe whose reader the same Ctrl-C ended
             os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")
 
+    def check():
+        if number := int(devices.most([caught[0] if caught else 0])[0]):
+            before[number](number, None)
+
     before = {number: signal.signal(number, handle) for number in STOPPING if callable(signal.getsignal(number))}
     try:
-        yield
+        yield check
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if caught:
-        before[caught[0]](caught[0], None)

@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from files import all_finite, read_checkpoint, release
-from quant import PIECE, quantize
+from quant import PIECE, Quantized, keep_products, quantize
 from wkv6 import wkv6
 
 
@@ -41,7 +41,7 @@ class Config:
     decay_rank: int = 64    # and of the data-dependent decay
     version: str = "x060"
     pre_ffn: bool = False   # a channel mix in place of the first block's time mix
-    head_qk: int = 0        # width of an attention that adds to the logits of earlier tokens; see `copies`
+    head_qk: int = 0        # width of an attention that adds to the logits of earlier tokens
 
     def __str__(self):
         extras = ", pre_ffn" * self.pre_ffn + f", head_qk {self.head_qk}" * bool(self.head_qk)
@@ -166,13 +166,13 @@ class RWKV(nn.Module):
     """model(idx) -> logits; model(idx, state) -> (logits, state), with model.empty_state() to start from.
 
     idx: (B, T) int64; logits: (B, T, vocab) in the dtype of the head's product. `grad_cp = True` recomputes each block in
-    the backward pass instead of keeping its activations.
+    the backward pass instead of keeping its activations; `keep_products = True` keeps, for that, what its matrix products gave.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.grad_cp = False
+        self.grad_cp = self.keep_products = False
         self.emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, first=i == 0) for i in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
@@ -183,34 +183,34 @@ class RWKV(nn.Module):
     def empty_state(self):
         return [(None, None, None)] * self.config.n_layer + [None] * bool(self.config.head_qk)
 
+    def state_bytes(self, B):
+        """Size of the state of B rows: per block two shifts and WKV-6's matrices, in float32."""
+        return 4 * B * self.config.n_layer * self.config.n_embd * (2 + self.config.head_size)
+
     def hidden(self, idx, state=None):
         """What the head multiplies: (B, T, C) after ln_out, and the new state."""
         x = self.emb(idx).to(self.ln_out.weight.dtype)
         new_state = []
         for block, s in zip(self.blocks, state or self.empty_state()):
             if self.grad_cp and torch.is_grad_enabled():
-                x, s = checkpoint(block, x, s, use_reentrant=False, preserve_rng_state=False)
+                keep = {"context_fn": keep_products} if self.keep_products else {}
+                x, s = checkpoint(block, x, s, use_reentrant=False, preserve_rng_state=False, **keep)
             else:
                 x, s = block(x, s)
             new_state.append(s)
-        return self.ln_out(x), new_state
-
-    def copies(self, x, idx, seen=None):
-        """head_qk: c (B, T, S), to be added to the logits of the S tokens (B, S) so far, and (keys, tokens), which is its state. As in
-        RWKV-LM: c = q k^T / head_qk, masked causally; x (B, T, C) is what the head multiplies, seen the state before idx (B, T)."""
-        k = self.head_k(x)
-        if seen:
-            k, idx = torch.cat([seen[0], k], 1), torch.cat([seen[1], idx], 1)
-        c = (self.head_q(x) @ k.mT / self.config.head_qk).tril(k.shape[1] - x.shape[1])
-        return c, (k, idx)
+        x = self.ln_out(x)
+        if self.config.head_qk:
+            seen = self.head_k(x), idx                                   # keys and ids of all tokens so far
+            new_state.append(tuple(torch.cat(pair, 1) for pair in zip(state[-1], seen)) if state and state[-1] else seen)
+        return x, new_state
 
     def forward(self, idx, state=None):
         x, new_state = self.hidden(idx, state)
         logits = self.head(x)
-        if self.config.head_qk:
-            c, seen = self.copies(x, idx, state and state[-1])
-            logits = logits.scatter_add(2, seen[1][:, None].expand_as(c), c)
-            new_state.append(seen)
+        if self.config.head_qk:                                          # as in RWKV-LM: the logit of a token seen before grows by q k^T
+            keys, tokens = new_state[-1]
+            c = (self.head_q(x) @ keys.mT / self.config.head_qk).tril(keys.shape[1] - x.shape[1])     # (B, T, S), causal
+            logits = logits.scatter_add(2, tokens[:, None].expand_as(c), c)
         return logits if state is None else (logits, new_state)
 
 
@@ -250,9 +250,21 @@ def load_model(path, dtype=None, device="cpu", quant="none"):
     The file is mapped; a tensor is placed, then its pages are given back, so memory is never more than the model's and one tensor's.
     Returns an RWKV. ValueError for a missing, misshapen or non-finite tensor. On the meta device, sizes are all that is looked at.
     """
+    with torch.device("meta"):
+        model = RWKV(config_of(read_checkpoint(path, verify=False), path))
+    for name, value in stream(path, model.config, dtype, device, quant):
+        module, _, kind = name.rpartition(".")
+        if isinstance(value, Quantized):
+            model.set_submodule(module, value)
+        else:
+            setattr(model.get_submodule(module), kind, nn.Parameter(value))
+    return model
+
+
+def stream(path, config, dtype=None, device="cpu", quant="none"):
+    """What `load_model` puts into a model, one by one: (name, tensor), or (name, Quantized) for a weight that is to be kept so."""
     checkpoint = read_checkpoint(path, verify=torch.device(device).type != "meta")
     checkpoint.pop("copy_mask", None)  # of a model with head_qk that RWKV-PEFT wrote: what `tril` does
-    config = config_of(checkpoint, path)
     with torch.device("meta"):
         model = RWKV(config)
     expected = dict(model.named_parameters())
@@ -271,13 +283,12 @@ def load_model(path, dtype=None, device="cpu", quant="none"):
                     raise ValueError(f"{path}: {name} reaches {piece.abs().max().item():g}, but float16 ends at 65504; use --precision bf16")
         if quant != "none" and name.startswith("blocks.") and isinstance(model.get_submodule(module), nn.Linear):
             try:
-                model.set_submodule(module, quantize(tensor.to(device), quant, kept))
+                yield name, quantize(tensor.to(device), quant, kept)
             except ValueError as error:
                 raise ValueError(f"{path}: {name}: {error}") from error
         else:
-            setattr(model.get_submodule(module), name.rpartition(".")[2], nn.Parameter(tensor.view(meta.shape).to(device, kept, copy=True)))
+            yield name, tensor.view(meta.shape).to(device, kept, copy=True)
         release(tensor)
-    return model
 
 
 def storage_dtype(model, name, dtype):

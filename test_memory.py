@@ -205,5 +205,5 @@ def test_a_tensor_that_no_memory_can_hold_is_one_line(heap, capsys):
 
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_the_peak_of_a_whole_run_is_the_expected_one(heap, tmp_path, quant):
-    measured, expected = bench.measure(tmp_path, 4, 1024, 4096, quant, ctx_len=512, r=64)
+    measured, expected = bench.measure(tmp_path, 4, 1024, 4096, 512, 64, f"--quant {quant}")
     assert measured == pytest.approx(expected, rel=0.1)

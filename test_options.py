@@ -110,7 +110,7 @@ OTHER = {  # values of options that have no list of choices
     "mask_id": ["'{\"mask0\":\"0\",\"mask1\":\"1\"}'"], "proj_dir": ["out"], "epoch_count": [1], "epoch_begin": [3], "epoch_steps": [2],
     "epoch_save": [0, 5], "micro_bsz": [2], "accumulate_grad_batches": [2], "random_seed": [7], "lr_init": [1e-3], "lr_final": [0],
     "warmup_steps": [2, -1], "beta1": [0.8], "beta2": [0.999], "adam_eps": [1e-6], "weight_decay": [0.1], "devices": [1], "fla": [""],
-    "save_steps": [0, 1], "keep": [2], "resume": ["auto"],
+    "save_steps": [0, 1], "keep": [2], "resume": ["auto"], "chunk_ctx": ["7 --train_type infctx"], "bptt": ["2 --train_type infctx --chunk_ctx 7"],
 }
 APART = {"wandb", "dry_run"}  # tested below, and in test_train.py; --resume without a value in test_resume.py
 VALUES = [(name, value) for flags in options.TABLE.values() for name, kind, *_ in flags
@@ -297,8 +297,8 @@ def test_fp16_scales_the_gradient_and_leaves_out_a_step_that_overflows(monkeypat
     assert column("loss", "half") == pytest.approx(column("loss", "whole"), rel=1e-3)
     scales, before = [], []
 
-    def step(model, micro, autocast, scaler, plain=train.step):
-        loss = plain(model, micro, autocast, scaler)
+    def step(model, micro, autocast, scaler, *rest, plain=train.step):
+        loss = plain(model, micro, autocast, scaler, *rest)
         scales.append(scaler.get_scale())
         before.append(model.blocks[0].ln1.bias.clone())
         if len(scales) == 2:

@@ -21,6 +21,7 @@ import data
 import files
 import rwkv6
 import train
+from loss import HeadLoss, largest_of_rows
 
 DEFAULTS = ("--load_model base.pth --data_file x --bone_r 16 --ctx_len 32 --micro_bsz 4 --epoch_steps 4 --lr_init 1e-2 --lr_final 1e-2 "
             "--accelerator cpu --grad_cp 0 ")
@@ -228,7 +229,7 @@ def test_head_loss_in_chunks_is_the_loss_on_whole_logits(M, vocab_size, dtype, n
     logits = x @ head.t()
     loss = F.cross_entropy(logits, targets, reduction="none") @ weight
     whole = loss + 0.01 / 2 * (logits.max(-1).values ** 2).sum()               # its gradient adds 0.01 * the largest logit: the L2 wrap
-    ours = train.HeadLoss.apply(x, head, targets, weight, torch.full((M,), 0.01, dtype=dtype), dtype)
+    ours = HeadLoss.apply(x, head, targets, weight, torch.full((M,), 0.01, dtype=dtype), dtype)
     assert ours.item() == pytest.approx(loss.item(), rel=near)
     for a, e in zip(torch.autograd.grad(ours, [x, head]), torch.autograd.grad(whole, [x, head])):
         assert (a - e).norm() <= near * e.norm()
@@ -237,7 +238,7 @@ def test_head_loss_in_chunks_is_the_loss_on_whole_logits(M, vocab_size, dtype, n
 @pytest.mark.parametrize("width", [1, 7, 256, 300, 1024])
 def test_the_largest_of_a_row_is_the_first_of_equals(width):
     x = torch.randint(5, (50, width), generator=torch.Generator().manual_seed(0)).bfloat16()   # ties in every row, within and across blocks
-    assert all(map(torch.equal, train.largest_of_rows(x), x.max(-1, keepdim=True)))
+    assert all(map(torch.equal, largest_of_rows(x), x.max(-1, keepdim=True)))
 
 
 def test_a_frozen_head_gets_no_gradient_and_no_token_that_counts_is_no_loss():

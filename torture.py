@@ -1,15 +1,18 @@
-"""What nobody does on purpose, many times over: `python torture.py`, or one of its parts, `python torture.py fuzz`, `disk`, `kill`. Anything that
-is lost, wrong or unclear ends it.
+"""What nobody does on purpose, many times over: `python torture.py`, or one of its parts, `python torture.py fuzz`, `disk`, `kill`, `long`. Anything
+that is lost, wrong or unclear ends it.
 
 fuzz: 2,000 damaged or hostile inputs, see test_fuzz.py.
 disk: training on a file system of 3 MB, which fills up and is freed again.
 kill: training is killed (SIGKILL) 100 times, merging and converting 50 times each, then resumed or repeated. Training must end with the bits of
 the run that was never killed; under a final name there is the right file or none.
+long: 1,000 steps on documents many times as long as what goes through the model at once, in bfloat16. No loss or gradient may be NaN or infinite.
 """
 
 import concurrent.futures
 import contextlib
+import csv
 import json
+import math
 import os
 import pathlib
 import random
@@ -20,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pydoc_data.topics import topics
 
 import torch
 
@@ -156,8 +160,28 @@ def disk():
         print(f"disk full: {len(said)} saves failed, the state before them stayed whole, training went on and saved again when there was room; no row of loss.csv is missing")
 
 
+# ---- long ---------------------------------------------------------------------------------------------------------------------
+
+def long():
+    """On Python's help topics, character by character, the gradient flowing through 8 chunks, at a learning rate that is rather too high."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        (folder / "text.txt").write_text("".join(topics.values()), encoding="utf-8")
+        common = "--data_file text.txt --ctx_len 512 --epoch_steps"
+        whole(python(folder, f"HERE/train.py {common} 200 --n_layer 2 --n_embd 64 --lr_init 4e-3 --lr_final 4e-4 --grad_cp 0 --proj_dir base"))
+        whole(python(folder, f"HERE/train.py {common} 1000 --load_model base/rwkv-0.pth --train_type infctx --chunk_ctx 64 --lr_init 2e-3 --lr_final 2e-3"))
+        with open(folder / "out" / "loss.csv") as f:
+            losses = [float(row["loss"]) for row in csv.DictReader(f)]
+        log = (folder / "out" / "train_log.txt").read_text()
+        assert len(losses) == 1000 and all(map(math.isfinite, losses)) and "left out" not in log, log
+        first, last = (sum(part) / 200 for part in (losses[:200], losses[-200:]))
+        assert last < first
+        print(f"long: 1,000 steps of infctx in bfloat16, 8 chunks of 64 each, on {len(''.join(topics.values())):,} characters of text: no loss or gradient was "
+              f"NaN or infinite; mean loss of the first 200 steps {first:.3f}, of the last {last:.3f}")
+
+
 def main():
-    wanted = sys.argv[1:] or ["fuzz", "disk", "kill"]
+    wanted = sys.argv[1:] or ["fuzz", "disk", "kill", "long"]
     began = time.monotonic()
     if "fuzz" in wanted:
         verdicts = fuzz(2000)
@@ -168,6 +192,8 @@ def main():
         disk()
     if "kill" in wanted:
         kill()
+    if "long" in wanted:
+        long()
     print(f"{(time.monotonic() - began) / 60:.0f} minutes")
 
 

@@ -8,98 +8,35 @@ import argparse
 import contextlib
 import functools
 import importlib.util
+import itertools
 import math
 import os
 import shlex
 import time
+import types
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 import bone
 import data
+import devices
 import memory
 import resume
 import rwkv6
 from files import fingerprint, read_checkpoint, run_cli, trained_quant
 from log import Log
+from loss import apart, loss_fn, step, tensors, val_loss
 from options import parse_args
+from quant import Quantized
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}  # of frozen matrices, by --precision
 
 
-# ---- loss and optimizer -------------------------------------------------------------------------------------------------------
+# ---- optimizer ---------------------------------------------------------------------------------------------------------------
 
-def largest_of_rows(x):
-    """x.max(-1, keepdim=True), in a third of the time on a CPU: the block of numbers that holds it first (amax is vectorized, max is not)."""
-    blocks = x.unflatten(-1, (-1, math.gcd(x.shape[-1], 256)))
-    block = blocks.amax(-1).argmax(-1, keepdim=True)
-    largest, at = blocks[torch.arange(len(x), device=x.device), block[:, 0]].max(-1, keepdim=True)
-    return largest, at + block * blocks.shape[-1]
-
-
-class HeadLoss(torch.autograd.Function):
-    """Head product, summed cross-entropy and L2 wrap over chunks of tokens, so that the logits (tokens x vocabulary) never exist whole.
-
-    x: (M, C); head: (vocab, C); targets: (M,); weight: (M,) of each token in the sum; l2: (M,) factor of each position's L2 wrap.
-    The gradient is made with the loss, chunk by chunk, and only scaled in the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx, x, head, targets, weight, l2, dtype):
-        W = head.to(dtype)
-        gx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        ghead = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
-        loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        many = max(1, (1 << 24) // len(head))  # tokens in a product: with fewer, reading W would take longer than multiplying by it
-        few = max(1, many // 8)                # and in what is done in float32: 8 MB, which stay in the cache
-        for start in range(0, len(x), many):
-            rows = slice(start, start + many)
-            x_rows = x[rows].to(dtype)
-            g_rows = x_rows @ W.t()            # the logits, and soon, in their place, the gradient
-            for g, t, wt, l2_t in zip(*(a.split(few) for a in (g_rows, targets[rows, None], weight[rows, None], l2[rows, None]))):
-                largest, at = largest_of_rows(g)
-                largest, logits_of_targets = largest.to(loss.dtype), g.gather(-1, t)
-                e = (g - largest).exp_()
-                total = e.sum(-1, keepdim=True)
-                loss += (wt * (total.log() + largest - logits_of_targets)).sum()
-                g.copy_(e.mul_(wt / total).scatter_add_(-1, t, -wt).scatter_add_(-1, at, largest * l2_t))  # softmax - target + L2 wrap
-            if gx is not None:
-                gx[rows] = g_rows @ W
-            if ghead is not None:
-                ghead += g_rows.t() @ x_rows
-        ctx.save_for_backward(gx, ghead)
-        return loss
-
-    @staticmethod
-    def backward(ctx, gloss):
-        return *(g if g is None else g * gloss for g in ctx.saved_tensors), None, None, None, None
-
-
-def loss_fn(model, idx, targets, mask, tokens=None, positions=None):
-    """Mean cross-entropy over the masked tokens; its backward includes the RWKV L2 wrap, + 1e-4 / positions * the largest logit.
-
-    idx, targets: (B, T) int64; mask: (B, T), 1 where a token counts. A negative target is padding, and no position. A micro batch of
-    a larger step gives the step's `tokens` (sum of masks) and `positions`, so that losses and gradients of its micro batches add up.
-    """
-    targets, mask = targets.reshape(-1), mask.reshape(-1)
-    tokens = max(float(mask.sum() if tokens is None else tokens), 1.0)
-    positions = max(int((targets >= 0).sum()) if positions is None else positions, 1)
-    real = targets >= 0
-    if model.config.head_qk:  # more than the head makes these logits: they are kept whole
-        logits = model(idx).flatten(0, 1).float()
-        wrap = 0.5e-4 / positions * (logits.amax(-1).square() * real).sum()
-        return (F.cross_entropy(logits, targets.clamp(min=0), reduction="none") * mask).sum() / tokens + wrap - wrap.detach()
-    x, _ = model.hidden(idx)
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.head.weight.dtype
-    l2 = real.to(x.dtype) * (1e-4 * tokens / positions)     # the sum is divided only below, so that fp16 can hold its gradient
-    return HeadLoss.apply(x.flatten(0, 1), model.head.weight, targets.clamp(min=0), mask.to(x.dtype), l2, dtype) / tokens
-
-
-def make_optimizer(model, lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, layerwise_lr=True):
+def make_optimizer(model, lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, layerwise_lr=True, strategy="auto"):
     """Adam over the parameters that require gradients, grouped as RWKV-LM groups them. With layerwise_lr time_decay (not its _w1, _w2)
     learns at twice the rate, and no time parameter decays; otherwise what has two dimensions decays (as in AdamW) by lr * weight_decay."""
     groups = {}
@@ -109,7 +46,7 @@ def make_optimizer(model, lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, lay
             scale = 2.0 if apart and name.endswith("time_decay") else 1.0
             decay = weight_decay if not apart and p.squeeze().ndim >= 2 else 0.0
             groups.setdefault((scale, decay), {"params": [], "lr": lr * scale, "lr_scale": scale, "weight_decay": decay})["params"].append(p)
-    return torch.optim.AdamW(groups.values(), lr=lr, betas=betas, eps=eps, fused=True)
+    return devices.optimizer([*groups.values()], strategy, lr=lr, betas=betas, eps=eps, fused=True)
 
 
 def learning_rate(step, first, total, lr_init, lr_final, warmup_steps):
@@ -153,11 +90,34 @@ def build_model(args, device):
                 p.requires_grad_(True)
         trained = {name for name, p in model.named_parameters() if p.requires_grad} | loaded.keys()
         save_dtype = read_checkpoint(args.load_model, verify=False)["emb.weight"].dtype
-    model.grad_cp = bool(args.grad_cp)
+    model.grad_cp, model.keep_products = bool(args.grad_cp), args.train_type == "infctx"
+    if model.config.head_qk and model.keep_products:
+        raise ValueError("--train_type infctx: head_qk looks at every earlier token, so that no state can stand for them; leave infctx out")
     for time_mix in model.modules():
         if args.fla and isinstance(time_mix, rwkv6.TimeMix):
             time_mix.impl = "fla" if device.type == "cuda" and importlib.util.find_spec("fla") else "chunked"
     return model, trained, save_dtype
+
+
+@torch.no_grad()
+def build_shares(args, device):
+    """What `build_model` makes, the weights shared out among the ranks: made without data, then filled tensor by tensor, so that none holds them all."""
+    if not args.load_model:
+        model, *_ = built = build_model(args, device)
+        devices.shard(model, args.strategy, device)
+        return built
+    model, *_ = built = build_model(args, torch.device("meta"))
+    devices.shard(model, args.strategy, device)
+    model.to_empty(device="cpu" if args.strategy.endswith("offload") else device)
+    parameters = dict(model.named_parameters())
+    loaded = read_checkpoint(args.bone_load) if args.bone_load else {}
+    for name in [name for name in parameters if name.endswith(".bone")]:
+        parameters[name].zero_()
+    for name, tensor in itertools.chain(rwkv6.stream(args.load_model, model.config, DTYPES[args.precision], device, args.quant), loaded.items()):
+        whole = {f"{name}.{key}": buffer for key, buffer in tensor.named_buffers()} if isinstance(tensor, Quantized) else {name: tensor}
+        for key, values in whole.items():
+            parameters[key].copy_(devices.part(values.view(parameters[key].shape), parameters[key]))
+    return built
 
 
 def count(model):
@@ -195,22 +155,48 @@ def open_documents(args, vocab_size=None):
     return documents, data.open_data(args.val_file, vocab_size, kind, args.ctx_len, documents.vocabulary) if args.val_file else None
 
 
-def expected_memory(args, device):
-    """What `build_model` makes on the meta device, and {part: bytes} of what its training takes at the peak."""
+def chunk_ctx(args):
+    """Tokens that go through the model at once; 0: whole rows."""
+    return args.chunk_ctx if args.train_type == "infctx" else 0
+
+
+def longest_row(args):
+    """Tokens of the longest row that the model will see. With infctx the data says it, since no document is cut."""
+    if args.train_type == "none" or args.dataload == "get" or not args.data_file:
+        return args.ctx_len
+    longest = int(open_documents(args)[0].sizes.max()) - 1
+    return max(longest, args.ctx_len) if args.loss_mask == "none" else max(longest, 1)
+
+
+def expected_memory(args, device, longest=None):
+    """What `build_model` makes on the meta device, and {part: bytes} of what its training takes at the peak, on rows of `longest` tokens."""
     model, *_ = built = build_model(args, torch.device("meta"))
     autocast, _ = precision(args, device)
+    longest = longest or longest_row(args)
+    at_once = min(longest, chunk_ctx(args) or longest)
 
-    def loss():
-        idx = torch.zeros(args.micro_bsz, args.ctx_len, dtype=torch.int64, device=device)
+    def outputs():
+        idx = torch.zeros(args.micro_bsz, at_once, dtype=torch.int64, device=device)
         with autocast:
-            return loss_fn(model, idx, idx, torch.ones(idx.shape, device=device), 1, idx.numel())
-    return built, memory.expected(model, loss, device, args.accumulate_grad_batches > 1)
+            state = model.empty_state()
+            if at_once < longest:
+                with torch.no_grad():
+                    state = apart(model.hidden(idx[:, :1], state)[1], requires_grad=True)
+            value, after = loss_fn(model, idx, idx, torch.ones(idx.shape, device=device), 1, idx.numel(), state)
+            return [value] + tensors(after) * (at_once < longest)
+    parts = memory.expected(model, outputs, device, args.accumulate_grad_batches > 1 or at_once < longest)
+    if at_once < longest:
+        chunks = -(-longest // at_once)
+        together = min(args.bptt or chunks, chunks)     # and where there are several groups, the states before and after the group
+        parts["states between chunks"] = (together - 2 + 2 * (together < chunks)) * model.state_bytes(args.micro_bsz)  # one more is in `outputs`
+    return built, parts
 
 
 def check_memory(args, device):
     """What is trained, and the memory that takes: printed with --dry_run, or where it is not there, which is a ValueError before anything
     is loaded. Returns what `build_model` makes on the meta device."""
-    (model, *_), parts = built, _ = expected_memory(args, device)
+    longest = longest_row(args)
+    (model, *_), parts = built, _ = expected_memory(args, device, longest)
     need, free = sum(parts.values()), memory.available(device)
     if args.dry_run or need > free:
         print(model.config)
@@ -224,35 +210,27 @@ def check_memory(args, device):
     if need > free:
         def need_with(name, value):
             with contextlib.suppress(ValueError):  # of a flag that this model cannot take
-                return sum(expected_memory(argparse.Namespace(**vars(args) | {name: value}), device)[1].values())
+                return sum(expected_memory(argparse.Namespace(**vars(args) | {name: value}), device, value if name == "ctx_len" else longest)[1].values())
             return need
-        changes = [("grad_cp", 1), ("micro_bsz", 1), ("ctx_len", -(-args.ctx_len // 2))] + [("quant", "nf4")] * bool(args.load_model)
+        shorter = ("chunk_ctx", -(-args.chunk_ctx // 2)) if chunk_ctx(args) else ("ctx_len", -(-args.ctx_len // 2))
+        infctx = [("train_type", "infctx")] * (args.ctx_len > args.chunk_ctx)
+        changes = [("grad_cp", 1), ("micro_bsz", 1), shorter, *infctx] + [("quant", "nf4")] * bool(args.load_model)
         less, flag = min((need_with(*change), "--{} {}".format(*change)) for change in changes)
         advice = f"what helps most is {flag}, with which it would take {less / 1e9:.2f} GB" if less < need else "no flag helps: take a smaller model"
         raise ValueError(f"training would take {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; {advice}")
     return built
 
 
-def describe(args, model, documents, steps):
-    """Print what is about to be trained on what."""
+def describe(args, model, device, documents, steps, micro_batches):
+    """Print what is about to be trained on what. model: on the meta device."""
     print(f"{model.config}\n{f'Bone {args.bone_mode} r {args.bone_r}' if args.load_model else 'from scratch'}: "
-          f"{' of '.join(f'{n:,}' for n in count(model))} parameters trained, {args.precision} on {model.head.weight.device.type}\n"
+          f"{' of '.join(f'{n:,}' for n in count(model))} parameters trained, {args.precision} on "
+          f"{f'{devices.size()} x ' * (devices.size() > 1)}{device.type}{f', by {devices.engine(args.strategy)}' * (devices.size() > 1)}\n"
           f"{len(documents):,} documents, {len(documents.tokens):,} tokens; {args.epoch_count} x {steps} steps of "
-          f"{args.micro_bsz * args.accumulate_grad_batches} rows up to {args.ctx_len} tokens")
-    if "deepspeed" in args.strategy:
+          f"{args.micro_bsz * micro_batches} rows up to {longest_row(args):,} tokens"
+          + f", in chunks of {args.chunk_ctx}" * (args.train_type == "infctx"))
+    if "deepspeed" in args.strategy and devices.size() == 1:
         print(f"note: {args.strategy} shares out what several devices hold; on one, plain PyTorch stands in for it (--dry_run says the memory)")
-
-
-def step(model, micro, autocast, scaler=None):
-    """Forward and backward of an optimizer step's micro batches. Returns the loss of each; their sum is the mean over all counting tokens."""
-    tokens, positions = sum(mask.sum().item() for _, _, mask in micro), sum((targets >= 0).sum().item() for _, targets, _ in micro)
-    losses = []
-    for batch in micro:
-        with autocast:
-            loss = loss_fn(model, *(x.to(model.head.weight.device) for x in batch), tokens, positions)
-        (scaler.scale(loss) if scaler else loss).backward()
-        losses.append(loss.item())
-    return losses
 
 
 def update(optimizer, scaler, lr, loss):
@@ -262,7 +240,7 @@ def update(optimizer, scaler, lr, loss):
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0).item()
+    norm = devices.whole(nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)).item()
     if math.isfinite(loss + norm):
         scaler.step(optimizer)
     scaler.update()
@@ -270,112 +248,127 @@ def update(optimizer, scaler, lr, loss):
     return norm, scale > 1 and math.isfinite(loss) and not math.isfinite(norm)
 
 
-@torch.no_grad()
-def val_loss(model, documents, micro_bsz, ctx_len, loss_mask, autocast):
-    """Mean loss over the counting tokens of all documents, each seen once."""
-    total = tokens = 0.0
-    for start in range(0, len(documents), micro_bsz):
-        rows = [documents[i] for i in range(start, min(start + micro_bsz, len(documents)))]
-        idx, targets, mask = (x.to(model.head.weight.device) for x in data.collate(rows, ctx_len, loss_mask))
-        with autocast:
-            total += loss_fn(model, idx, targets, mask, tokens=1).item()
-        tokens += mask.sum().item()
-    return total / max(tokens, 1.0)
-
-
 # ---- the loop -----------------------------------------------------------------------------------------------------------------
 
 def train(args):
     """A whole run: data and model, then epochs of optimizer steps, with logs, held-out losses, checkpoints and states in proj_dir."""
+    if devices.size() not in (1, args.devices * args.num_nodes) and args.devices * args.num_nodes > 1:
+        raise ValueError(f"--devices {args.devices} --num_nodes {args.num_nodes}, but {devices.size()} processes were started; leave both out with torchrun")
+    if devices.size() < args.devices * args.num_nodes and not args.dry_run:
+        return devices.launch(args.devices, args.num_nodes)
     device = torch.device("cuda" if args.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     if not (args.load_model or args.vocab_size) and (args.data_type or data.kind_of(args.data_file)) not in ("binidx", "jsonl"):
         args.vocab_size = open_documents(args)[0].vocab_size()
-    built = check_memory(args, device)
-    if not args.dry_run:
-        with resume.lock(args.proj_dir):
-            run(args, device, built)
+    with devices.world(device, args.strategy):
+        with devices.main_first():
+            built = check_memory(args, device)
+        if not args.dry_run:
+            with contextlib.nullcontext() if devices.rank() else resume.lock(args.proj_dir):
+                run(args, device, built)
 
 
 def open_batches(args, vocab_size):
     """The data as training sees it: documents and held-out ones, loss mask, `rows` (what says which rows a micro batch has, see data.rows_of),
-    micro_batch(number), and the number of optimizer steps in an epoch."""
+    micro_batch(number), and the function from micro batches in an optimizer step to steps in an epoch."""
     documents, held_out = open_documents(args, vocab_size)
     loss_mask = args.loss_mask if args.loss_mask != "se" else (args.mask_id["mask1"], args.mask_id["mask0"])
-    silent, _ = (data.check_mask(d, args.ctx_len, loss_mask) if d else 0 for d in (documents, held_out))
+    cut = args.train_type != "infctx"
+    silent, _ = (data.check_mask(d, args.ctx_len, loss_mask, cut) if d else 0 for d in (documents, held_out))
     if silent:
         marker, _ = data.MARKERS.get(loss_mask, loss_mask)
-        print(f"note: {silent} of the first {min(1000, len(documents))} documents have nothing after {marker} within {args.ctx_len} tokens and count for nothing")
+        print(f"note: {silent} of the first {min(1000, len(documents))} documents have nothing after {marker}{f' within {args.ctx_len} tokens' * cut} and count for nothing")
     rows = dict(micro_bsz=args.micro_bsz, ctx_len=args.ctx_len, dataload=args.dataload, seed=args.random_seed, shuffle=bool(args.data_shuffle))
-    micro_batch = functools.partial(data.batch, documents, loss_mask=loss_mask, **rows)
+    micro_batch = functools.partial(data.batch, documents, loss_mask=loss_mask, cut=cut, **rows)
     micro_batch(0)  # what cannot be batched is refused here
     once = len(documents) if args.dataload != "get" else len(documents.tokens) / args.ctx_len
-    steps = args.epoch_steps or math.ceil(once / (args.micro_bsz * args.accumulate_grad_batches))
-    return documents, held_out, loss_mask, rows, micro_batch, steps
+    return documents, held_out, loss_mask, rows, micro_batch, lambda micro_batches: args.epoch_steps or math.ceil(once / (args.micro_bsz * micro_batches))
 
 
-def run(args, device, built):
-    """What `train` does when it holds the lock of proj_dir. built: what `build_model` makes on the meta device."""
-    documents, held_out, loss_mask, rows, micro_batch, steps = open_batches(args, built[0].config.vocab_size)
-    epochs, N = range(args.epoch_begin, args.epoch_begin + args.epoch_count), args.accumulate_grad_batches
+def prepare(args, built):
+    """What a run needs to know before it begins, as a namespace; ValueError for what is in its way. built: what `build_model` makes on the meta device."""
+    documents, held_out, loss_mask, rows, micro_batch, steps_of = open_batches(args, built[0].config.vocab_size)
+    state, N, steps = resume.load(args.proj_dir, args.resume, args.epoch_begin, steps_of, args.accumulate_grad_batches * devices.size())
+    epochs = range(args.epoch_begin, args.epoch_begin + args.epoch_count)
     paths = {(epoch + 1) * steps: os.path.join(args.proj_dir, f"rwkv-{epoch}.pth") for epoch in epochs
              if (epoch + 1 - epochs[0]) % (args.epoch_save or len(epochs)) == 0 or epoch == epochs[-1]}
     first, last = epochs[0] * steps, epochs.stop * steps
-
-    about = {"base": fingerprint(args.load_model), "data": documents.fingerprint()}
-    state = resume.load(args.proj_dir, args.resume, first) if args.resume else None
+    about = {"base": fingerprint(args.load_model), "data": documents.fingerprint(), "micro_batches": N}
     changes = resume.check_same_run(state, args, about) if state else []
     resume.check_folder(args, paths, first, state and state.progress, not changes)
-    if state and (state.progress.step > last or state.progress.step == last and os.path.exists(paths[last])):
+    complete = state and (state.progress.step > last or state.progress.step == last and os.path.exists(paths[last]))
+    if not complete and not devices.rank():
+        resume.check_room(args, built, paths, first, state.progress.step if state else first)
+    return types.SimpleNamespace(**locals())
+
+
+def run(args, device, built):
+    """What `train` does when it holds the lock of proj_dir."""
+    with devices.main_first():
+        plan = prepare(args, built)
+        state, first, last, N, steps, epochs, paths = plan.state, plan.first, plan.last, plan.N, plan.steps, plan.epochs, plan.paths
+        log = None if plan.complete else Log(args, plan.documents.vocabulary, state and state.about["wandb"])
+    where = devices.in_turn([state.progress.step if state else first])
+    if len({*where}) > 1:
+        raise ValueError(f"{args.proj_dir}: rank {devices.rank()} finds the state of step {where[devices.rank()]:.0f}, rank 0 that of {where[0]:.0f}; "
+                         "all need the same folder, or a copy of it")
+    if plan.complete:
         resume.prune(args.proj_dir, args.keep, first)
         return print(f"{args.proj_dir}: this run is complete, {state.progress.step - first} steps; a higher --epoch_count than "
                      f"{state.progress.step // steps - epochs[0]} trains on")
-    resume.check_room(args, built, paths, first, state.progress.step if state else first)
-    log = Log(args, documents.vocabulary, state and state.about["wandb"])
     if device.type == "cpu":
         memory.reuse_freed()
-    model, saved_names, save_dtype = build_model(args, device)
-    optimizer = make_optimizer(model, args.lr_init, (args.beta1, args.beta2), args.adam_eps, args.weight_decay, args.layerwise_lr)
+    shares = devices.shares(args.strategy)
+    model, saved_names, save_dtype = build_shares(args, device) if shares[1] else build_model(args, device)
+    optimizer = make_optimizer(model, args.lr_init, (args.beta1, args.beta2), args.adam_eps, args.weight_decay, args.layerwise_lr, args.strategy)
+    compute = devices.wrap(model, loss_fn, args.strategy)
     autocast, scaler = precision(args, device)
-    held_out_loss = functools.partial(val_loss, model, held_out, args.micro_bsz, args.ctx_len, loss_mask, autocast)
+    held_out_loss = functools.partial(val_loss, model, plan.held_out, args.micro_bsz, args.ctx_len, plan.loss_mask, autocast,
+                                      args.train_type != "infctx", chunk_ctx(args), device)
     weights = {name: p for name, p in model.named_parameters() if name in saved_names}
     progress = state.restore(weights, optimizer, scaler) if state else resume.Progress(first)
-    saver = resume.Saver(args.proj_dir, args.keep, first, log, about | {"args": vars(args), "wandb": log.wandb and log.wandb.id},
-                         progress, weights, optimizer, scaler)
-    describe(args, model, documents, steps)
+    saver = resume.Saver(args.proj_dir, args.keep, first, log, plan.about | {"args": vars(args), "wandb": log.wandb and log.wandb.id},
+                         progress, weights, optimizer, scaler, shares)
+    mine = range(devices.rank(), N, devices.size())     # the rank's micro batches of a step
+    idle = -(-N // devices.size()) - len(mine)          # passes in which the others have one more
+
+    describe(args, built[0], device, plan.documents, steps, N)
     log.open(progress, bool(state))
     if state:
-        log.line(f"going on from {state.path}: step {progress.step} of {last}" + f", with other {', '.join(changes)}" * bool(changes))
-    elif held_out:
+        log.line(f"going on from {state.path}: step {progress.step} of {last}" + f", with other {', '.join(plan.changes)}" * bool(plan.changes))
+        if N != args.accumulate_grad_batches * devices.size():
+            log.line(f"a step has {N} micro batches, as before, for {devices.size()} devices")
+    elif plan.held_out:
         print(f"held-out loss before training: {log.point(first, val_loss=held_out_loss()):.4f}")
 
     if state and not progress.losses and progress.step in paths and not os.path.exists(paths[progress.step]):
         saver.save_checkpoint(paths[progress.step], save_dtype)  # it was moved away, but the state has it
 
     missing = []
-    with saver.rescue():
+    with saver.rescue(), resume.unbroken() as check:
         for epoch in range((progress.step - bool(progress.losses)) // steps, epochs.stop):
-            with tqdm(total=steps, initial=progress.step - epoch * steps, desc=f"epoch {epoch}", unit="step", dynamic_ncols=True) as bar:
+            with tqdm(total=steps, initial=progress.step - epoch * steps, desc=f"epoch {epoch}", unit="step", dynamic_ncols=True, disable=devices.rank() > 0) as bar:
                 while (i := progress.step) < (epoch + 1) * steps:
                     started = time.perf_counter()
                     lr = learning_rate(i, first, args.epoch_count * steps, args.lr_init, args.lr_final, args.warmup_steps)
-                    with resume.unbroken():
-                        micro = [micro_batch(i * N + n) for n in range(N)]
-                        losses = step(model, micro, autocast, scaler)
-                        loss = sum(losses)
-                        with saver.changing():
-                            norm, overflow = update(optimizer, scaler, lr, loss)
-                            progress.count(loss, norm, overflow)
-                        log.point(i, loss=loss, lr=lr)
-                        if progress.bad_in_a_row:
-                            log.line(f"step {i} left out: loss {loss}, gradient norm {norm}; {data.suspects(documents, losses, i * N, rows)}")
-                            progress.check()
-                    speed = sum(idx.numel() for idx, _, _ in micro) / (time.perf_counter() - started)
+                    micro = [[x.to(device) for x in batch] for batch in [plan.micro_batch(i * N + n) for n in mine] + [data.silent()] * idle]
+                    losses = step(model, micro, autocast, scaler, chunk_ctx(args), args.bptt, compute)[:N]
+                    loss = sum(losses)
+                    with saver.changing():
+                        norm, overflow = update(optimizer, scaler, lr, loss)
+                        progress.count(loss, norm, overflow)
+                    log.point(i, loss=loss, lr=lr)
+                    if progress.bad_in_a_row:
+                        log.line(f"step {i} left out: loss {loss}, gradient norm {norm}; {data.suspects(plan.documents, losses, i * N, plan.rows)}")
+                        progress.check()
+                    check()
+                    speed = devices.total([sum(idx.numel() for idx, _, _ in micro)])[0] / (time.perf_counter() - started)
                     bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s, {memory.peak(device) / 1e9:.1f} GB")
                     bar.update()
                     if args.save_steps and progress.step % args.save_steps == 0 and progress.step < (epoch + 1) * steps:
                         saver.save_state()
+                        check()
             log.line(f"epoch {epoch}: {progress.summary(last - first)}"
-                     + (f", held-out loss {log.point(progress.step, val_loss=held_out_loss()):.4f}" if held_out else ""))
+                     + (f", held-out loss {log.point(progress.step, val_loss=held_out_loss(check=check)):.4f}" if plan.held_out else ""))
             if progress.step not in paths or saver.save_checkpoint(paths[progress.step], save_dtype):
                 progress.losses.clear()
             else:
@@ -384,7 +377,10 @@ def run(args, device, built):
                 saver.save_state()
             if progress.step < last:
                 progress.losses.clear()
+            check()
     said = log.close()
+    if devices.rank():
+        return
     if not os.path.exists(paths[last]):
         raise ValueError(f"{paths[last]}: could not be saved, as said above; " + ("mend that, then give the same command with --resume"
                          if resume.states(args.proj_dir, first) else "neither could any state"))

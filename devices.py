@@ -1,0 +1,216 @@
+"""Several devices: a process for each, its rank, through PyTorch's engines. `torchrun --nproc_per_node N train.py ...` starts them, or --devices N.
+
+    --strategy                  engine                                         what one of N ranks holds
+    auto, ddp                   DistributedDataParallel                        everything; gradients are added up
+    deepspeed_stage_1           the same, and ZeroRedundancyOptimizer          everything, but an N-th of Adam's moments
+    deepspeed_stage_2           FSDP2 (fully_shard), gathered once a step      an N-th of everything; all weights from the forward to the backward pass
+    deepspeed_stage_3           FSDP2, gathered block by block                 an N-th of everything, and the block that is computed
+    deepspeed_stage_2_offload, deepspeed_stage_3_offload                       the same N-th, in the memory of the CPU
+
+The names are those of DeepSpeed's ways to do the same, which is not used. Tensors of the model travel by NCCL between GPUs and by gloo between CPUs;
+the few numbers that ranks tell one another (`total`, `most`, `in_turn`) always by gloo.
+
+A single process is a world of one: every function here then returns what it is given.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from quant import Quantized     # PyTorch's engines are imported where they are used: that takes seconds, which one process need not wait
+
+ENGINES = {"auto": "DDP", "ddp": "DDP", "deepspeed_stage_1": "DDP, Adam's moments shared out (ZeroRedundancyOptimizer)",
+           "deepspeed_stage_2": "FSDP2, shared out, gathered once a step", "deepspeed_stage_3": "FSDP2, shared out, gathered block by block"}
+
+
+def engine(strategy):
+    """What a --strategy is here, in words."""
+    return ENGINES[strategy.removesuffix("_offload")] + ", kept in the memory of the CPU" * strategy.endswith("_offload")
+
+
+def size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def shares(strategy):
+    """Whether a strategy, in this world, shares out (Adam's moments, the weights too)."""
+    stage = size() > 1 and strategy.removeprefix("deepspeed_stage_")[0]
+    return stage in ("1", "2", "3"), stage in ("2", "3")
+
+
+# ---- processes ----------------------------------------------------------------------------------------------------------------
+
+def launch(devices, num_nodes):
+    """Run this program once for each device, and end as they end: SystemExit. Of several machines each runs this; MASTER_ADDR, MASTER_PORT and
+    NODE_RANK say where the first one is, and which one this is."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.disable()   # what went wrong is said by the rank, or below
+    where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    if num_nodes > 1:
+        where = {"rdzv_backend": "static", "rdzv_endpoint": f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', 29500)}",
+                 "rdzv_configs": {"rank": int(os.environ["NODE_RANK"])}}
+    config = LaunchConfig(min_nodes=num_nodes, max_nodes=num_nodes, nproc_per_node=devices, run_id="train", max_restarts=0, **where)
+    try:
+        elastic_launch(config, sys.executable)(*sys.argv)
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+    except ChildFailedError as error:
+        which, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(f"error: rank {which} of {devices * num_nodes} was ended by {signal.Signals(-failure.exitcode).name}, and the others with it; "
+                  "where nobody did that, memory was too small", file=sys.stderr)
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 2)
+
+
+@contextlib.contextmanager
+def world(device, strategy):
+    """Around what a rank does. All but rank 0 are silent, but for errors."""
+    if size() == 1:
+        yield
+        return
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device.type == "cuda":
+        torch.cuda.set_device(local)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", size()))))
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        with contextlib.redirect_stdout(open(os.devnull, "w")) if rank() else contextlib.nullcontext():
+            yield
+        dist.destroy_process_group()
+    except (RuntimeError, ValueError) as error:
+        if re.search("gloo|nccl|process group|recvValue|TCPStore", str(error), re.IGNORECASE):
+            time.sleep(10)      # who started the ranks ends this one meanwhile, and says why the other ended
+            raise ValueError(f"rank {rank()}: the connection to another rank was lost, which has ended, or cannot be reached") from error
+        if rank() and type(error) is ValueError:
+            raise ValueError(f"rank {rank()}: {error}") from error
+        raise
+
+
+@contextlib.contextmanager
+def main_first():
+    """Rank 0 goes through the block before the others do: what it makes, they find, and what it refuses, it alone says."""
+    if rank() > 0:
+        most([0])
+    yield
+    if size() > 1 and rank() == 0:
+        most([0])
+
+
+# ---- numbers ------------------------------------------------------------------------------------------------------------------
+
+def reduced(numbers, operation):
+    if size() == 1:
+        return numbers
+    dist.all_reduce(x := torch.tensor(numbers, dtype=torch.float64), operation)
+    return x.tolist()
+
+
+def total(numbers):
+    """The sums of a list of numbers over all ranks."""
+    return reduced(numbers, dist.ReduceOp.SUM)
+
+
+def most(numbers):
+    """The largest of all ranks, of each of a list of numbers."""
+    return reduced(numbers, dist.ReduceOp.MAX)
+
+
+def in_turn(numbers):
+    """The first numbers of all ranks, then the second ones, and so on. All ranks have as many."""
+    if size() == 1:
+        return numbers
+    gathered = [torch.empty(len(numbers), dtype=torch.float64) for _ in range(size())]
+    dist.all_gather(gathered, torch.tensor(numbers, dtype=torch.float64))
+    return torch.stack(gathered, 1).flatten().tolist()
+
+
+# ---- engines ------------------------------------------------------------------------------------------------------------------
+
+class Loss(nn.Module):
+    """DDP adds up the gradients of a module when its forward was called: here that is loss_fn."""
+
+    def __init__(self, model, loss_fn):
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, *batch):
+        return self.loss_fn(self.model, *batch)
+
+
+def wrap(model, loss_fn, strategy):
+    """loss_fn(model, ...) as a function of the rest, whose backward pass adds up the gradients of all ranks. Outside `quiet`, that is."""
+    if size() == 1 or shares(strategy)[1]:
+        return lambda *batch: loss_fn(model, *batch)
+    with warnings.catch_warnings(action="ignore"):      # of another name for broadcast_buffers, in some releases
+        return DistributedDataParallel(Loss(model, loss_fn), broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
+
+
+def quiet(compute):
+    """The forward and backward passes within only add to this rank's gradients."""
+    return compute.no_sync() if isinstance(compute, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def shard(model, strategy, device):
+    """Share out the weights of `model`, on the meta device: each rank will hold an N-th of every tensor, along its first dimension."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(device.type, (size(),))
+    offload = CPUOffloadPolicy() if strategy.endswith("_offload") and device.type == "cuda" else OffloadPolicy()
+    for module in model.modules():
+        if isinstance(module, Quantized):   # only parameters are shared out
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                delattr(module, name)
+                module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=module is not model and strategy.startswith("deepspeed_stage_3"), offload_policy=offload)
+    register_fsdp_forward_method(model, "hidden")
+
+
+def is_shared(tensor):
+    return hasattr(tensor, "full_tensor")       # a DTensor
+
+
+def part(tensor, parameter):
+    """This rank's part of a whole tensor, as `parameter` is shared out; for a plain parameter, the tensor."""
+    if not is_shared(parameter):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def whole(tensor):
+    """The whole of a tensor that is shared out; any other as it is. On all ranks at once."""
+    return tensor.full_tensor() if is_shared(tensor) else tensor
+
+
+def added_up(tensor):
+    """The sum of what all ranks have, on the CPU."""
+    dist.all_reduce(tensor := tensor.to("cpu", copy=True).contiguous())
+    return tensor
+
+
+def optimizer(groups, strategy, **options):
+    """AdamW; with deepspeed_stage_1 each rank has the moments of its share of the parameters, and sends these out after a step."""
+    if shares(strategy) == (True, False):
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
+    return torch.optim.AdamW(groups, **options)

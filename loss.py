@@ -1,0 +1,171 @@
+"""The loss of a batch, and its gradient: in chunks of tokens at the head, and, for sequences of any length, in chunks along time.
+
+RWKV needs no earlier token, only its state (rwkv6.py). So a row of T tokens can go through the model chunk by chunk, in the memory of one
+chunk. The gradient stays that of the whole row, as it flows back through the states between the chunks:
+
+    forward     s1 = chunk 0 from s0,  s2 = chunk 1 from s1,  ...     without a graph; the states alone are kept
+    backward    the last chunk again, from its state, with a graph: loss -> gradients of the parameters and of that state
+                the chunk before it: loss and gradient of the state after it -> gradients of the parameters and of the state before
+                ...
+
+Each chunk is computed twice, as grad_cp does; and what its matrix products gave is kept for the moment (quant.py), so that recomputing a block
+within a chunk repeats none. That costs the memory of some activations of one chunk. `bptt` cuts the gradient after so many chunks
+("truncated backpropagation through time"); with 1 each chunk is computed once, and the states pass no gradient.
+"""
+
+import contextlib
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves, tree_map
+
+import data
+import devices
+
+
+def largest_of_rows(x):
+    """x.max(-1, keepdim=True), in a third of the time on a CPU: the block of numbers that holds it first (amax is vectorized, max is not)."""
+    blocks = x.unflatten(-1, (-1, math.gcd(x.shape[-1], 256)))
+    block = blocks.amax(-1).argmax(-1, keepdim=True)
+    largest, at = blocks[torch.arange(len(x), device=x.device), block[:, 0]].max(-1, keepdim=True)
+    return largest, at + block * blocks.shape[-1]
+
+
+class HeadLoss(torch.autograd.Function):
+    """Head product, summed cross-entropy and L2 wrap over chunks of tokens, so that the logits (tokens x vocabulary) never exist whole.
+
+    x: (M, C); head: (vocab, C); targets: (M,); weight: (M,) of each token in the sum; l2: (M,) factor of each position's L2 wrap.
+    The gradient is made with the loss, chunk by chunk, and only scaled in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, x, head, targets, weight, l2, dtype):
+        W = head.to(dtype)
+        gx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        ghead = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
+        loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        many = max(1, (1 << 24) // len(head))  # tokens in a product: with fewer, reading W would take longer than multiplying by it
+        few = max(1, many // 8)                # and in what is done in float32: 8 MB, which stay in the cache
+        for start in range(0, len(x), many):
+            rows = slice(start, start + many)
+            x_rows = x[rows].to(dtype)
+            g_rows = x_rows @ W.t()            # the logits, and soon, in their place, the gradient
+            for g, t, wt, l2_t in zip(*(a.split(few) for a in (g_rows, targets[rows, None], weight[rows, None], l2[rows, None]))):
+                largest, at = largest_of_rows(g)
+                largest, logits_of_targets = largest.to(loss.dtype), g.gather(-1, t)
+                e = (g - largest).exp_()
+                total = e.sum(-1, keepdim=True)
+                loss += (wt * (total.log() + largest - logits_of_targets)).sum()
+                g.copy_(e.mul_(wt / total).scatter_add_(-1, t, -wt).scatter_add_(-1, at, largest * l2_t))  # softmax - target + L2 wrap
+            if gx is not None:
+                gx[rows] = g_rows @ W
+            if ghead is not None:
+                ghead += g_rows.t() @ x_rows
+        ctx.save_for_backward(gx, ghead)
+        return loss
+
+    @staticmethod
+    def backward(ctx, gloss):
+        return *(g if g is None else g * gloss for g in ctx.saved_tensors), None, None, None, None
+
+
+def loss_fn(model, idx, targets, mask, tokens=None, positions=None, state=None):
+    """Mean cross-entropy over the masked tokens; its backward includes the RWKV L2 wrap, + 1e-4 / positions * the largest logit.
+
+    idx, targets: (B, T) int64; mask: (B, T), 1 where a token counts. A negative target is padding, and no position. A micro batch of
+    a larger step gives the step's `tokens` (sum of masks) and `positions`, so that losses and gradients of its micro batches add up.
+    With the model's state before these tokens (model.empty_state() to begin), returns (loss, state after them).
+    """
+    alone, state = state is None, state or model.empty_state()
+    targets, mask = targets.reshape(-1), mask.reshape(-1)
+    tokens = max(float(mask.sum() if tokens is None else tokens), 1.0)
+    positions = max(int((targets >= 0).sum()) if positions is None else positions, 1)
+    real = targets >= 0
+    if model.config.head_qk:  # more than the head makes these logits: they are kept whole
+        logits, state = model(idx, state)
+        logits = logits.flatten(0, 1).float()
+        wrap = 0.5e-4 / positions * (logits.amax(-1).square() * real).sum()
+        loss = (F.cross_entropy(logits, targets.clamp(min=0), reduction="none") * mask).sum() / tokens + wrap - wrap.detach()
+    else:
+        x, state = model.hidden(idx, state)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.head.weight.dtype
+        l2 = real.to(x.dtype) * (1e-4 * tokens / positions)     # the sum is divided only below, so that fp16 can hold its gradient
+        loss = HeadLoss.apply(x.flatten(0, 1), model.head.weight, targets.clamp(min=0), mask.to(x.dtype), l2, dtype) / tokens
+    return loss if alone else (loss, state)
+
+
+def split(batch, chunk_ctx):
+    """idx, targets and mask (B, T) as chunks of at most chunk_ctx tokens (0: as one); on each rank as many, if need be with some that count nothing."""
+    chunks = [*zip(*(x.split(chunk_ctx or x.shape[1], 1) for x in batch))]
+    silent = data.silent(len(batch[0]), batch[0].device)
+    return chunks + [silent] * (int(devices.most([len(chunks)])[0]) - len(chunks))
+
+
+def tensors(state):
+    return [x for x in tree_leaves(state) if x is not None]
+
+
+def apart(state, requires_grad=False):
+    """The same state, apart from the graph that it came from."""
+    return tree_map(lambda x: None if x is None else x.detach().requires_grad_(requires_grad), state)
+
+
+def backward(model, compute, batch, tokens, positions, autocast, scaler=None, chunk_ctx=0, bptt=0, last=True):
+    """Forward and backward of a micro batch, as the head of this file describes it; gradients are added to those of the parameters. Returns its
+    loss, as loss_fn counts it. compute: loss_fn of the model, perhaps by an engine that adds up the gradients of all ranks (devices.py), which
+    happens in the `last` micro batch; scaler: of fp16; chunk_ctx: tokens in a chunk, 0: all; bptt: chunks the gradient flows through, 0: all."""
+    chunks, state, loss = split(batch, chunk_ctx), model.empty_state(), 0.0
+    bptt = bptt or len(chunks)
+    for first in range(0, len(chunks), bptt):
+        group, states, gradients = chunks[first:first + bptt], [state], None
+        for idx, _, _ in group[:-1]:
+            with torch.no_grad(), autocast:
+                states.append(model.hidden(idx, states[-1])[1])
+        for chunk in reversed(group):
+            before = apart(states.pop(), requires_grad=bool(states))
+            at_end = last and not states and first + bptt >= len(chunks)
+            with contextlib.nullcontext() if at_end else devices.quiet(compute):
+                with autocast:
+                    value, after = compute(*chunk, tokens, positions, before)
+                if gradients is None:   # no chunk of the group comes after this one
+                    state, gradients = apart(after) if first + bptt < len(chunks) else None, []
+                ends = tensors(after)[:len(gradients)]
+                del after               # what is not needed, here and below, would be there at the peak
+                scaled = value * devices.size()     # the engines take the mean over ranks
+                torch.autograd.backward([scaler.scale(scaled) if scaler else scaled, *ends], [None, *gradients])
+            gradients = [x.grad for x in tensors(before)]
+            loss += value.item()
+            del before, value, scaled, ends
+    return loss
+
+
+def step(model, micro, autocast, scaler=None, chunk_ctx=0, bptt=0, compute=None):
+    """Forward and backward of an optimizer step's micro batches. Returns the loss of each; their sum is the mean over all counting tokens.
+    Of several ranks, each gives its own micro batches, as many as the others; rank k's are number k, k + size, ... of what is returned."""
+    counts = [sum(mask.sum().item() for _, _, mask in micro), sum((targets >= 0).sum().item() for _, targets, _ in micro)]
+    tokens, positions = devices.total(counts)
+    compute = compute or functools.partial(loss_fn, model)
+    return devices.in_turn([backward(model, compute, batch, tokens, positions, autocast, scaler, chunk_ctx, bptt, last=n == len(micro))
+                            for n, batch in enumerate(micro, 1)])
+
+
+@torch.no_grad()
+def val_loss(model, documents, micro_bsz, ctx_len, loss_mask, autocast, cut=True, chunk_ctx=0, device="cpu", check=lambda: None):
+    """Mean loss over the counting tokens of all documents, each seen once, by one of the ranks. check: called after each micro batch."""
+    total = tokens = 0.0
+    for start in range(0, len(documents), micro_bsz * devices.size()):
+        start += micro_bsz * devices.rank()
+        rows = [documents[i] for i in range(start, min(start + micro_bsz, len(documents)))]
+        batch = data.collate(rows, ctx_len, loss_mask, cut) if rows else data.silent()
+        state = model.empty_state()
+        for chunk in split([x.to(device) for x in batch], chunk_ctx):
+            with autocast:
+                value, state = loss_fn(model, *chunk, tokens=1, state=state)
+            total += value.item()
+        tokens += batch[2].sum().item()
+        check()
+    total, tokens = devices.total([total, tokens])
+    return total / max(tokens, 1.0)
