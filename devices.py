@@ -46,10 +46,25 @@ def rank():
     return int(os.environ.get("RANK", 0))
 
 
-def shares(strategy):
-    """Whether a strategy, in this world, shares out (Adam's moments, the weights too)."""
-    stage = size() > 1 and strategy.removeprefix("deepspeed_stage_")[0]
+def shares(strategy, n=None):
+    """Whether a strategy, among n ranks (None: of this world), shares out (Adam's moments, the weights too)."""
+    stage = (n or size()) > 1 and strategy.removeprefix("deepspeed_stage_")[0]
     return stage in ("1", "2", "3"), stage in ("2", "3")
+
+
+def memory_of_one(parts, model, strategy, n):
+    """What one of n ranks takes, from {part: bytes} of a single process. A block is gathered into one piece, then cut into its weights, while the
+    piece is there; those outside of the blocks, embedding and head, are there from the beginning to the end of a step."""
+    def bytes_of(module):
+        return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+    moments, weights = shares(strategy, n)
+    if moments:
+        parts["optimizer"] /= n
+    if weights:
+        blocks = [bytes_of(block) for block in model.blocks]
+        parts["gathered weights"] = bytes_of(model) - sum(blocks) + (sum(blocks) + max(blocks) if strategy.startswith("deepspeed_stage_2") else 2 * max(blocks))
+        parts["weights"] /= n
+    return parts
 
 
 # ---- processes ----------------------------------------------------------------------------------------------------------------

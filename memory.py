@@ -48,11 +48,12 @@ def tensors(model):
     return [*model.parameters(), *model.buffers()]
 
 
-def expected(model, outputs, device, accumulate=False):
+def expected(model, outputs, device, accumulate=False, shares=1):
     """Bytes at the peak of training `model`, which is on the meta device: {part: bytes}, to be added up.
 
     outputs(): runs `model` on a batch that it makes, and returns what the backward pass begins from, loss and states; called with fake
-    tensors, it may not look at a value. accumulate: whether the gradients of an earlier micro batch are there already.
+    tensors, it may not look at a value. accumulate: whether the gradients of an earlier micro batch are there already; shares: ranks that have a part
+    of each gradient.
     """
     def backward(outputs):
         torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
@@ -75,7 +76,7 @@ def expected(model, outputs, device, accumulate=False):
             model.zero_grad()
     model.blocks = blocks
     forward, activations, backward, gradients = runs[0]
-    activations, gradients = runs[1][1] - activations, runs[1][3] - gradients   # of one block; gradients of earlier micro batches are in both
+    activations, gradients = runs[1][1] - activations, (runs[1][3] - gradients) / shares   # of one block; gradients of earlier micro batches are in both
     more, larger = len(blocks) - 1, max(activations, gradients)
     peak = max(forward + more * activations, backward + more * larger)
     return {"weights": weights, "optimizer": 8 * trained, "activations, gradients": more * larger,

@@ -184,12 +184,14 @@ def expected_memory(args, device, longest=None):
                     state = apart(model.hidden(idx[:, :1], state)[1], requires_grad=True)
             value, after = loss_fn(model, idx, idx, torch.ones(idx.shape, device=device), 1, idx.numel(), state)
             return [value] + tensors(after) * (at_once < longest)
-    parts = memory.expected(model, outputs, device, args.accumulate_grad_batches > 1 or at_once < longest)
+    n = devices.size() if devices.size() > 1 else args.devices * args.num_nodes
+    earlier = args.accumulate_grad_batches > 1 or at_once < longest or n > 1     # DDP keeps the place of gradients from step to step
+    parts = memory.expected(model, outputs, device, earlier, n if devices.shares(args.strategy, n)[1] else 1)
     if at_once < longest:
         chunks = -(-longest // at_once)
         together = min(args.bptt or chunks, chunks)     # and where there are several groups, the states before and after the group
         parts["states between chunks"] = (together - 2 + 2 * (together < chunks)) * model.state_bytes(args.micro_bsz)  # one more is in `outputs`
-    return built, parts
+    return built, devices.memory_of_one(parts, model, args.strategy, n)
 
 
 def check_memory(args, device):
@@ -197,9 +199,12 @@ def check_memory(args, device):
     is loaded. Returns what `build_model` makes on the meta device."""
     longest = longest_row(args)
     (model, *_), parts = built, _ = expected_memory(args, device, longest)
-    need, free = sum(parts.values()), memory.available(device)
+    need, here = sum(parts.values()), int(os.environ.get("LOCAL_WORLD_SIZE", args.devices))
+    free = memory.available(device) / (here if device.type == "cpu" else 1)
     if args.dry_run or need > free:
         print(model.config)
+        if args.devices * args.num_nodes > 1:
+            print(f"each of {args.devices * args.num_nodes} ranks, by {devices.engine(args.strategy)}:")
         trained, total = count(model)
         for what, number in (("trained", trained), ("frozen", total - trained)):
             size = sum(t.nbytes for t in memory.tensors(model) if t.requires_grad == (what == "trained"))
@@ -213,8 +218,8 @@ def check_memory(args, device):
                 return sum(expected_memory(argparse.Namespace(**vars(args) | {name: value}), device, value if name == "ctx_len" else longest)[1].values())
             return need
         shorter = ("chunk_ctx", -(-args.chunk_ctx // 2)) if chunk_ctx(args) else ("ctx_len", -(-args.ctx_len // 2))
-        infctx = [("train_type", "infctx")] * (args.ctx_len > args.chunk_ctx)
-        changes = [("grad_cp", 1), ("micro_bsz", 1), shorter, *infctx] + [("quant", "nf4")] * bool(args.load_model)
+        more = [("train_type", "infctx")] * (args.ctx_len > args.chunk_ctx) + [("strategy", "deepspeed_stage_3")] * (max(devices.size(), args.devices) > 1)
+        changes = [("grad_cp", 1), ("micro_bsz", 1), shorter, *more] + [("quant", "nf4")] * bool(args.load_model)
         less, flag = min((need_with(*change), "--{} {}".format(*change)) for change in changes)
         advice = f"what helps most is {flag}, with which it would take {less / 1e9:.2f} GB" if less < need else "no flag helps: take a smaller model"
         raise ValueError(f"training would take {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; {advice}")

@@ -1,0 +1,232 @@
+"""Several devices: here processes on CPUs, which talk by gloo. As one process with all their micro batches, to the last digits; none waits for a dead one.
+
+Starting processes takes seconds, so those of one test try everything of their kind: `python test_devices.py gradients`, started once for each rank.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import bench
+import data
+import devices
+import files
+import loss
+import train
+from test_train import DEFAULTS, base_file, column, counting, folder, read, run, tiny  # noqa: F401 (two are fixtures)
+
+STRATEGIES = ["ddp", *(f"deepspeed_stage_{stage}" for stage in "123")]
+SAVING = "--val_file held --epoch_count 2 --save_steps 1 --keep 9"
+FLAGS = DEFAULTS.replace("--epoch_steps 4 ", "").replace("--micro_bsz 4", "--micro_bsz 2") + "--precision fp32 --random_seed 1 "
+
+
+def start(ranks, line, **options):
+    """`python LINE` as so many ranks, by torchrun."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return subprocess.run([*command, *line.split()], env=environment, capture_output=True, text=True, timeout=300, **options)
+
+
+def errors_of(end):
+    return "\n".join(line for line in end.stderr.splitlines() if re.search("Error|, line ", line))
+
+
+@contextlib.contextmanager
+def alone():
+    """Within, this rank is a world of one."""
+    before = {name: os.environ.pop(name) for name in ("WORLD_SIZE", "RANK")}
+    yield
+    os.environ |= before
+
+
+# ---- what the ranks do --------------------------------------------------------------------------------------------------------
+
+def compare(flags, documents, passes, **chunks):
+    """Largest difference, relative, of loss and any gradient of `passes` micro batches on each rank from those of one process with all of them."""
+    args, n = train.parse_args((FLAGS + flags).split()), devices.size()
+    rows = [[documents[i % len(documents)] for i in range(2 * number, 2 * number + 2)] for number in range(n * passes - 1)]
+    batches = [data.collate(row, 32, args.loss_mask if args.loss_mask != "se" else ("P", "d"), cut=not chunks) for row in rows]
+    with alone():
+        model, *_ = train.build_model(args, torch.device("cpu"))
+        model.keep_products = bool(chunks)
+        expected = train.step(model, batches, contextlib.nullcontext(), **chunks)
+        grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    model, *_ = (train.build_shares if devices.shares(args.strategy)[1] else train.build_model)(args, torch.device("cpu"))
+    model.keep_products = bool(chunks)
+    compute = devices.wrap(model, loss.loss_fn, args.strategy)
+    mine = batches[devices.rank()::n]
+    found = train.step(model, mine + [data.silent()] * (passes - len(mine)), contextlib.nullcontext(), **chunks, compute=compute)
+    assert len(found) == n * passes and found[n * passes - 1] == 0       # the last rank has one micro batch less
+    shared = {name: p for name, p in model.named_parameters() if devices.is_shared(p)}
+    assert bool(shared) == devices.shares(args.strategy)[1]
+    assert all(p.to_local().shape[0] <= -(-p.shape[0] // n) for p in shared.values())
+    ours = {name: devices.whole(p.grad) for name, p in model.named_parameters() if p.requires_grad}
+    assert ours.keys() == grads.keys()
+    return max(*(abs(a - b) / sum(expected) for a, b in zip(found, expected)), *(((ours[name] - g).norm() / g.norm()).item() for name, g in grads.items()))
+
+
+def gradients():
+    documents = [data.Binidx("x")[i] for i in (1, 2, 3, 7, 5)]
+    cases = [("--quant nf4", "pad", {}), ("--train_parts time ln emb head", "none", {}), ("", "se", {}), ("--bone_mode bone --quant int8", "pad", {"chunk_ctx": 7})]
+    for strategy, (flags, loss_mask, chunks) in itertools.product(("ddp", "deepspeed_stage_2", "deepspeed_stage_3"), cases):
+        mask = f"--loss_mask {loss_mask} " + """--mask_id {"mask0":"d","mask1":"P"}""" * (loss_mask == "se")
+        difference = compare(f"--strategy {strategy} {mask} {flags}", documents, 2, **chunks)
+        if devices.rank() == 0:
+            print(json.dumps([strategy, flags, loss_mask, difference]))
+
+
+def runs():
+    """Train with every strategy, each in a folder of its name; or, where these are there, go on from there with the next strategy."""
+    sys.modules["matplotlib.figure"] = None         # as if without it, which takes its time
+    for strategy, other in zip(STRATEGIES, STRATEGIES[1:] + STRATEGIES[:1]):
+        going_on = os.path.exists(strategy)
+        devices.most([0])
+        train.train(train.parse_args(f"{FLAGS} {SAVING} --proj_dir {strategy} --strategy {other if going_on else strategy} {'--resume' * going_on}".split()))
+
+
+# ---- tests --------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def whole_documents():
+    """Documents of very different lengths; no two ranks have rows of one width."""
+    torch.save(tiny(torch.float32), "base.pth")
+    data.write_binidx("x", counting([20, 33, 40, 9, 25, 30, 33, 12, 28, 33, 31, 18]))
+    data.write_binidx("held", counting([30, 12, 40]))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_gradient_is_that_of_one_process_with_all_micro_batches(whole_documents, ranks):
+    end = start(ranks, f"{os.path.abspath(__file__)} gradients")
+    assert end.returncode == 0, errors_of(end)
+    said = [json.loads(line) for line in end.stdout.splitlines() if line.startswith("[\"")]
+    assert len(said) == 12
+    for case in said:
+        assert case[-1] <= 1e-5, case
+
+
+def test_a_run_on_two_goes_on_on_one_and_on_three_with_another_strategy(whole_documents):
+    """All are the run of one process with as many micro batches in a step: losses, held-out losses, weights and moments."""
+    worker, one = f"{os.path.abspath(__file__)} runs", f"--epoch_steps 0 --micro_bsz 2 --precision fp32 --random_seed 1 {SAVING}"
+    run(f"{one} --accumulate_grad_batches 2 --proj_dir whole")
+
+    def check(proj_dir):
+        for name in ("loss", "val_loss"):
+            assert column(name, proj_dir) == pytest.approx(column(name, "whole"), rel=1e-5), (proj_dir, name)
+        for name in ("rwkv-0.pth", "rwkv-1.pth", "resume-6.pth"):
+            found, expected = read(f"{proj_dir}/{name}"), read(f"whole/{name}")
+            assert found.keys() == expected.keys()
+            for key, tensor in expected.items():
+                assert key in ("about", "rng") or (found[key] - tensor).norm() <= 2e-4 * tensor.norm(), (proj_dir, name, key)
+        assert {*os.listdir(proj_dir)} == {*os.listdir("whole")}
+
+    for ranks in (2, 3):
+        end = start(ranks, worker)
+        assert end.returncode == 0, errors_of(end)
+        for strategy in STRATEGIES:
+            check(strategy)
+            for name in ("rwkv-0.pth", "rwkv-1.pth", *(f"resume-{n}.pth" for n in (3, 4, 5, 6))):      # as if killed in step 2
+                os.unlink(f"{strategy}/{name}")
+            if ranks == 2:
+                shutil.copytree(strategy, f"{strategy}_on_1")
+                run(f"{one} --proj_dir {strategy}_on_1 --resume")
+                check(f"{strategy}_on_1")
+            assert "a step has 2 micro batches, as before, for" in pathlib.Path(f"{strategy}_on_1", "train_log.txt").read_text()
+
+
+LONG = FLAGS + "--load_model base.pth --epoch_steps 40000 --save_steps 100000 --devices 2"
+
+
+def begin(strategy, proj_dir="out"):
+    """train.py with two ranks, in a process group of its own, after some steps: (process, its ranks)."""
+    command = [sys.executable, train.__file__, *LONG.split(), "--strategy", strategy, "--proj_dir", proj_dir]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    curve = pathlib.Path(proj_dir, "loss.csv")
+    while process.poll() is None and not (curve.exists() and len(curve.read_text().splitlines()) > 4):
+        time.sleep(0.05)
+    return process, [int(pid) for pid in pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="who started whom is read from /proc")
+@pytest.mark.parametrize("strategy, which", [("ddp", 1), ("deepspeed_stage_3", 0)])
+def test_the_death_of_a_rank_ends_all_and_is_said(whole_documents, strategy, which):
+    process, ranks = begin(strategy)
+    os.kill(ranks[which], signal.SIGKILL)
+    out, errors = process.communicate(timeout=60)
+    said = [line for line in errors.splitlines() if line.startswith("error") or "step/s" not in line]
+    assert process.returncode == 2 and re.search(rf"error: rank {which} of 2 was ended by SIGKILL, and the others with it", errors), errors
+    assert errors.count("error: ") == 1 and "Traceback" not in errors, said
+    assert bool(list(pathlib.Path("out").glob("resume-*.pth"))) == (strategy == "ddp")      # whose rank 0 has all that a state needs
+    for pid in ranks:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="who started whom is read from /proc")
+@pytest.mark.parametrize("strategy, how, code", [("ddp", signal.SIGINT, 130), ("deepspeed_stage_2", signal.SIGTERM, 143)])
+def test_ctrl_c_saves_once_on_all_ranks_at_the_same_step(whole_documents, strategy, how, code):
+    process, _ = begin(strategy)
+    os.killpg(process.pid, how) if how == signal.SIGINT else process.send_signal(how)       # a terminal's Ctrl-C reaches all
+    out, errors = process.communicate(timeout=60)
+    [state] = pathlib.Path("out").glob("resume-*.pth")
+    step = int(state.name[7:-4])
+    assert process.returncode == code and out.count("stopped at") == 1 and f"stopped at step {step}; to go on from step {step}: python " in out, (out, errors)
+    assert errors.count("stopping after this step") == 1 and "Traceback" not in errors
+    assert len(column("loss")) == step
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--data_file nowhere", "nowhere: no nowhere.bin and nowhere.idx, and no nowhere.jsonl"),
+    ("--bone_r 7", "bone_r 7 does not divide"),
+])
+def test_what_is_wrong_is_said_once(whole_documents, flags, says):
+    command = [sys.executable, train.__file__, *f"{LONG} {flags}".split()]
+    end = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    assert end.returncode == 2 and end.stderr.count("error: ") == 1 and f"error: {says}" in end.stderr and "Traceback" not in end.stderr, end.stderr
+    assert not os.path.exists("out")
+
+
+def test_what_cannot_be_started_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="--devices 2, but PyTorch sees 1 GPUs here"):
+        train.parse_args((DEFAULTS.replace("--accelerator cpu", "") + "--devices 2").split())
+    with pytest.raises(ValueError, match="--num_nodes 2 needs to know where the first machine is"):
+        run("--num_nodes 2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="--devices 2 --num_nodes 1, but 4 processes were started; leave both out with torchrun"):
+        run("--devices 2")
+
+
+def test_a_dry_run_says_what_each_rank_takes(capsys):
+    said = {}
+    for n, strategy in ((1, "ddp"), (2, "ddp"), (2, "deepspeed_stage_1"), (2, "deepspeed_stage_3"), (8, "deepspeed_stage_3")):
+        parts = train.expected_memory(train.parse_args((DEFAULTS + f"--devices {n} --strategy {strategy}").split()), torch.device("cpu"))[1]
+        said[n, strategy] = parts
+    one, ddp, zero, two, eight = said.values()
+    assert ddp["weights"] == one["weights"] and zero["optimizer"] == ddp["optimizer"] / 2 and zero["weights"] == one["weights"]
+    assert two["weights"] == one["weights"] / 2 and eight["weights"] == one["weights"] / 8 and two["gathered weights"] == eight["gathered weights"]
+    run("--devices 2 --strategy deepspeed_stage_3 --dry_run")
+    assert "each of 2 ranks, by FSDP2, shared out, gathered block by block:\n" in capsys.readouterr().out
+
+
+def test_the_peak_of_a_rank_is_the_expected_one(tmp_path):
+    measured, expected = bench.measure(tmp_path, 4, 1024, 4096, 512, 64, "--devices 2 --strategy deepspeed_stage_3 --quant nf4")
+    assert measured == pytest.approx(sum(expected.values()), rel=0.15)
+
+
+if __name__ == "__main__":
+    torch.distributed.init_process_group("gloo")
+    devices.world = lambda *_: contextlib.nullcontext()     # the group is there already
+    with contextlib.redirect_stdout(open(os.devnull, "w")) if devices.rank() else contextlib.nullcontext():
+        {"gradients": gradients, "runs": runs}[sys.argv[1]]()
+    torch.distributed.destroy_process_group()
