@@ -1,6 +1,6 @@
 """The figures that the README quotes: `python bench.py` for speed, or its parts alone: `python bench.py layer`, `step`, `quantized`,
 `infctx`, `loss`, `wkv`; and `python bench.py memory` (or `memory 1.6B nf4`, say), which trains models of the true sizes for an hour, and
-`memory long`, rows of 65,536 tokens.
+`memory long`, rows of 65,536 tokens, and `memory ranks`, several devices.
 
 A figure of speed is a ratio. What is compared runs in turn, round after round, in one process; the ratio of each round is taken, and
 their median printed: a machine that is shared, or slows down, slows both sides. Times, medians too, are there for orientation.
@@ -248,6 +248,26 @@ def memory(only=()):
                     print(f"{model + ' ' + kind:<12}{measured:9.2f}{sum(expected.values()):9.2f}{tutorial:9.1f}{aim:9.1f}  {met}", flush=True)
 
 
+def ranks():
+    """What one of N ranks takes: as --dry_run expects it, for the large models; and measured with two processes on CPUs, for 1.6B with 6 of its blocks."""
+    strategies = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"\nGB that a rank takes, expected by --dry_run: bf16, ctx_len 1024, micro_bsz 1, bat r {R}\n{'':<8}{'ranks':>6}" + "".join(f"{s:>19}" for s in strategies))
+        for model, (n_layer, n_embd) in {"7B": (32, 4096), "14B": (61, 4096)}.items():
+            with torch.device("meta"):
+                like = {name: p.bfloat16() for name, p in rwkv6.RWKV(rwkv6.sizes(n_layer, n_embd, 65536)).named_parameters()}
+            with torch.serialization.skip_data():       # a file with holes, whose sizes are all that is looked at
+                torch.save({name: torch.empty(t.shape, dtype=t.dtype) for name, t in like.items()}, f"{folder}/{model}.pth")
+            for n in (1, 2, 4, 8):
+                flags = [f"--load_model {folder}/{model}.pth --ctx_len 1024 --bone_r {R} --accelerator cpu --dry_run --devices {n} --strategy {s}" for s in strategies]
+                expected = [sum(train.expected_memory(train.parse_args(line.split()), torch.device("cpu"))[1].values()) for line in flags]
+                print(f"{model:<8}{n:>6}" + "".join(f"{size / 1e9:19.2f}" for size in expected), flush=True)
+        print("\nGB at the peak of the first of two ranks: 1.6B with 6 of its 24 blocks, vocabulary 16,384, ctx_len 512; measured, expected")
+        for flags in ("", *(f"--devices 2 --strategy {s}" for s in strategies), "--devices 2 --quant nf4", "--devices 2 --quant nf4 --strategy deepspeed_stage_3"):
+            measured, expected = measure(folder, 6, N_EMBD, 16384, 512, R, flags)
+            print(f"{flags or 'one process':<56}{measured:6.2f}{sum(expected.values()):6.2f}", flush=True)
+
+
 def long():
     """The peak with ctx_len 65,536 against that with ctx_len = chunk_ctx; the states between chunks are counted apart."""
     print("\nGB at the peak of `python train.py`, 1.6B with 2 of its 24 blocks, in brackets what --dry_run expects")
@@ -265,7 +285,7 @@ def long():
 def main():
     parts = {"layer": layer, "step": step, "quantized": quantized, "infctx": infctx, "loss": loss, "wkv": wkv}
     if sys.argv[1:2] == ["memory"]:
-        return long() if sys.argv[2:] == ["long"] else memory(sys.argv[2:])
+        return {"long": long, "ranks": ranks}[sys.argv[2]]() if sys.argv[2:] in (["long"], ["ranks"]) else memory(sys.argv[2:])
     if unknown := set(sys.argv[1:]) - set(parts):
         raise ValueError(f"{unknown.pop()} is no part of the benchmark: {', '.join(parts)} and memory are")
     reuse_freed()

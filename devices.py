@@ -3,9 +3,9 @@
     --strategy                  engine                                         what one of N ranks holds
     auto, ddp                   DistributedDataParallel                        everything; gradients are added up
     deepspeed_stage_1           the same, and ZeroRedundancyOptimizer          everything, but an N-th of Adam's moments
-    deepspeed_stage_2           FSDP2 (fully_shard), gathered once a step      an N-th of everything; all weights from the forward to the backward pass
-    deepspeed_stage_3           FSDP2, gathered block by block                 an N-th of everything, and the block that is computed
-    deepspeed_stage_2_offload, deepspeed_stage_3_offload                       the same N-th, in the memory of the CPU
+    deepspeed_stage_2           FSDP2 (fully_shard) of what is trained         the frozen base; an N-th of the rest, its gradients and moments
+    deepspeed_stage_3           FSDP2 of all weights                           an N-th of everything, and the blocks that are being computed
+    deepspeed_stage_2_offload, deepspeed_stage_3_offload                       the same, the N-th in the memory of the CPU
 
 The names are those of DeepSpeed's ways to do the same, which is not used. Tensors of the model travel by NCCL between GPUs and by gloo between CPUs;
 the few numbers that ranks tell one another (`total`, `most`, `in_turn`) always by gloo.
@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from quant import Quantized     # PyTorch's engines are imported where they are used: that takes seconds, which one process need not wait
 
 ENGINES = {"auto": "DDP", "ddp": "DDP", "deepspeed_stage_1": "DDP, Adam's moments shared out (ZeroRedundancyOptimizer)",
-           "deepspeed_stage_2": "FSDP2, shared out, gathered once a step", "deepspeed_stage_3": "FSDP2, shared out, gathered block by block"}
+           "deepspeed_stage_2": "FSDP2, what is trained shared out", "deepspeed_stage_3": "FSDP2, all weights shared out"}
 
 
 def engine(strategy):
@@ -47,23 +47,23 @@ def rank():
 
 
 def shares(strategy, n=None):
-    """Whether a strategy, among n ranks (None: of this world), shares out (Adam's moments, the weights too)."""
+    """Whether a strategy, among n ranks (None: of this world), shares out (Adam's moments, what is trained itself, the frozen base, too)."""
     stage = (n or size()) > 1 and strategy.removeprefix("deepspeed_stage_")[0]
-    return stage in ("1", "2", "3"), stage in ("2", "3")
+    return stage in ("1", "2", "3"), stage in ("2", "3"), stage == "3"
 
 
 def memory_of_one(parts, model, strategy, n):
     """What one of n ranks takes, from {part: bytes} of a single process. A block is gathered into one piece, then cut into its weights, while the
     piece is there; those outside of the blocks, embedding and head, are there from the beginning to the end of a step."""
     def bytes_of(module):
-        return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
-    moments, weights = shares(strategy, n)
+        return sum(t.nbytes for t in (*module.parameters(), *module.buffers()) if base or t.requires_grad)
+    moments, trained, base = shares(strategy, n)
     if moments:
         parts["optimizer"] /= n
-    if weights:
-        blocks = [bytes_of(block) for block in model.blocks]
-        parts["gathered weights"] = bytes_of(model) - sum(blocks) + (sum(blocks) + max(blocks) if strategy.startswith("deepspeed_stage_2") else 2 * max(blocks))
-        parts["weights"] /= n
+    if trained:
+        everything, blocks = bytes_of(model), [bytes_of(block) for block in model.blocks]
+        parts["gathered weights"] = everything - sum(blocks) + (2 * max(blocks) if base else sum(blocks) + max(blocks))
+        parts["weights"] -= everything * (1 - 1 / n)
     return parts
 
 
@@ -184,19 +184,21 @@ def quiet(compute):
 
 
 def shard(model, strategy, device):
-    """Share out the weights of `model`, on the meta device: each rank will hold an N-th of every tensor, along its first dimension."""
+    """Share out the weights of `model`, or those that are trained: each rank will hold an N-th of every tensor, along its first dimension."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 
-    mesh = init_device_mesh(device.type, (size(),))
-    offload = CPUOffloadPolicy() if strategy.endswith("_offload") and device.type == "cuda" else OffloadPolicy()
-    for module in model.modules():
+    _, _, base = shares(strategy)
+    for module in model.modules() if base else ():
         if isinstance(module, Quantized):   # only parameters are shared out
             for name, buffer in list(module.named_buffers(recurse=False)):
                 delattr(module, name)
                 module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
-    for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh, reshard_after_forward=module is not model and strategy.startswith("deepspeed_stage_3"), offload_policy=offload)
+    options = {"mesh": init_device_mesh(device.type, (size(),)), "ignored_params": set() if base else {p for p in model.parameters() if not p.requires_grad},
+               "offload_policy": CPUOffloadPolicy() if strategy.endswith("_offload") and device.type == "cuda" else OffloadPolicy()}
+    for block in model.blocks:
+        fully_shard(block, reshard_after_forward=base, **options)      # what is trained is small, and stays from the forward to the backward pass
+    fully_shard(model, reshard_after_forward=False, **options)
     register_fsdp_forward_method(model, "hidden")
 
 
@@ -225,7 +227,7 @@ def added_up(tensor):
 
 def optimizer(groups, strategy, **options):
     """AdamW; with deepspeed_stage_1 each rank has the moments of its share of the parameters, and sends these out after a step."""
-    if shares(strategy) == (True, False):
+    if shares(strategy) == (True, False, False):
         from torch.distributed.optim import ZeroRedundancyOptimizer
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
     return torch.optim.AdamW(groups, **options)

@@ -63,6 +63,9 @@ def read_tensors(path, verify=True):
     except Exception as error:  # a damaged file can fail anywhere in the unpickler
         if "is no part of a tensor" in str(error):
             raise ValueError(f"{path}: holds more than tensors: {error}; nothing was executed, a .pth of tensors is needed") from error
+        if "unable to mmap" in str(error):
+            raise ValueError(f"{path}: {size / 1e9:.1f} GB are more than the system will map into its memory, although they need not be there at once; "
+                             "on Linux, sysctl vm.overcommit_memory=1 allows it") from error
         why = str(error).partition("\n")[0] if type(error) is ValueError else "it cannot be read"
         raise ValueError(f"{path}: a cut or damaged PyTorch checkpoint ({why}); copy or download it again") from error
     items = tensors.items() if isinstance(tensors, dict) else ()

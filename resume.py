@@ -89,7 +89,7 @@ class Saver:
     the next save may find it mended. about: {name: what JSON holds}; weights: {name: parameter}, what a checkpoint holds. Of several ranks, rank 0
     writes; where they share out weights or moments (shares, see devices.py) the others send it theirs, so that all must save at once."""
 
-    def __init__(self, folder, keep, first, log, about, progress, weights, optimizer, scaler, shares=(False, False)):
+    def __init__(self, folder, keep, first, log, about, progress, weights, optimizer, scaler, shares=(False, False, False)):
         self.folder, self.keep, self.first, self.log, self.about, self.progress = folder, keep, first, log, about, progress
         self.lock = contextlib.ExitStack()            # of the folder, where that had to be made again
         self.weights, self.optimizer, self.scaler, self.shares = weights, getattr(optimizer, "optim", optimizer), scaler, shares
@@ -134,7 +134,7 @@ class Saver:
         about = self.about | {"progress": dataclasses.asdict(self.progress), "scaler": self.scaler.state_dict()}
         rest = {"rng": torch.get_rng_state()} | ({"rng_cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
         rest[ABOUT] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
-        weights, adam, dealt = {f"weights.{name}": p.detach() for name, p in self.weights.items()}, self.optimizer.state, self.shares == (True, False)
+        weights, adam, dealt = {f"weights.{name}": p.detach() for name, p in self.weights.items()}, self.optimizer.state, self.shares == (True, False, False)
         moments = {}
         if devices.most([len(adam)])[0] if dealt else adam:     # before the first step that was taken there are none
             nothing = {key: torch.zeros(()) for key in ("step", "exp_avg", "exp_avg_sq")}   # of a parameter whose moments another rank has

@@ -21,7 +21,6 @@ import torch
 import bench
 import data
 import devices
-import files
 import loss
 import train
 from test_train import DEFAULTS, base_file, column, counting, folder, read, run, tiny  # noqa: F401 (two are fixtures)
@@ -69,7 +68,7 @@ def compare(flags, documents, passes, **chunks):
     found = train.step(model, mine + [data.silent()] * (passes - len(mine)), contextlib.nullcontext(), **chunks, compute=compute)
     assert len(found) == n * passes and found[n * passes - 1] == 0       # the last rank has one micro batch less
     shared = {name: p for name, p in model.named_parameters() if devices.is_shared(p)}
-    assert bool(shared) == devices.shares(args.strategy)[1]
+    assert shared.keys() == {name for name, p in model.named_parameters() if devices.shares(args.strategy)[2 - p.requires_grad]}
     assert all(p.to_local().shape[0] <= -(-p.shape[0] // n) for p in shared.values())
     ours = {name: devices.whole(p.grad) for name, p in model.named_parameters() if p.requires_grad}
     assert ours.keys() == grads.keys()
@@ -216,7 +215,7 @@ def test_a_dry_run_says_what_each_rank_takes(capsys):
     assert ddp["weights"] == one["weights"] and zero["optimizer"] == ddp["optimizer"] / 2 and zero["weights"] == one["weights"]
     assert two["weights"] == one["weights"] / 2 and eight["weights"] == one["weights"] / 8 and two["gathered weights"] == eight["gathered weights"]
     run("--devices 2 --strategy deepspeed_stage_3 --dry_run")
-    assert "each of 2 ranks, by FSDP2, shared out, gathered block by block:\n" in capsys.readouterr().out
+    assert "each of 2 ranks, by FSDP2, all weights shared out:\n" in capsys.readouterr().out
 
 
 def test_the_peak_of_a_rank_is_the_expected_one(tmp_path):

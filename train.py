@@ -101,8 +101,9 @@ def build_model(args, device):
 
 @torch.no_grad()
 def build_shares(args, device):
-    """What `build_model` makes, the weights shared out among the ranks: made without data, then filled tensor by tensor, so that none holds them all."""
-    if not args.load_model:
+    """What `build_model` makes, shared out among the ranks; where that is the base, too: made without data, then filled tensor by tensor, so that no
+    rank ever holds the whole."""
+    if not args.load_model or not devices.shares(args.strategy)[2]:
         model, *_ = built = build_model(args, device)
         devices.shard(model, args.strategy, device)
         return built
