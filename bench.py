@@ -18,6 +18,7 @@ import timeit
 import torch
 import torch.nn.functional as F
 
+import build
 import data
 import rwkv6
 import train
@@ -222,7 +223,7 @@ def measure(folder, n_layer, n_embd, vocab_size, ctx_len, r, flags, steps=2):
         data.write_binidx(prefix, torch.randint(1, vocab_size, (2, ctx_len + 1)).tolist())
         flags = ["--load_model", base, "--data_file", prefix, "--proj_dir", f"{folder}/out", "--ctx_len", str(ctx_len), "--epoch_steps", str(steps),
                  "--bone_r", str(r), "--accelerator", "cpu", *flags.split()]
-        expected = train.expected_memory(train.parse_args(flags), torch.device("cpu"))[1]
+        expected = build.expected_memory(train.parse_args(flags), torch.device("cpu"))[1]
         imported = subprocess.check_output([sys.executable, "-c", "import torch, psutil; print(psutil.Process().memory_info().rss)"])
         said = subprocess.check_output([sys.executable, train.__file__, *flags], text=True)
         return float(re.search(r"peak memory ([\d.]+) GB", said)[1]) - int(imported) / 1e9, {part: size / 1e9 for part, size in expected.items()}
@@ -260,7 +261,7 @@ def ranks():
                 torch.save({name: torch.empty(t.shape, dtype=t.dtype) for name, t in like.items()}, f"{folder}/{model}.pth")
             for n in (1, 2, 4, 8):
                 flags = [f"--load_model {folder}/{model}.pth --ctx_len 1024 --bone_r {R} --accelerator cpu --dry_run --devices {n} --strategy {s}" for s in strategies]
-                expected = [sum(train.expected_memory(train.parse_args(line.split()), torch.device("cpu"))[1].values()) for line in flags]
+                expected = [sum(build.expected_memory(train.parse_args(line.split()), torch.device("cpu"))[1].values()) for line in flags]
                 print(f"{model:<8}{n:>6}" + "".join(f"{size / 1e9:19.2f}" for size in expected), flush=True)
         print("\nGB at the peak of the first of two ranks: 1.6B with 6 of its 24 blocks, vocabulary 16,384, ctx_len 512; measured, expected")
         for flags in ("", *(f"--devices 2 --strategy {s}" for s in strategies), "--devices 2 --quant nf4", "--devices 2 --quant nf4 --strategy deepspeed_stage_3"):

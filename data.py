@@ -303,7 +303,7 @@ def check_mask(data, ctx_len, loss_mask, cut=True):
     silent = sum(not collate([data[i]], ctx_len, markers, cut)[2].any() for i in range(n))
     if silent == n:
         begin, end = markers
-        raise ValueError(f"{data.prefix}: no answer in {n} documents: no {begin} in the first {ctx_len} tokens; use --loss_mask pad, or {end} ... {begin} ...")
+        raise ValueError(f"{data.prefix}: no answer in {n} documents: no {begin}{f' in the first {ctx_len} tokens' * cut}; use --loss_mask pad, or {end} ... {begin} ...")
     return silent
 
 

@@ -14,10 +14,14 @@ A single process is a world of one: every function here then returns what it is 
 """
 
 import contextlib
-import logging
+import ctypes
+import datetime
+import math
 import os
 import re
 import signal
+import socket
+import subprocess
 import sys
 import time
 import warnings
@@ -27,6 +31,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from files import STOPPING
 from quant import Quantized     # PyTorch's engines are imported where they are used: that takes seconds, which one process need not wait
 
 ENGINES = {"auto": "DDP", "ddp": "DDP", "deepspeed_stage_1": "DDP, Adam's moments shared out (ZeroRedundancyOptimizer)",
@@ -69,29 +74,50 @@ def memory_of_one(parts, model, strategy, n):
 
 # ---- processes ----------------------------------------------------------------------------------------------------------------
 
+class Agreed(ValueError):
+    """An error that all ranks come to at the same place, so that rank 0 alone says it, and all can still save."""
+
+
 def launch(devices, num_nodes):
     """Run this program once for each device, and end as they end: SystemExit. Of several machines each runs this; MASTER_ADDR, MASTER_PORT and
-    NODE_RANK say where the first one is, and which one this is."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    NODE_RANK say where the first one is, and which one this is. Signals are passed on. When a rank fails the others are asked to end, too; after
+    a minute they are made to. (torchrun, which does the same, leaves them half a minute for saving, too.)"""
+    with socket.socket() as s:
+        s.bind(("", 0))         # a free port
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])} if num_nodes == 1 else {"MASTER_PORT": "29500"} | os.environ
+    node, ranks, asked, deadline = int(os.environ["NODE_RANK"]) if num_nodes > 1 else 0, [], [], math.inf
 
-    logging.disable()   # what went wrong is said by the rank, or below
-    where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
-    if num_nodes > 1:
-        where = {"rdzv_backend": "static", "rdzv_endpoint": f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', 29500)}",
-                 "rdzv_configs": {"rank": int(os.environ["NODE_RANK"])}}
-    config = LaunchConfig(min_nodes=num_nodes, max_nodes=num_nodes, nproc_per_node=devices, run_id="train", max_restarts=0, **where)
-    try:
-        elastic_launch(config, sys.executable)(*sys.argv)
-    except SignalException as error:
-        sys.exit(128 + error.sigval)
-    except ChildFailedError as error:
-        which, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            print(f"error: rank {which} of {devices * num_nodes} was ended by {signal.Signals(-failure.exitcode).name}, and the others with it; "
-                  "where nobody did that, memory was too small", file=sys.stderr)
-        sys.exit(failure.exitcode if failure.exitcode > 0 else 2)
+    def pass_on(number, _):
+        asked.append(number)
+        for process in ranks:
+            process.send_signal(number)
+
+    for number in STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, pass_on)
+    for local in range(devices):
+        numbers = {"WORLD_SIZE": devices * num_nodes, "RANK": node * devices + local, "LOCAL_WORLD_SIZE": devices, "LOCAL_RANK": local, "LAUNCHER": os.getpid()}
+        environment = os.environ | where | {name: str(n) for name, n in numbers.items()}
+        # A session of its own, or a terminal's Ctrl-C would reach a rank twice.
+        ranks.append(subprocess.Popen([sys.executable, *sys.argv], env=environment, start_new_session=True))
+        if asked:
+            ranks[-1].send_signal(asked[0])
+    failed = None
+    while any(process.poll() is None for process in ranks):
+        time.sleep(0.1)
+        failed = failed or next((process for process in ranks if process.poll()), None)
+        if (failed and not asked or len(asked) > 1) and deadline == math.inf:
+            deadline = time.monotonic() + 60
+            for process in ranks if failed else ():
+                process.terminate()
+        if time.monotonic() > deadline:
+            for process in ranks:
+                process.kill()
+    failed = failed or next((process for process in ranks if process.poll()), None)
+    if failed and failed.returncode < 0 and not asked:
+        print(f"error: rank {node * devices + ranks.index(failed)} of {devices * num_nodes} was ended by {signal.Signals(-failed.returncode).name}, and the "
+              "others with it; where nobody did that, memory was too small", file=sys.stderr)
+    sys.exit(0 if not failed else failed.returncode if failed.returncode > 0 else 128 + asked[0] if asked else 2)
 
 
 @contextlib.contextmanager
@@ -100,32 +126,43 @@ def world(device, strategy):
     if size() == 1:
         yield
         return
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    local, on_this_machine = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size()))
     if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"rank {rank()}: {on_this_machine} processes were started here, but PyTorch sees {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(local)
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", size()))))
+        torch.set_num_threads(max(1, torch.get_num_threads() // on_this_machine))
+    if "LAUNCHER" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG: when the launcher is killed, nobody would be left to end this
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
         with contextlib.redirect_stdout(open(os.devnull, "w")) if rank() else contextlib.nullcontext():
             yield
+        most([0])       # none goes while another one still speaks
         dist.destroy_process_group()
-    except (RuntimeError, ValueError) as error:
-        if re.search("gloo|nccl|process group|recvValue|TCPStore", str(error), re.IGNORECASE):
-            time.sleep(10)      # who started the ranks ends this one meanwhile, and says why the other ended
-            raise ValueError(f"rank {rank()}: the connection to another rank was lost, which has ended, or cannot be reached") from error
-        if rank() and type(error) is ValueError:
-            raise ValueError(f"rank {rank()}: {error}") from error
-        raise
+    except Agreed:
+        if rank() == 0:
+            raise
+        sys.exit(2)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not re.search("gloo|nccl|process group", str(error), re.IGNORECASE):
+            raise
+        time.sleep(10)      # who started the ranks ends this one meanwhile, and says why the other ended
+        raise ValueError(f"rank {rank()}: the connection to another rank was lost, which has ended, or cannot be reached") from error
+    except ValueError as error:
+        raise ValueError(f"rank {rank()}: {error}" if rank() else error) from error
 
 
 @contextlib.contextmanager
 def main_first():
-    """Rank 0 goes through the block before the others do: what it makes, they find, and what it refuses, it alone says."""
-    if rank() > 0:
+    """Rank 0 goes through the block before the others do: what it makes, they find, and what it refuses, it alone says. On other machines, too,
+    one goes before the rest."""
+    turn = 0 if rank() == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+    for _ in range(turn):
         most([0])
     yield
-    if size() > 1 and rank() == 0:
+    for _ in range(2 - turn):
         most([0])
 
 

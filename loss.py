@@ -132,10 +132,11 @@ def backward(model, compute, batch, tokens, positions, autocast, scaler=None, ch
                     value, after = compute(*chunk, tokens, positions, before)
                 if gradients is None:   # no chunk of the group comes after this one
                     state, gradients = apart(after) if first + bptt < len(chunks) else None, []
-                ends = tensors(after)[:len(gradients)]
+                # (Not all: the shift of the first block depends on nothing that is trained, where neither ln nor emb is.)
+                ends = [(x, g) for x, g in zip(tensors(after), gradients) if x.requires_grad]
                 del after               # what is not needed, here and below, would be there at the peak
                 scaled = value * devices.size()     # the engines take the mean over ranks
-                torch.autograd.backward([scaler.scale(scaled) if scaler else scaled, *ends], [None, *gradients])
+                torch.autograd.backward([scaler.scale(scaled) if scaler else scaled, *(x for x, _ in ends)], [None, *(g for _, g in ends)])
             gradients = [x.grad for x in tensors(before)]
             loss += value.item()
             del before, value, scaled, ends

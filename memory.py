@@ -56,6 +56,7 @@ def expected(model, outputs, device, accumulate=False, shares=1):
     of each gradient.
     """
     def backward(outputs):
+        outputs = [x for x in outputs if x.requires_grad]
         torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
 
     blocks, runs = model.blocks, []

@@ -171,7 +171,7 @@ def parse_args(argv=None):
         (new and args.bone_load, "--bone_load needs the base model it was trained on: add --load_model"),
         (unknown, f"--train_parts {' '.join(unknown)} is unknown: time, ln, emb and head can be trained"),
         (args.loss_mask == "se" and len(markers) < 2, """--mask_id needs two texts, as in --mask_id '{"mask0":"User:","mask1":"Assistant:"}'"""),
-        (args.num_nodes > 1 and "RANK" not in os.environ and not args.dry_run and not {"MASTER_ADDR", "NODE_RANK"} <= os.environ.keys(),
+        (args.num_nodes > 1 and "RANK" not in os.environ and not args.dry_run and not (os.environ.get("MASTER_ADDR") and os.environ.get("NODE_RANK", "").isdigit()),
          f"--num_nodes {args.num_nodes} needs to know where the first machine is, and which one this is: MASTER_ADDR=10.0.0.1 NODE_RANK=0 python train.py ..."),
         (args.accelerator != "cpu" and 0 < torch.cuda.device_count() < args.devices, f"--devices {args.devices}, but PyTorch sees {torch.cuda.device_count()} GPUs here"),
         (args.accelerator == "gpu" and not torch.cuda.is_available(), "--accelerator gpu, but PyTorch sees no GPU here; use --accelerator cpu or leave it out"),

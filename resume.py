@@ -57,13 +57,13 @@ class Progress:
     def check(self):
         if self.bad_in_a_row >= HOPELESS:
             self.bad_in_a_row = 0
-            raise ValueError(f"{HOPELESS} steps in a row had a loss or gradient that is not finite; the weights are those from before. Look at the "
+            raise devices.Agreed(f"{HOPELESS} steps in a row had a loss or gradient that is not finite; the weights are those from before. Look at the "
                              "documents named in the log; or begin anew, or from an earlier state, with a smaller --lr_init, or with --precision fp32")
 
     def summary(self, steps):
         """The epoch in words. ValueError where none of the run's `steps` was taken."""
         if self.overflows + self.bad == steps:
-            raise ValueError(f"loss or gradient were not finite in each of {steps} steps, so nothing was learnt; use --precision bf16 or fp32")
+            raise devices.Agreed(f"loss or gradient were not finite in each of {steps} steps, so nothing was learnt; use --precision bf16 or fp32")
         finite = [loss for loss in self.losses if math.isfinite(loss)]
         return ((f"mean loss {sum(finite) / len(finite):.4f}" if finite else "no loss that is finite")
                 + f", {self.overflows} steps so far left out, whose gradient fp16 could not hold" * bool(self.overflows)
@@ -110,7 +110,8 @@ class Saver:
 
         if devices.rank():
             take_part()
-            return True
+            return not any(self.shares) or not devices.most([0])[0]
+        failed = False
         try:
             if not os.path.exists(self.folder):         # it vanished, and what describes the checkpoints with it
                 self.lock.enter_context(lock(self.folder))
@@ -122,8 +123,8 @@ class Saver:
             self.log.line(f"could not save {path}: {why}; " + (f"what was saved before is whole, the state of step {last[0]} the last" if last else
                                                                "no state of this run is on disk so far"))
             take_part()                                 # the others wait for it
-            return False
-        return True
+            failed = True
+        return not (devices.most([failed])[0] if any(self.shares) else failed)
 
     def save_checkpoint(self, path, dtype):
         """Whether the weights could be written to `path`, in `dtype`."""
@@ -166,10 +167,12 @@ class Saver:
             while end.__context__ and not isinstance(end, (KeyboardInterrupt, SystemExit)):     # which a broken pipe may have come after
                 end = end.__context__
             stopped = isinstance(end, (KeyboardInterrupt, SystemExit))
-            alone = not stopped and any(self.shares)        # an error here, of which the other ranks know nothing: they would not take part
+            alone = any(self.shares) and not stopped and not isinstance(end, devices.Agreed)     # an error here, of which the other ranks know nothing: they would not take part
             if self.whole and self.progress.step != self.saved and not getattr(end, "impatient", False) and not alone:
                 with only_ctrl_c():
                     self.save_state(None if stopped else 1 << 30)
+                    if stopped or isinstance(end, devices.Agreed):
+                        devices.most([0])                   # the others wait: whoever started the ranks ends all when the first one ends
             if not stopped:
                 raise
             if devices.rank():
@@ -262,6 +265,8 @@ def check_same_run(state, args, about):
     """What the command line changes, as flags, against that of the state; ValueError where the run would be another one."""
     now, then = json.loads(json.dumps(vars(args))), state.about["args"]
     for flag in FIXED:
+        if flag in ("train_type", "chunk_ctx", "bptt") and {now["train_type"], then.get("train_type", "none")} == {"none"}:
+            continue
         if now[flag] != then.get(flag) and not (flag == "train_parts" and sorted(now[flag]) == sorted(then.get(flag) or [])):
             raise ValueError(f"{state.path}: saved with --{flag} {then.get(flag)}, but --{flag} is {now[flag]}; use the same, or give another --proj_dir")
     for what, flag in (("base", "load_model"), ("data", "data_file")):

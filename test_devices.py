@@ -4,8 +4,10 @@ Starting processes takes seconds, so those of one test try everything of their k
 """
 
 import contextlib
+import errno
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -19,9 +21,12 @@ import pytest
 import torch
 
 import bench
+import build
 import data
 import devices
+import files
 import loss
+import resume
 import train
 from test_train import DEFAULTS, base_file, column, counting, folder, read, run, tiny  # noqa: F401 (two are fixtures)
 
@@ -77,7 +82,8 @@ def compare(flags, documents, passes, **chunks):
 
 def gradients():
     documents = [data.Binidx("x")[i] for i in (1, 2, 3, 7, 5)]
-    cases = [("--quant nf4", "pad", {}), ("--train_parts time ln emb head", "none", {}), ("", "se", {}), ("--bone_mode bone --quant int8", "pad", {"chunk_ctx": 7})]
+    cases = [("--grad_cp 1 --quant nf4", "pad", {}), ("--train_parts time ln emb head", "none", {}), ("--train_parts", "se", {}),
+             ("--grad_cp 1 --bone_mode bone --quant int8", "pad", {"chunk_ctx": 7, "bptt": 2})]
     for strategy, (flags, loss_mask, chunks) in itertools.product(("ddp", "deepspeed_stage_2", "deepspeed_stage_3"), cases):
         mask = f"--loss_mask {loss_mask} " + """--mask_id {"mask0":"d","mask1":"P"}""" * (loss_mask == "se")
         difference = compare(f"--strategy {strategy} {mask} {flags}", documents, 2, **chunks)
@@ -92,6 +98,22 @@ def runs():
         going_on = os.path.exists(strategy)
         devices.most([0])
         train.train(train.parse_args(f"{FLAGS} {SAVING} --proj_dir {strategy} --strategy {other if going_on else strategy} {'--resume' * going_on}".split()))
+
+
+def trouble():
+    """With every strategy: rank 0 finds the disk full at one save of four; then no loss is a number."""
+    sys.modules["matplotlib.figure"] = None
+    for strategy in STRATEGIES:
+        with pytest.MonkeyPatch.context() as patch:
+            def full(*arguments, plain=files.save_stream, saves=itertools.count(1)):
+                if next(saves) == 2:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                plain(*arguments)
+            patch.setattr(resume, "save_stream", full)
+            train.train(train.parse_args(f"{FLAGS} --strategy {strategy} --save_steps 1 --keep 9 --proj_dir full_{strategy}".split()))
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(devices.Agreed, match="10 steps in a row"):
+            patch.setattr(train, "step", lambda *arguments: [value * math.nan for value in loss.step(*arguments)])
+            train.train(train.parse_args(f"{FLAGS} --strategy {strategy} --epoch_count 9 --proj_dir bad_{strategy}".split()))
 
 
 # ---- tests --------------------------------------------------------------------------------------------------------------------
@@ -141,6 +163,16 @@ def test_a_run_on_two_goes_on_on_one_and_on_three_with_another_strategy(whole_do
                 run(f"{one} --proj_dir {strategy}_on_1 --resume")
                 check(f"{strategy}_on_1")
             assert "a step has 2 micro batches, as before, for" in pathlib.Path(f"{strategy}_on_1", "train_log.txt").read_text()
+
+
+def test_a_save_that_fails_on_rank_0_and_a_loss_that_is_no_number_are_the_same_on_all_ranks(whole_documents):
+    end = start(2, f"{os.path.abspath(__file__)} trouble")
+    assert end.returncode == 0, errors_of(end)
+    for strategy in STRATEGIES:
+        assert {*map(str, pathlib.Path(f"full_{strategy}").glob("*.pth"))} == {f"full_{strategy}/{name}" for name in ("rwkv-0.pth", "resume-1.pth", "resume-3.pth")}
+        assert f"could not save full_{strategy}/resume-2.pth: No space left on device" in pathlib.Path(f"full_{strategy}/train_log.txt").read_text()
+        state = read(f"bad_{strategy}/resume-10.pth")
+        assert all(state[f"weights.{name}"].equal(p) for name, p in read("base.pth").items() if "ln" in name)
 
 
 LONG = FLAGS + "--load_model base.pth --epoch_steps 40000 --save_steps 100000 --devices 2"
@@ -209,7 +241,7 @@ def test_what_cannot_be_started_is_refused(monkeypatch):
 def test_a_dry_run_says_what_each_rank_takes(capsys):
     said = {}
     for n, strategy in ((1, "ddp"), (2, "ddp"), (2, "deepspeed_stage_1"), (2, "deepspeed_stage_3"), (8, "deepspeed_stage_3")):
-        parts = train.expected_memory(train.parse_args((DEFAULTS + f"--devices {n} --strategy {strategy}").split()), torch.device("cpu"))[1]
+        parts = build.expected_memory(train.parse_args((DEFAULTS + f"--devices {n} --strategy {strategy}").split()), torch.device("cpu"))[1]
         said[n, strategy] = parts
     one, ddp, zero, two, eight = said.values()
     assert ddp["weights"] == one["weights"] and zero["optimizer"] == ddp["optimizer"] / 2 and zero["weights"] == one["weights"]
@@ -227,5 +259,5 @@ if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     devices.world = lambda *_: contextlib.nullcontext()     # the group is there already
     with contextlib.redirect_stdout(open(os.devnull, "w")) if devices.rank() else contextlib.nullcontext():
-        {"gradients": gradients, "runs": runs}[sys.argv[1]]()
+        {"gradients": gradients, "runs": runs, "trouble": trouble}[sys.argv[1]]()
     torch.distributed.destroy_process_group()

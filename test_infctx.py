@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 
+import build
 import bone
 import data
 import loss
@@ -44,7 +45,7 @@ def trained(flags="", version="x060"):
 
 @pytest.mark.parametrize("loss_mask", ["pad", "none", "se"])
 @pytest.mark.parametrize("flags, version", [("", "x060"), ("--bone_mode bone", "x060"), ("--quant nf4", "x060"), ("--quant int8 --bone_mode bone", "x060"),
-                                            ("--train_parts time ln emb head", "x060"), ("", "x052"), ("--quant int8", "x052")])
+                                            ("--train_parts time ln emb head", "x060"), ("--train_parts", "x060"), ("--train_parts time", "x060"), ("", "x052"), ("--quant int8", "x052")])
 def test_loss_and_every_gradient_are_those_of_the_whole_row(flags, version, loss_mask):
     model = trained(flags, version)
     documents = [data.Binidx("x")[i] for i in (1, 2, 3, 7)]      # 33, 40, 9 and 12 tokens; the ids are bytes + 1
@@ -125,12 +126,12 @@ def test_memory_does_not_grow_with_the_row_but_by_the_states_and_all_of_it_is_fr
     assert peaks[3] - peaks[2] >= 10 * state
 
 
-@pytest.mark.parametrize("flags", ["", "--quant nf4 --bptt 2", "--grad_cp 0 --precision fp32", "--bone_mode bone --train_parts emb"])
+@pytest.mark.parametrize("flags", ["", "--train_parts", "--quant nf4 --bptt 2", "--grad_cp 0 --precision fp32", "--bone_mode bone --train_parts emb"])
 def test_the_expected_peak_is_what_the_tensors_of_a_real_step_take(flags):
     args = arguments(f"--train_type infctx --chunk_ctx 32 --micro_bsz 2 --bone_r 32 --ctx_len 8 --grad_cp 1 {flags}")
     torch.save({name: p.detach().bfloat16() for name, p in rwkv6.init_model(5, 128, 300).named_parameters()}, "base.pth")
     data.write_binidx("x", counting([100, 300]))
-    parts = train.expected_memory(args, torch.device("cpu"))[1]
+    parts = build.expected_memory(args, torch.device("cpu"))[1]
     model, *_ = train.build_model(args, torch.device("cpu"))
     idx = torch.randint(300, (2, 299))
     with memory.LiveBytes([idx, *memory.tensors(model)]) as live:

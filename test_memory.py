@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import bench
+import build
 import bone
 import compiled
 import files
@@ -47,7 +48,7 @@ def status(what):
                                    "--accumulate_grad_batches 2", "--accumulate_grad_batches 3 --train_parts time ln emb head --quant nf4"])
 def test_the_expected_peak_is_what_the_tensors_of_a_real_step_take(flags):
     args = arguments(flags)
-    parts = train.expected_memory(args, CPU)[1]
+    parts = build.expected_memory(args, CPU)[1]
     model, _, _ = train.build_model(args, CPU)
     model.grad_cp = bool(args.grad_cp)
     idx = torch.randint(1000, (2, 96))
@@ -77,7 +78,7 @@ def test_a_dry_run_says_what_is_trained_and_what_it_takes_and_writes_nothing(cap
     train.train(arguments(f"--dry_run {flags}"))
     said = capsys.readouterr().out
     assert set(os.listdir()) == before                                    # and needs no data
-    (model, *_), parts = train.expected_memory(arguments(flags), CPU)
+    (model, *_), parts = build.expected_memory(arguments(flags), CPU)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert f"{trained:,} parameters" in said and all(part in said for part in (*parts, "expected peak", "free on cpu: it fits"))
 
@@ -94,9 +95,9 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded_with_the_fla
 
 
 def test_from_scratch_and_going_on_are_expected_too():
-    parts = train.expected_memory(train.parse_args("--n_layer 1 --n_embd 64 --data_file x --ctx_len 8".split()), CPU)[1]
+    parts = build.expected_memory(train.parse_args("--n_layer 1 --n_embd 64 --data_file x --ctx_len 8".split()), CPU)[1]
     assert parts["weights"] * 2 == parts["optimizer"]                     # everything is trained
-    assert train.expected_memory(arguments("--bone_load ckpt.pth"), CPU)[1] == train.expected_memory(arguments(), CPU)[1]
+    assert build.expected_memory(arguments("--bone_load ckpt.pth"), CPU)[1] == build.expected_memory(arguments(), CPU)[1]
 
 
 @linux

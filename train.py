@@ -4,11 +4,8 @@ Data flows one way: file -> tokens -> batch -> model -> loss -> step -> checkpoi
 so a run is a function of its command line, wherever it is interrupted and resumed.
 """
 
-import argparse
 import contextlib
 import functools
-import importlib.util
-import itertools
 import math
 import os
 import shlex
@@ -19,19 +16,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import bone
 import data
 import devices
 import memory
 import resume
-import rwkv6
-from files import fingerprint, read_checkpoint, run_cli, trained_quant
+from build import build_model, build_shares, check_memory, chunk_ctx, count, longest_row, open_documents, precision
+from files import fingerprint, run_cli
 from log import Log
-from loss import apart, loss_fn, step, tensors, val_loss
+from loss import loss_fn, step, val_loss
 from options import parse_args
-from quant import Quantized
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}  # of frozen matrices, by --precision
 
 
 # ---- optimizer ---------------------------------------------------------------------------------------------------------------
@@ -58,173 +51,6 @@ def learning_rate(step, first, total, lr_init, lr_final, warmup_steps):
     else:
         lr = lr_init * math.exp(math.log(lr_final / lr_init) * progress)
     return lr * (0.2 + 0.8 * (step - first) / warmup_steps if step - first < warmup_steps else 1.0)
-
-
-# ---- what is trained ----------------------------------------------------------------------------------------------------------
-
-def build_model(args, device):
-    """The model with exactly the trained parameters requiring gradients, as float32; the names to save, and in which dtype.
-    What a --bone_load checkpoint had trained is saved again, even where it is not trained any further: merging needs it."""
-    args.quant = trained_quant(args.bone_load, args.quant)
-    torch.manual_seed(args.random_seed)
-    if not args.load_model:
-        with torch.device("meta" if device.type == "meta" else "cpu"):
-            model = rwkv6.init_model(args.n_layer, args.n_embd, args.vocab_size or 65536, device=device, version=args.my_testing or "x060",
-                                     pre_ffn=bool(args.pre_ffn), head_qk=args.head_qk or 0)
-        trained, save_dtype = dict(model.named_parameters()).keys(), DTYPES[args.precision]
-    else:
-        loaded = read_checkpoint(args.bone_load) if args.bone_load else {}
-        r, mode = bone.rank_and_mode(loaded, args.bone_load) if loaded else (args.bone_r or 64, args.bone_mode or "bat")
-        model = rwkv6.load_model(args.load_model, DTYPES[args.precision], device, args.quant)
-        config = vars(model.config) | {"my_testing": model.config.version}
-        for flag, value, path in (("bone_r", r, args.bone_load), ("bone_mode", mode, args.bone_load), *(
-                (flag, config[flag], args.load_model) for flag in ("n_layer", "n_embd", "vocab_size", "my_testing", "pre_ffn", "head_qk"))):
-            given = getattr(args, flag)
-            if given not in (None, value) and (flag, given) != ("vocab_size", 0):
-                raise ValueError(f"{path}: has {flag} {value}, but --{flag} is {given}; drop --{flag} to use {value}")
-            setattr(args, flag, value)
-        bone.load_bone(model, args.bone_load) if args.bone_load else bone.add_bone(model, r, mode)
-        for name, p in model.named_parameters():
-            if not name.endswith(".bone") and any(part in name for part in args.train_parts):
-                p.data = p.data.float()
-                p.requires_grad_(True)
-        trained = {name for name, p in model.named_parameters() if p.requires_grad} | loaded.keys()
-        save_dtype = read_checkpoint(args.load_model, verify=False)["emb.weight"].dtype
-    model.grad_cp, model.keep_products = bool(args.grad_cp), args.train_type == "infctx"
-    if model.config.head_qk and model.keep_products:
-        raise ValueError("--train_type infctx: head_qk looks at every earlier token, so that no state can stand for them; leave infctx out")
-    for time_mix in model.modules():
-        if args.fla and isinstance(time_mix, rwkv6.TimeMix):
-            time_mix.impl = "fla" if device.type == "cuda" and importlib.util.find_spec("fla") else "chunked"
-    return model, trained, save_dtype
-
-
-@torch.no_grad()
-def build_shares(args, device):
-    """What `build_model` makes, shared out among the ranks; where that is the base, too: made without data, then filled tensor by tensor, so that no
-    rank ever holds the whole."""
-    if not args.load_model or not devices.shares(args.strategy)[2]:
-        model, *_ = built = build_model(args, device)
-        devices.shard(model, args.strategy, device)
-        return built
-    model, *_ = built = build_model(args, torch.device("meta"))
-    devices.shard(model, args.strategy, device)
-    model.to_empty(device="cpu" if args.strategy.endswith("offload") else device)
-    parameters = dict(model.named_parameters())
-    loaded = read_checkpoint(args.bone_load) if args.bone_load else {}
-    for name in [name for name in parameters if name.endswith(".bone")]:
-        parameters[name].zero_()
-    for name, tensor in itertools.chain(rwkv6.stream(args.load_model, model.config, DTYPES[args.precision], device, args.quant), loaded.items()):
-        whole = {f"{name}.{key}": buffer for key, buffer in tensor.named_buffers()} if isinstance(tensor, Quantized) else {name: tensor}
-        for key, values in whole.items():
-            parameters[key].copy_(devices.part(values.view(parameters[key].shape), parameters[key]))
-    return built
-
-
-def count(model):
-    """Numbers of trained parameters and of all, the quantized ones included."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trained, sum(math.prod(shape) for shape in bone.weight_shapes(model).values())
-
-
-def precision(args, device):
-    """The autocast of --precision, and the gradient scaler, which only fp16 needs."""
-    dtype = DTYPES[args.precision]
-    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")  # of a GPU's products
-    half = dtype != torch.float32
-    return torch.autocast(device.type, dtype if half else torch.bfloat16, enabled=half), torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-
-def open_documents(args, vocab_size=None):
-    """Training and held-out data, None where there is none. What characters mean is said by a vocab.json beside the base or in proj_dir."""
-    kind, vocabulary = args.data_type or data.kind_of(args.data_file), None
-    if kind in data.CHARACTERS:
-        found, here = (os.path.join(folder, "vocab.json") for folder in (os.path.dirname(args.load_model), args.proj_dir))
-        if args.load_model and not os.path.exists(found):
-            raise ValueError(f"{args.load_model}: has no vocab.json beside it that says which characters it reads. "
-                             "A World model reads none: write the text as a .jsonl")
-        vocabularies = [data.read_vocabulary(path) for path in (found, here) if os.path.exists(path) and (args.load_model or path == here)]
-        if len({*vocabularies}) > 1:
-            raise ValueError(f"{here}: has other characters than {found}; give another --proj_dir")
-        vocabulary = next(iter(vocabularies), None)
-    documents = data.open_data(args.data_file, vocab_size, kind, args.ctx_len, vocabulary)
-    if documents.vocabulary and vocab_size not in (None, documents.vocab_size()):
-        raise ValueError(f"{args.data_file or kind}: has {documents.vocab_size()} characters, but the model's vocabulary is {vocab_size}; "
-                         + ("take the vocab.json that it was trained with" if args.load_model else "drop --vocab_size"))
-    if kind in data.CHARACTERS and (kind == "dummy" or not args.data_type):
-        kind = "utf-16le" if data.kind_of(args.val_file) == "utf-16le" else "utf-8"
-    return documents, data.open_data(args.val_file, vocab_size, kind, args.ctx_len, documents.vocabulary) if args.val_file else None
-
-
-def chunk_ctx(args):
-    """Tokens that go through the model at once; 0: whole rows."""
-    return args.chunk_ctx if args.train_type == "infctx" else 0
-
-
-def longest_row(args):
-    """Tokens of the longest row that the model will see. With infctx the data says it, since no document is cut."""
-    if args.train_type == "none" or args.dataload == "get" or not args.data_file:
-        return args.ctx_len
-    longest = int(open_documents(args)[0].sizes.max()) - 1
-    return max(longest, args.ctx_len) if args.loss_mask == "none" else max(longest, 1)
-
-
-def expected_memory(args, device, longest=None):
-    """What `build_model` makes on the meta device, and {part: bytes} of what its training takes at the peak, on rows of `longest` tokens."""
-    model, *_ = built = build_model(args, torch.device("meta"))
-    autocast, _ = precision(args, device)
-    longest = longest or longest_row(args)
-    at_once = min(longest, chunk_ctx(args) or longest)
-
-    def outputs():
-        idx = torch.zeros(args.micro_bsz, at_once, dtype=torch.int64, device=device)
-        with autocast:
-            state = model.empty_state()
-            if at_once < longest:
-                with torch.no_grad():
-                    state = apart(model.hidden(idx[:, :1], state)[1], requires_grad=True)
-            value, after = loss_fn(model, idx, idx, torch.ones(idx.shape, device=device), 1, idx.numel(), state)
-            return [value] + tensors(after) * (at_once < longest)
-    n = devices.size() if devices.size() > 1 else args.devices * args.num_nodes
-    earlier = args.accumulate_grad_batches > 1 or at_once < longest or n > 1     # DDP keeps the place of gradients from step to step
-    parts = memory.expected(model, outputs, device, earlier, n if devices.shares(args.strategy, n)[1] else 1)
-    if at_once < longest:
-        chunks = -(-longest // at_once)
-        together = min(args.bptt or chunks, chunks)     # and where there are several groups, the states before and after the group
-        parts["states between chunks"] = (together - 2 + 2 * (together < chunks)) * model.state_bytes(args.micro_bsz)  # one more is in `outputs`
-    return built, devices.memory_of_one(parts, model, args.strategy, n)
-
-
-def check_memory(args, device):
-    """What is trained, and the memory that takes: printed with --dry_run, or where it is not there, which is a ValueError before anything
-    is loaded. Returns what `build_model` makes on the meta device."""
-    longest = longest_row(args)
-    (model, *_), parts = built, _ = expected_memory(args, device, longest)
-    need, here = sum(parts.values()), int(os.environ.get("LOCAL_WORLD_SIZE", args.devices))
-    free = memory.available(device) / (here if device.type == "cpu" else 1)
-    if args.dry_run or need > free:
-        print(model.config)
-        if args.devices * args.num_nodes > 1:
-            print(f"each of {args.devices * args.num_nodes} ranks, by {devices.engine(args.strategy)}:")
-        trained, total = count(model)
-        for what, number in (("trained", trained), ("frozen", total - trained)):
-            size = sum(t.nbytes for t in memory.tensors(model) if t.requires_grad == (what == "trained"))
-            print(f"{what:<26}{size / 1e9:8.2f} GB   {number:,} parameters")
-        for part, size in [*parts.items(), ("expected peak", need),
-                           (f"free on {device.type}: {'it fits' if need <= free else 'too little'}", free)]:
-            print(f"{part:<26}{size / 1e9:8.2f} GB")
-    if need > free:
-        def need_with(name, value):
-            with contextlib.suppress(ValueError):  # of a flag that this model cannot take
-                return sum(expected_memory(argparse.Namespace(**vars(args) | {name: value}), device, value if name == "ctx_len" else longest)[1].values())
-            return need
-        shorter = ("chunk_ctx", -(-args.chunk_ctx // 2)) if chunk_ctx(args) else ("ctx_len", -(-args.ctx_len // 2))
-        more = [("train_type", "infctx")] * (args.ctx_len > args.chunk_ctx) + [("strategy", "deepspeed_stage_3")] * (max(devices.size(), args.devices) > 1)
-        changes = [("grad_cp", 1), ("micro_bsz", 1), shorter, *more] + [("quant", "nf4")] * bool(args.load_model)
-        less, flag = min((need_with(*change), "--{} {}".format(*change)) for change in changes)
-        advice = f"what helps most is {flag}, with which it would take {less / 1e9:.2f} GB" if less < need else "no flag helps: take a smaller model"
-        raise ValueError(f"training would take {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; {advice}")
-    return built
 
 
 def describe(args, model, device, documents, steps, micro_batches):
@@ -258,9 +84,10 @@ def update(optimizer, scaler, lr, loss):
 
 def train(args):
     """A whole run: data and model, then epochs of optimizer steps, with logs, held-out losses, checkpoints and states in proj_dir."""
-    if devices.size() not in (1, args.devices * args.num_nodes) and args.devices * args.num_nodes > 1:
-        raise ValueError(f"--devices {args.devices} --num_nodes {args.num_nodes}, but {devices.size()} processes were started; leave both out with torchrun")
-    if devices.size() < args.devices * args.num_nodes and not args.dry_run:
+    started, wanted = devices.size(), args.devices * args.num_nodes
+    if 1 < started != wanted > 1:
+        raise ValueError(f"--devices {args.devices} --num_nodes {args.num_nodes}, but {started} processes were started; leave both out with torchrun")
+    if started < wanted and not args.dry_run:
         return devices.launch(args.devices, args.num_nodes)
     device = torch.device("cuda" if args.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     if not (args.load_model or args.vocab_size) and (args.data_type or data.kind_of(args.data_file)) not in ("binidx", "jsonl"):
@@ -301,9 +128,12 @@ def prepare(args, built):
     about = {"base": fingerprint(args.load_model), "data": documents.fingerprint(), "micro_batches": N}
     changes = resume.check_same_run(state, args, about) if state else []
     resume.check_folder(args, paths, first, state and state.progress, not changes)
-    complete = state and (state.progress.step > last or state.progress.step == last and os.path.exists(paths[last]))
-    if not complete and not devices.rank():
-        resume.check_room(args, built, paths, first, state.progress.step if state else first)
+    complete = gone = False
+    if not devices.rank():              # whose folder counts
+        complete = bool(state) and (state.progress.step > last or state.progress.step == last and os.path.exists(paths[last]))
+        gone = bool(state) and not state.progress.losses and not os.path.exists(paths.get(state.progress.step, args.proj_dir))
+        if not complete:
+            resume.check_room(args, built, paths, first, state.progress.step if state else first)
     return types.SimpleNamespace(**locals())
 
 
@@ -314,11 +144,13 @@ def run(args, device, built):
         state, first, last, N, steps, epochs, paths = plan.state, plan.first, plan.last, plan.N, plan.steps, plan.epochs, plan.paths
         log = None if plan.complete else Log(args, plan.documents.vocabulary, state and state.about["wandb"])
     where = devices.in_turn([state.progress.step if state else first])
-    if len({*where}) > 1:
-        raise ValueError(f"{args.proj_dir}: rank {devices.rank()} finds the state of step {where[devices.rank()]:.0f}, rank 0 that of {where[0]:.0f}; "
-                         "all need the same folder, or a copy of it")
-    if plan.complete:
-        resume.prune(args.proj_dir, args.keep, first)
+    for odd in [n for n, step in enumerate(where) if step != where[0]]:
+        raise devices.Agreed(f"{args.proj_dir}: rank {odd} finds the state of step {where[odd]:.0f} there, rank 0 that of {where[0]:.0f}; all need the same folder, "
+                             "or a copy of it")
+    complete, gone = devices.most([plan.complete, plan.gone])
+    if complete:
+        if not devices.rank():
+            resume.prune(args.proj_dir, args.keep, first)
         return print(f"{args.proj_dir}: this run is complete, {state.progress.step - first} steps; a higher --epoch_count than "
                      f"{state.progress.step // steps - epochs[0]} trains on")
     if device.type == "cpu":
@@ -334,8 +166,8 @@ def run(args, device, built):
     progress = state.restore(weights, optimizer, scaler) if state else resume.Progress(first)
     saver = resume.Saver(args.proj_dir, args.keep, first, log, plan.about | {"args": vars(args), "wandb": log.wandb and log.wandb.id},
                          progress, weights, optimizer, scaler, shares)
-    mine = range(devices.rank(), N, devices.size())     # the rank's micro batches of a step
-    idle = -(-N // devices.size()) - len(mine)          # passes in which the others have one more
+    mine = range(devices.rank(), N, devices.size())                                     # this rank's micro batches of a step,
+    silent = [data.silent()] * (len(range(0, N, devices.size())) - len(mine))           # and what stands for one that only others have
 
     describe(args, built[0], device, plan.documents, steps, N)
     log.open(progress, bool(state))
@@ -346,7 +178,7 @@ def run(args, device, built):
     elif plan.held_out:
         print(f"held-out loss before training: {log.point(first, val_loss=held_out_loss()):.4f}")
 
-    if state and not progress.losses and progress.step in paths and not os.path.exists(paths[progress.step]):
+    if gone:
         saver.save_checkpoint(paths[progress.step], save_dtype)  # it was moved away, but the state has it
 
     missing = []
@@ -356,7 +188,7 @@ def run(args, device, built):
                 while (i := progress.step) < (epoch + 1) * steps:
                     started = time.perf_counter()
                     lr = learning_rate(i, first, args.epoch_count * steps, args.lr_init, args.lr_final, args.warmup_steps)
-                    micro = [[x.to(device) for x in batch] for batch in [plan.micro_batch(i * N + n) for n in mine] + [data.silent()] * idle]
+                    micro = [[x.to(device) for x in batch] for batch in [plan.micro_batch(i * N + n) for n in mine] + silent]
                     losses = step(model, micro, autocast, scaler, chunk_ctx(args), args.bptt, compute)[:N]
                     loss = sum(losses)
                     with saver.changing():
