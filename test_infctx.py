@@ -13,7 +13,7 @@ import memory
 import quant
 import rwkv6
 import train
-from test_train import arguments, base_file, column, counting, folder, run  # noqa: F401 (fixtures)
+from test_train import arguments, base_file, column, counting, folder, run, true_memory  # noqa: F401 (three are fixtures)
 
 
 def gradients(model, batch, **chunks):
@@ -127,7 +127,7 @@ def test_memory_does_not_grow_with_the_row_but_by_the_states_and_all_of_it_is_fr
 
 
 @pytest.mark.parametrize("flags", ["", "--train_parts", "--quant nf4 --bptt 2", "--grad_cp 0 --precision fp32", "--bone_mode bone --train_parts emb"])
-def test_the_expected_peak_is_what_the_tensors_of_a_real_step_take(flags):
+def test_the_expected_peak_is_what_the_tensors_of_a_real_step_take(true_memory, flags):
     args = arguments(f"--train_type infctx --chunk_ctx 32 --micro_bsz 2 --bone_r 32 --ctx_len 8 --grad_cp 1 {flags}")
     torch.save({name: p.detach().bfloat16() for name, p in rwkv6.init_model(5, 128, 300).named_parameters()}, "base.pth")
     data.write_binidx("x", counting([100, 300]))
@@ -148,7 +148,7 @@ def test_what_infctx_cannot_do_is_refused(capsys):
         run("--train_type state")
 
 
-def test_what_is_too_large_is_advised_infctx(monkeypatch, capsys):
+def test_what_is_too_large_is_advised_infctx(true_memory, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 0.05e9)
     with pytest.raises(ValueError, match=r"what helps most is --train_type infctx, with which it would take 0.\d\d GB"):
         run("--ctx_len 20000 --micro_bsz 1 --grad_cp 1")

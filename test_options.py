@@ -109,7 +109,7 @@ OTHER = {  # values of options that have no list of choices
     "train_parts": ["", "'[\"time\",' '\"ln\"]'", "[time, ln]", "\"['time', 'ln']\"", "emb head"], "data_file": ["x", "x.bin"], "val_file": ["x"], "ctx_len": [16],
     "mask_id": ["'{\"mask0\":\"0\",\"mask1\":\"1\"}'"], "proj_dir": ["out"], "epoch_count": [1], "epoch_begin": [3], "epoch_steps": [2],
     "epoch_save": [0, 5], "micro_bsz": [2], "accumulate_grad_batches": [2], "random_seed": [7], "lr_init": [1e-3], "lr_final": [0],
-    "warmup_steps": [2, -1], "beta1": [0.8], "beta2": [0.999], "adam_eps": [1e-6], "weight_decay": [0.1], "devices": [1], "fla": [""],
+    "warmup_steps": [2, -1], "beta1": [0.8], "beta2": [0.999], "adam_eps": [1e-6], "weight_decay": [0.1], "devices": [1], "num_nodes": [1], "fla": [""],
     "save_steps": [0, 1], "keep": [2], "resume": ["auto"], "chunk_ctx": ["7 --train_type infctx"], "bptt": ["2 --train_type infctx --chunk_ctx 7"],
 }
 APART = {"wandb", "dry_run"}  # tested below, and in test_train.py; --resume without a value in test_resume.py
@@ -163,7 +163,7 @@ def test_each_quantization_with_each_set_of_parts_trains_saves_resumes_and_merge
     ("--peft state", "RWKV-PEFT"), ("--peft bnoe", "bnoe is unknown; there are bone"), ("--data_type wds_img", "take no images"),
     ("--my_testing x070", "RWKV-7"), ("--my_testing x052", "base.pth: has my_testing x060, but --my_testing is x052"), ("--quant fp4", "nf4"),
     ("--vocab_size 500", "base.pth: has vocab_size 300, but --vocab_size is 500"), ("--head_qk 8", "has head_qk 0, but --head_qk is 8"),
-    ("--pre_ffn 1", "has pre_ffn False, but --pre_ffn is 1"), ("--devices 2", "--devices 2: only one"),
+    ("--pre_ffn 1", "has pre_ffn False, but --pre_ffn is 1"), ("--num_nodes 2", "--num_nodes 2 needs to know where the first machine is"),
     ("--lora_config '{}'", "did you mean --bone_config?"), ("--ctxlen 5", "did you mean --ctx_len?"), ("--mirco_bsz 1", "did you mean --micro_bsz?"),
     ("--bone_config '{\"bone_r\":0}'", "--bone_r: 0 must be"), ("--bone_config {bone_r:64}", "--bone_config: {bone_r:64} is not, in single quotes and without spaces, '{"),
     ("--bone_config '{\"lora_r\":8}'", """{"lora_r":8} is not, in single quotes and without spaces, '{"bone_load":...,"bone_r":...,"bone_mode":...}'"""),

@@ -19,10 +19,12 @@ import torch.nn.functional as F
 import bone
 import data
 import files
+import memory
 import rwkv6
 import train
 from loss import HeadLoss, largest_of_rows
 
+EXPECTED = memory.expected
 DEFAULTS = ("--load_model base.pth --data_file x --bone_r 16 --ctx_len 32 --micro_bsz 4 --epoch_steps 4 --lr_init 1e-2 --lr_final 1e-2 "
             "--accelerator cpu --grad_cp 0 ")
 
@@ -57,11 +59,18 @@ def base_file(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def folder(base_file, tmp_path, monkeypatch):
-    """Every test stands in a folder with base.pth and the data set x, 12 documents; as if without matplotlib, which takes its time."""
+    """Every test stands in a folder with base.pth and the data set x, 12 documents; as if without matplotlib, and without looking for memory, which
+    take longer than the training."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory, "expected", lambda *_: {"weights": 0, "optimizer": 0, "workspace": 0})
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     shutil.copy(base_file, "base.pth")
     data.write_binidx("x", counting([20, 33, 40, 9, 25, 30, 33, 12, 28, 33, 31, 18]))
+
+
+@pytest.fixture
+def true_memory(folder, monkeypatch):
+    monkeypatch.setattr(memory, "expected", EXPECTED)
 
 
 def arguments(flags=""):
