@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 
 import torch
@@ -148,10 +149,34 @@ def world(device, strategy):
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not re.search("gloo|nccl|process group", str(error), re.IGNORECASE):
             raise
-        time.sleep(10)      # who started the ranks ends this one meanwhile, and says why the other ended
+        if "LAUNCHER" in os.environ and on_this_machine == size():
+            time.sleep(1)   # so that the launcher sees the other one's end first, and says it
+            sys.exit(2)
+        time.sleep(10)      # torchrun ends this one meanwhile, and says why the other ended
         raise ValueError(f"rank {rank()}: the connection to another rank was lost, which has ended, or cannot be reached") from error
     except ValueError as error:
         raise ValueError(f"rank {rank()}: {error}" if rank() else error) from error
+
+
+def leave(main):
+    """Run main(), and end as it ends. A rank ends at once when all is said: in the interpreter's own end, the threads by which ranks talk can abort it
+    or wait for one another."""
+    code = 1
+    try:
+        main()
+        code = 0
+    except SystemExit as end:
+        code = end.code
+        if size() == 1:
+            raise
+    finally:
+        if size() > 1:
+            if code == 1:
+                traceback.print_exc()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(code or 0)
 
 
 @contextlib.contextmanager

@@ -369,6 +369,8 @@ def unbroken():
 
     def check():
         if number := int(devices.most([caught[0] if caught else 0])[0]):
+            if not caught:
+                time.sleep(0.5)     # another rank was told first: what this one is about to be told is not a second time
             before[number](number, None)
 
     before = {number: signal.signal(number, handle) for number in STOPPING if callable(signal.getsignal(number))}

@@ -230,4 +230,4 @@ def run(args, device, built):
 
 
 if __name__ == "__main__":
-    run_cli(lambda: train(parse_args()))
+    devices.leave(lambda: run_cli(lambda: train(parse_args())))
