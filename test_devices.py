@@ -180,7 +180,8 @@ LONG = FLAGS + "--load_model base.pth --epoch_steps 40000 --save_steps 100000 --
 def begin(strategy, proj_dir="out"):
     """train.py with two ranks, in a process group of its own, after some steps: (process, its ranks)."""
     command = [sys.executable, train.__file__, *LONG.split(), "--strategy", strategy, "--proj_dir", proj_dir]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # which a shell's background has ignored
     curve = pathlib.Path(proj_dir, "loss.csv")
     while process.poll() is None and not (curve.exists() and len(curve.read_text().splitlines()) > 4):
         time.sleep(0.05)
