@@ -376,6 +376,10 @@ def unbroken():
     before = {number: signal.signal(number, handle) for number in STOPPING if callable(signal.getsignal(number))}
     try:
         yield check
+    except BrokenPipeError:
+        if caught:      # the same Ctrl-C has ended the reader of what is said here
+            before[caught[0]](caught[0], None)
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
