@@ -155,28 +155,27 @@ def world(device, strategy):
         time.sleep(10)      # torchrun ends this one meanwhile, and says why the other ended
         raise ValueError(f"rank {rank()}: the connection to another rank was lost, which has ended, or cannot be reached") from error
     except ValueError as error:
-        raise ValueError(f"rank {rank()}: {error}" if rank() else error) from error
+        if rank() == 0:
+            raise
+        raise ValueError(f"rank {rank()}: {error}") from error
 
 
 def leave(main):
-    """Run main(), and end as it ends. A rank ends at once when all is said: in the interpreter's own end, the threads by which ranks talk can abort it
-    or wait for one another."""
-    code = 1
+    """Run main(), and end as it ends. A rank ends at once when all is said: in the interpreter's own end, the threads by which ranks talk can abort it."""
+    if size() == 1:
+        return main()
+    code = 0
     try:
         main()
-        code = 0
     except SystemExit as end:
-        code = end.code
-        if size() == 1:
-            raise
-    finally:
-        if size() > 1:
-            if code == 1:
-                traceback.print_exc()
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(OSError, ValueError):
-                    stream.flush()
-            os._exit(code or 0)
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager

@@ -167,11 +167,11 @@ class Saver:
             while end.__context__ and not isinstance(end, (KeyboardInterrupt, SystemExit)):     # which a broken pipe may have come after
                 end = end.__context__
             stopped = isinstance(end, (KeyboardInterrupt, SystemExit))
-            alone = any(self.shares) and not stopped and not isinstance(end, devices.Agreed)     # an error here, of which the other ranks know nothing: they would not take part
-            if self.whole and self.progress.step != self.saved and not getattr(end, "impatient", False) and not alone:
+            together = stopped or isinstance(end, devices.Agreed)       # of another error the other ranks know nothing, and take no part in saving
+            if self.whole and self.progress.step != self.saved and not getattr(end, "impatient", False) and (together or not any(self.shares)):
                 with only_ctrl_c():
                     self.save_state(None if stopped else 1 << 30)
-                    if stopped or isinstance(end, devices.Agreed):
+                    if together:
                         devices.most([0])                   # the others wait: whoever started the ranks ends all when the first one ends
             if not stopped:
                 raise

@@ -161,7 +161,7 @@ def test_a_run_on_two_goes_on_on_one_and_on_three_with_another_strategy(whole_do
                 shutil.copytree(strategy, f"{strategy}_on_1")
                 run(f"{one} --proj_dir {strategy}_on_1 --resume")
                 check(f"{strategy}_on_1")
-            assert "a step has 2 micro batches, as before, for" in pathlib.Path(f"{strategy}_on_1", "train_log.txt").read_text()
+            assert "; a step still has 2 micro batches, shared out among 1\n" in pathlib.Path(f"{strategy}_on_1", "train_log.txt").read_text()
 
 
 def test_a_save_that_fails_on_rank_0_and_a_loss_that_is_no_number_are_the_same_on_all_ranks(whole_documents):
@@ -177,12 +177,12 @@ def test_a_save_that_fails_on_rank_0_and_a_loss_that_is_no_number_are_the_same_o
 LONG = FLAGS + "--load_model base.pth --epoch_steps 40000 --save_steps 100000 --devices 2"
 
 
-def begin(strategy, proj_dir="out"):
+def begin(strategy, program=train.__file__):
     """train.py with two ranks, in a process group of its own, after some steps: (process, its ranks)."""
-    command = [sys.executable, train.__file__, *LONG.split(), "--strategy", strategy, "--proj_dir", proj_dir]
+    command = [sys.executable, program, *LONG.split(), "--strategy", strategy]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # which a shell's background has ignored
-    curve = pathlib.Path(proj_dir, "loss.csv")
+    curve = pathlib.Path("out/loss.csv")
     while process.poll() is None and not (curve.exists() and len(curve.read_text().splitlines()) > 4):
         time.sleep(0.05)
     return process, [int(pid) for pid in pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
@@ -201,6 +201,26 @@ def test_the_death_of_a_rank_ends_all_and_is_said(whole_documents, strategy, whi
     for pid in ranks:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="who started whom is read from /proc")
+def test_an_error_of_one_rank_ends_all_and_is_said_once(whole_documents):
+    pathlib.Path("program.py").write_text(f"""import sys
+sys.path.insert(0, {os.path.dirname(train.__file__)!r})
+import devices, files, train
+
+def step(*arguments, plain=train.step, steps=[]):
+    steps.append(0)
+    if devices.rank() == 1 and len(steps) == 9:
+        raise ValueError("this rank alone has met it")
+    return plain(*arguments)
+
+train.step = step
+devices.leave(lambda: files.run_cli(lambda: train.train(train.parse_args())))
+""")
+    process, _ = begin("deepspeed_stage_2", "program.py")
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and errors.count("error: ") == 1 and "error: rank 1: this rank alone has met it\n" in errors and "Traceback" not in errors, errors
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="who started whom is read from /proc")

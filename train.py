@@ -53,13 +53,13 @@ def learning_rate(step, first, total, lr_init, lr_final, warmup_steps):
     return lr * (0.2 + 0.8 * (step - first) / warmup_steps if step - first < warmup_steps else 1.0)
 
 
-def describe(args, model, device, documents, steps, micro_batches):
-    """Print what is about to be trained on what. model: on the meta device."""
+def describe(args, model, device, plan):
+    """Print what is about to be trained on what. model: on the meta device; plan: what `prepare` found."""
     print(f"{model.config}\n{f'Bone {args.bone_mode} r {args.bone_r}' if args.load_model else 'from scratch'}: "
           f"{' of '.join(f'{n:,}' for n in count(model))} parameters trained, {args.precision} on "
           f"{f'{devices.size()} x ' * (devices.size() > 1)}{device.type}{f', by {devices.engine(args.strategy)}' * (devices.size() > 1)}\n"
-          f"{len(documents):,} documents, {len(documents.tokens):,} tokens; {args.epoch_count} x {steps} steps of "
-          f"{args.micro_bsz * micro_batches} rows up to {longest_row(args):,} tokens"
+          f"{len(plan.documents):,} documents, {len(plan.documents.tokens):,} tokens; {args.epoch_count} x {plan.steps} steps of "
+          f"{args.micro_bsz * plan.N} rows up to {longest_row(args):,} tokens"
           + f", in chunks of {args.chunk_ctx}" * (args.train_type == "infctx"))
     if "deepspeed" in args.strategy and devices.size() == 1:
         print(f"note: {args.strategy} shares out what several devices hold; on one, plain PyTorch stands in for it (--dry_run says the memory)")
@@ -137,22 +137,32 @@ def prepare(args, built):
     return types.SimpleNamespace(**locals())
 
 
-def run(args, device, built):
-    """What `train` does when it holds the lock of proj_dir."""
+def settle(args, built):
+    """What `prepare` finds, the same on all ranks, and the log; None where there is nothing left to do, which is said."""
     with devices.main_first():
         plan = prepare(args, built)
-        state, first, last, N, steps, epochs, paths = plan.state, plan.first, plan.last, plan.N, plan.steps, plan.epochs, plan.paths
+        state, first = plan.state, plan.first
         log = None if plan.complete else Log(args, plan.documents.vocabulary, state and state.about["wandb"])
     where = devices.in_turn([state.progress.step if state else first])
     for odd in [n for n, step in enumerate(where) if step != where[0]]:
         raise devices.Agreed(f"{args.proj_dir}: rank {odd} finds the state of step {where[odd]:.0f} there, rank 0 that of {where[0]:.0f}; all need the same folder, "
                              "or a copy of it")
-    complete, gone = devices.most([plan.complete, plan.gone])
-    if complete:
-        if not devices.rank():
-            resume.prune(args.proj_dir, args.keep, first)
-        return print(f"{args.proj_dir}: this run is complete, {state.progress.step - first} steps; a higher --epoch_count than "
-                     f"{state.progress.step // steps - epochs[0]} trains on")
+    plan.complete, plan.gone = devices.most([plan.complete, plan.gone])
+    if not plan.complete:
+        return plan, log
+    if not devices.rank():
+        resume.prune(args.proj_dir, args.keep, first)
+    print(f"{args.proj_dir}: this run is complete, {state.progress.step - first} steps; a higher --epoch_count than "
+          f"{state.progress.step // plan.steps - args.epoch_begin} trains on")
+    return None
+
+
+def run(args, device, built):
+    """What `train` does when it holds the lock of proj_dir. built: what `build_model` makes on the meta device."""
+    if not (settled := settle(args, built)):
+        return
+    plan, log = settled
+    state, first, last, N, steps, epochs, paths = plan.state, plan.first, plan.last, plan.N, plan.steps, plan.epochs, plan.paths
     if device.type == "cpu":
         memory.reuse_freed()
     shares = devices.shares(args.strategy)
@@ -169,16 +179,14 @@ def run(args, device, built):
     mine = range(devices.rank(), N, devices.size())                                     # this rank's micro batches of a step,
     silent = [data.silent()] * (len(range(0, N, devices.size())) - len(mine))           # and what stands for one that only others have
 
-    describe(args, built[0], device, plan.documents, steps, N)
+    describe(args, built[0], device, plan)
     log.open(progress, bool(state))
     if state:
-        log.line(f"going on from {state.path}: step {progress.step} of {last}" + f", with other {', '.join(plan.changes)}" * bool(plan.changes))
-        if N != args.accumulate_grad_batches * devices.size():
-            log.line(f"a step has {N} micro batches, as before, for {devices.size()} devices")
+        log.line(f"going on from {state.path}: step {progress.step} of {last}" + f", with other {', '.join(plan.changes)}" * bool(plan.changes)
+                 + f"; a step still has {N} micro batches, shared out among {devices.size()}" * (N != args.accumulate_grad_batches * devices.size()))
     elif plan.held_out:
         print(f"held-out loss before training: {log.point(first, val_loss=held_out_loss()):.4f}")
-
-    if gone:
+    if plan.gone:
         saver.save_checkpoint(paths[progress.step], save_dtype)  # it was moved away, but the state has it
 
     missing = []
@@ -217,16 +225,20 @@ def run(args, device, built):
                 progress.losses.clear()
             check()
     said = log.close()
-    if devices.rank():
-        return
-    if not os.path.exists(paths[last]):
-        raise ValueError(f"{paths[last]}: could not be saved, as said above; " + ("mend that, then give the same command with --resume"
+    if not devices.rank():
+        conclude(args, paths[last], first, missing, f"{said}; peak memory {memory.peak(device) / 1e9:.2f} GB")
+
+
+def conclude(args, last, first, missing, said):
+    """Say what was written, and what is next. ValueError where that is not the last checkpoint. missing: checkpoints that could not be saved."""
+    if not os.path.exists(last):
+        raise ValueError(f"{last}: could not be saved, as said above; " + ("mend that, then give the same command with --resume"
                          if resume.states(args.proj_dir, first) else "neither could any state"))
     if missing:
         print(f"note: {', '.join(missing)} could not be saved, as said above")
-    print(f"wrote {paths[last]}{said}; peak memory {memory.peak(device) / 1e9:.2f} GB")
+    print(f"wrote {last}{said}")
     if args.load_model:
-        print(f"next: python {shlex.join(['merge.py', args.load_model, paths[last], os.path.join(args.proj_dir, 'tuned.pth')])}")
+        print(f"next: python {shlex.join(['merge.py', args.load_model, last, os.path.join(args.proj_dir, 'tuned.pth')])}")
 
 
 if __name__ == "__main__":
