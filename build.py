@@ -15,7 +15,7 @@ import devices
 import memory
 import rwkv6
 from files import read_checkpoint, trained_quant
-from loss import apart, loss_fn, tensors
+from loss import LOGITS, apart, loss_fn, tensors
 from quant import Quantized
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}  # of frozen matrices, by --precision
@@ -135,13 +135,12 @@ def longest_row(args):
 
 def expected_memory(args, device, longest=None):
     """What `build_model` makes on the meta device, and {part: bytes} of what its training takes at the peak, on rows of `longest` tokens."""
-    model, *_ = built = build_model(args, torch.device("meta"))
-    autocast, _ = precision(args, device)
-    longest = longest or longest_row(args)
+    built, (autocast, _), longest, n = build_model(args, torch.device("meta")), precision(args, device), longest or longest_row(args), ranks(args)
     at_once = min(longest, chunk_ctx(args) or longest)
+    earlier = args.accumulate_grad_batches > 1 or at_once < longest or n > 1     # DDP keeps the place of gradients from step to step
 
-    def outputs():
-        idx = torch.zeros(args.micro_bsz, at_once, dtype=torch.int64, device=device)
+    def outputs(model, tokens):
+        idx = torch.zeros(args.micro_bsz, tokens, dtype=torch.int64, device=device)
         with autocast:
             state = model.empty_state()
             if at_once < longest:
@@ -149,14 +148,21 @@ def expected_memory(args, device, longest=None):
                     state = apart(model.hidden(idx[:, :1], state)[1], requires_grad=True)
             value, after = loss_fn(model, idx, idx, torch.ones(idx.shape, device=device), 1, idx.numel(), state)
             return [value] + tensors(after) * (at_once < longest)
-    n = ranks(args)
-    earlier = args.accumulate_grad_batches > 1 or at_once < longest or n > 1     # DDP keeps the place of gradients from step to step
-    parts = memory.expected(model, outputs, device, earlier, n if devices.shares(args.strategy, n)[1] else 1)
+
+    def parts_of(tokens):
+        model, *_ = build_model(args, torch.device("meta"))     # which has other tensors afterwards
+        return memory.expected(model, lambda: outputs(model, tokens), device, earlier, n if devices.shares(args.strategy, n)[1] else 1)
+
+    few = max(4096, LOGITS // built[0].config.vocab_size) // args.micro_bsz + 1     # from here on memory grows in proportion; to run more takes minutes
+    if at_once <= 2 * few:
+        parts = parts_of(at_once)
+    else:
+        parts = {part: size + (more - size) / few * (at_once - few) for (part, size), more in zip(parts_of(few).items(), parts_of(2 * few).values())}
     if at_once < longest:
         chunks = -(-longest // at_once)
         together = min(args.bptt or chunks, chunks)     # and where there are several groups, the states before and after the group
-        parts["states between chunks"] = (together - 2 + 2 * (together < chunks)) * model.state_bytes(args.micro_bsz)  # one more is in `outputs`
-    return built, devices.memory_of_one(parts, model, args.strategy, n)
+        parts["states between chunks"] = (together - 2 + 2 * (together < chunks)) * built[0].state_bytes(args.micro_bsz)  # one more is in `outputs`
+    return built, devices.memory_of_one(parts, built[0], args.strategy, n)
 
 
 def check_memory(args, device):

@@ -25,6 +25,9 @@ import data
 import devices
 
 
+LOGITS = 1 << 24    # how many the head makes at once
+
+
 def largest_of_rows(x):
     """x.max(-1, keepdim=True), in a third of the time on a CPU: the block of numbers that holds it first (amax is vectorized, max is not)."""
     blocks = x.unflatten(-1, (-1, math.gcd(x.shape[-1], 256)))
@@ -46,7 +49,7 @@ class HeadLoss(torch.autograd.Function):
         gx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         ghead = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        many = max(1, (1 << 24) // len(head))  # tokens in a product: with fewer, reading W would take longer than multiplying by it
+        many = max(1, LOGITS // len(head))  # tokens in a product: with fewer, reading W would take longer than multiplying by it
         few = max(1, many // 8)                # and in what is done in float32: 8 MB, which stay in the cache
         for start in range(0, len(x), many):
             rows = slice(start, start + many)

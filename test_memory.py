@@ -16,6 +16,7 @@ import build
 import bone
 import compiled
 import files
+import loss
 import memory
 import rwkv6
 import train
@@ -57,6 +58,20 @@ def test_the_expected_peak_is_what_the_tensors_of_a_real_step_take(flags):
     assert parts["weights"] == sum(t.nbytes for t in memory.tensors(model))
     assert parts["optimizer"] == 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert parts["activations, gradients"] + parts["workspace"] == pytest.approx(live.peak, rel=0.03)
+
+
+@pytest.mark.parametrize("flags", ["--grad_cp 0 --micro_bsz 1", "--accumulate_grad_batches 2 --bone_r 64"])
+def test_of_long_rows_two_lengths_are_run_and_say_what_the_longer_one_takes(monkeypatch, flags):
+    args, lengths = arguments(f"{flags} --ctx_len 9000"), []
+    monkeypatch.setattr(loss, "LOGITS", 2048 * 1000)
+    monkeypatch.setattr(build, "loss_fn", lambda model, idx, *rest: lengths.append(idx.shape[1]) or loss.loss_fn(model, idx, *rest))
+    monkeypatch.setattr(build, "LOGITS", 1 << 30)
+    exact = build.expected_memory(args, CPU)[1]
+    assert {*lengths} == {9000}
+    lengths.clear()
+    monkeypatch.setattr(build, "LOGITS", 0)
+    assert build.expected_memory(args, CPU)[1] == pytest.approx(exact, rel=0.01)
+    assert max(lengths) == 2 * (4096 // args.micro_bsz + 1)
 
 
 def test_live_bytes_counts_a_storage_once_from_its_making_to_its_end():
