@@ -13,6 +13,7 @@ import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -100,7 +101,8 @@ def runs():
 
 
 def trouble():
-    """With every strategy: rank 0 finds the disk full at one save of four; then no loss is a number."""
+    """With every strategy: rank 0 finds the disk full at one save of four; no loss is a number; fp16 cannot hold one number of a gradient, which a single
+    rank has where gradients are shared out."""
     sys.modules["matplotlib.figure"] = None
     for strategy in STRATEGIES:
         with pytest.MonkeyPatch.context() as patch:
@@ -113,6 +115,15 @@ def trouble():
         with pytest.MonkeyPatch.context() as patch, pytest.raises(devices.Agreed, match="10 steps in a row"):
             patch.setattr(train, "step", lambda *arguments: [value * math.nan for value in loss.step(*arguments)])
             train.train(train.parse_args(f"{FLAGS} --strategy {strategy} --epoch_count 9 --proj_dir bad_{strategy}".split()))
+        with pytest.MonkeyPatch.context() as patch:
+            def overflowing(model, *arguments, steps=itertools.count(1)):
+                losses, shared = loss.step(model, *arguments), devices.shares(strategy)[1]
+                if next(steps) == 2 and (devices.rank() == 1 or not shared):
+                    grad = next(p.grad for p in model.parameters() if p.requires_grad)
+                    (grad.to_local() if shared else grad).view(-1)[0] = math.inf
+                return losses
+            patch.setattr(train, "step", overflowing)
+            train.train(train.parse_args(f"{FLAGS} --precision fp16 --strategy {strategy} --proj_dir half_{strategy}".split()))
 
 
 # ---- tests --------------------------------------------------------------------------------------------------------------------
@@ -164,14 +175,43 @@ def test_a_run_on_two_goes_on_on_one_and_on_three_with_another_strategy(whole_do
             assert "; a step still has 2 micro batches, shared out among 1\n" in pathlib.Path(f"{strategy}_on_1", "train_log.txt").read_text()
 
 
-def test_a_save_that_fails_on_rank_0_and_a_loss_that_is_no_number_are_the_same_on_all_ranks(whole_documents):
+def test_a_save_that_fails_on_rank_0_and_numbers_that_are_none_are_the_same_to_all_ranks(whole_documents):
     end = start(2, f"{os.path.abspath(__file__)} trouble")
     assert end.returncode == 0, errors_of(end)
+    run("--epoch_steps 0 --micro_bsz 2 --accumulate_grad_batches 2 --random_seed 1 --precision fp16 --proj_dir half")
     for strategy in STRATEGIES:
         assert {*map(str, pathlib.Path(f"full_{strategy}").glob("*.pth"))} == {f"full_{strategy}/{name}" for name in ("rwkv-0.pth", "resume-1.pth", "resume-3.pth")}
         assert f"could not save full_{strategy}/resume-2.pth: No space left on device" in pathlib.Path(f"full_{strategy}/train_log.txt").read_text()
         state = read(f"bad_{strategy}/resume-10.pth")
         assert all(state[f"weights.{name}"].equal(p) for name, p in read("base.pth").items() if "ln" in name)
+        assert ", 1 steps so far left out, whose gradient fp16 could not hold" in pathlib.Path(f"half_{strategy}/train_log.txt").read_text()
+        about = resume.State(f"half_{strategy}/resume-3.pth").about
+        assert about["scaler"]["scale"] == 2.0 ** 15 and about["progress"]["overflows"] == 1
+        losses = column("loss", f"half_{strategy}")
+        assert losses[:2] == pytest.approx(column("loss", "half")[:2], rel=2e-3) and losses == pytest.approx(column("loss", "half_ddp"), rel=2e-3)
+
+
+def test_two_machines_train_as_one(whole_documents):
+    """Each started by hand, here both on this one."""
+    with socket.socket() as s:
+        s.bind(("", 0))
+        port = s.getsockname()[1]
+    line = f"{train.__file__} --load_model base.pth {FLAGS} --num_nodes 2 --strategy deepspeed_stage_3"
+    ends = [subprocess.Popen([sys.executable, *line.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {
+        "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": str(node)}) for node in (1, 0)]
+    (second, _), (first, _) = said = [process.communicate(timeout=120) for process in ends]
+    assert [process.returncode for process in ends] == [0, 0], said
+    assert second == "" and "by FSDP2, all weights shared out" in first
+    run("--epoch_steps 0 --micro_bsz 2 --accumulate_grad_batches 2 --random_seed 1 --precision fp32 --proj_dir whole")
+    assert column("loss") == pytest.approx(column("loss", "whole"), rel=1e-5) and len(column("loss")) == 3
+    assert {*os.listdir("out")} - {"loss.png"} == {*os.listdir("whole")}
+
+
+def test_what_torchrun_starts_says_things_once(whole_documents):
+    line = f"{train.__file__} --load_model base.pth {FLAGS}"
+    for flags, says in (("", "wrote out/rwkv-0.pth"), ("--resume", "out: this run is complete, 3 steps"), ("--dry_run", "each of 2 ranks, by DDP:")):
+        end = start(2, f"{line} {flags}")
+        assert end.returncode == 0 and end.stdout.count(says) == 1 and "error" not in end.stderr, (end.stdout, end.stderr)
 
 
 LONG = FLAGS + "--load_model base.pth --epoch_steps 40000 --save_steps 100000 --devices 2"
