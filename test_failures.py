@@ -244,8 +244,8 @@ def test_a_process_that_is_killed_holds_no_lock(capsys):
 STOPPED = {}    # {name: content} of the folder of a run of 4 steps that was killed after 2; the same for every test
 
 
-def spoil_state(**changes):
-    """A state whose record `about` is other than it was."""
+def spoil_state(flags={}, **changes):
+    """A state whose record `about` is other than it was; or that of a run with other flags."""
     def prepare():
         if not STOPPED:
             run("--epoch_steps 4 --save_steps 2 --keep 9")
@@ -256,6 +256,7 @@ def spoil_state(**changes):
             pathlib.Path("out", name).write_bytes(content)
         state = read("out/resume-2.pth")
         record = json.loads(state["about"].numpy().tobytes())
+        record["args"] |= flags
         torch.save(state | {"about": torch.frombuffer(bytearray(json.dumps(record | changes).encode()), dtype=torch.uint8)}, "out/resume-2.pth")
     return prepare
 
@@ -288,6 +289,8 @@ def a_link(name, target):
     ("", "out/resume-2.pth: the state of an earlier run; go on with it by --resume", spoil_state()),
     ("--resume --bone_r 8", "out/resume-2.pth: saved with --bone_r 16, but --bone_r is 8; use the same", spoil_state()),
     ("--resume --micro_bsz 3", "saved with --micro_bsz 4", spoil_state()), ("--resume --random_seed 3", "saved with --random_seed 0", spoil_state()),
+    ("--resume --train_type infctx", "saved with --train_type none, but --train_type is infctx", spoil_state()),
+    ("--resume --train_type infctx --chunk_ctx 8", "saved with --chunk_ctx 16, but --chunk_ctx is 8", spoil_state({"train_type": "infctx", "chunk_ctx": 16})),
     ("--resume --precision fp32", "saved with --precision bf16", spoil_state()), ("--resume --epoch_steps 9", "saved with --epoch_steps 4", spoil_state()),
     ("--resume", "--load_model base.pth has another content than base.pth had when this was saved", lambda: (spoil_state()(), torch.save(tiny() | {"head.weight": torch.ones(300, 64)}, "base.pth"))),
     ("--resume", "--data_file x has another content than x had when this was saved", lambda: (spoil_state()(), data.write_binidx("x", counting([20] * 12)))),
@@ -296,7 +299,7 @@ def a_link(name, target):
     ("--resume", "not the state of a training", spoil_state(args=[])), ("--resume", "not the state of a training", without("about")),
     *[("--resume", f"not the state of a training (ValueError: {what} cannot be)", spoil_state(**changes)) for what, changes in (
         ("losses", {"progress": {"step": 2, "losses": ["1.0"]}}), ("losses", {"progress": {"step": 2, "losses": {"1": 2}}}), ("scaler", {"scaler": {"scale": "5"}}),
-        ("scaler", {"scaler": {"scale": 0}}), ("scaler", {"scaler": {"scale": math.nan}}), ("scaler", {"scaler": {"growth_interval": 0.5}}),
+        *(("micro_batches", {"micro_batches": wrong}) for wrong in (0, -1, "2", 1.0, True, None, 1 << 40)), ("scaler", {"scaler": {"scale": 0}}), ("scaler", {"scaler": {"scale": math.nan}}), ("scaler", {"scaler": {"growth_interval": 0.5}}),
         ("step 1, in a file of this name,", {"progress": {"step": 1}}))],
     *[("--resume", f"{name} is", spoil_tensor(name, change)) for name, change in (
         ("exp_avg_sq.blocks.0.att.key.bone", torch.neg), ("step.blocks.0.att.key.bone", torch.zeros_like), ("exp_avg.blocks.0.att.key.bone", torch.log))],
