@@ -28,7 +28,7 @@ import files
 import loss
 import resume
 import train
-from test_train import DEFAULTS, base_file, column, counting, folder, read, run, tiny, true_memory  # noqa: F401 (three are fixtures)
+from test_train import DEFAULTS, base_file, bone_of, column, counting, folder, read, run, tiny, true_memory  # noqa: F401 (three are fixtures)
 
 STRATEGIES = ["ddp", *(f"deepspeed_stage_{stage}" for stage in "123")]
 SAVING = "--val_file held --epoch_count 2 --save_steps 1 --keep 9"
@@ -82,7 +82,7 @@ def compare(flags, documents, passes, **chunks):
 
 def gradients():
     documents = [data.Binidx("x")[i] for i in (1, 2, 3, 7, 5)]
-    cases = [("--grad_cp 1 --quant nf4", "pad", {}), ("--train_parts time ln emb head", "none", {}), ("--train_parts", "se", {}),
+    cases = [("--grad_cp 1 --quant nf4 --bone_load bones.pth", "pad", {}), ("--train_parts time ln emb head --bone_load bones.pth", "none", {}), ("--train_parts", "se", {}),
              ("--grad_cp 1 --bone_mode bone --quant int8", "pad", {"chunk_ctx": 7, "bptt": 2})]
     for strategy, (flags, loss_mask, chunks) in itertools.product(("ddp", "deepspeed_stage_2", "deepspeed_stage_3"), cases):
         mask = f"--loss_mask {loss_mask} " + """--mask_id {"mask0":"d","mask1":"P"}""" * (loss_mask == "se")
@@ -124,6 +124,8 @@ def trouble():
                 return losses
             patch.setattr(train, "step", overflowing)
             train.train(train.parse_args(f"{FLAGS} --precision fp16 --strategy {strategy} --proj_dir half_{strategy}".split()))
+    with pytest.raises(devices.Agreed, match="rank 1 finds the state of step 10 there, rank 0 that of 3; all need the same folder"):
+        train.train(train.parse_args(f"{FLAGS} --resume --proj_dir {'bad' if devices.rank() else 'full'}_ddp".split()))
 
 
 # ---- tests --------------------------------------------------------------------------------------------------------------------
@@ -132,6 +134,7 @@ def trouble():
 def whole_documents():
     """Documents of very different lengths; no two ranks have rows of one width."""
     torch.save(tiny(torch.float32), "base.pth")
+    torch.save({name: t + 0.01 * torch.randn_like(t) for name, t in bone_of("base.pth").items()}, "bones.pth")
     data.write_binidx("x", counting([20, 33, 40, 9, 25, 30, 33, 12, 28, 33, 31, 18]))
     data.write_binidx("held", counting([30, 12, 40]))
 
@@ -241,6 +244,14 @@ def test_the_death_of_a_rank_ends_all_and_is_said(whole_documents, strategy, whi
     for pid in ranks:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="who started whom is read from /proc")
+def test_the_death_of_what_started_the_ranks_ends_them_with_all_saved(whole_documents):
+    process, _ = begin("deepspeed_stage_2")
+    process.kill()
+    out, _ = process.communicate(timeout=60)    # which takes until the ranks, too, hold its pipes no longer
+    assert list(pathlib.Path("out").glob("resume-*.pth")) and out.count("stopped at") == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="who started whom is read from /proc")
