@@ -21,7 +21,7 @@ class Log:
         """Nothing is written yet; but wandb, with whom something may be wrong, is asked now, before the base is loaded. It is told
         arguments and losses, no code, no git remote, no output. wandb_id: of the run that goes on."""
         self.args, self.vocabulary, self.wandb = args, vocabulary, None
-        self.text, self.curve, self.picture = (os.path.join(args.proj_dir, name) for name in ("train_log.txt", "loss.csv", "loss.png"))
+        self.text, self.curve = (os.path.join(args.proj_dir, name) for name in ("train_log.txt", "loss.csv"))
         self.unwritten = {self.text: "", self.curve: ""}
         if args.wandb and not devices.rank():
             import wandb
@@ -87,25 +87,31 @@ class Log:
         return val_loss
 
     def close(self):
-        """End the wandb run; draw loss.png, where matplotlib is, and room. Returns what to say of it."""
+        """End the wandb run, and draw. Returns what to say of the picture."""
         if self.wandb:
             self.wandb.finish()
-        if devices.rank():
-            return ""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            return ""
-        axes = (figure := Figure(figsize=(8, 4.5))).add_subplot(xlabel="step", ylabel="loss (nats per token)")
-        try:
-            with open(self.curve, encoding="utf-8") as f:
-                rows = list(csv.DictReader(f))
-            for column, label, style in (("loss", "training loss", "-"), ("val_loss", "held-out loss", "o-")):
-                if points := [(int(row["step"]), float(row[column])) for row in rows if row[column]]:
-                    axes.plot(*zip(*points), style, label=label, linewidth=1)
-            axes.legend()
-            with atomic_path(self.picture) as path:
-                figure.savefig(path, format="png", dpi=120)
-        except (OSError, ValueError) as error:
-            return f", but no {self.picture} ({error})"
-        return f" and {self.picture}"
+        return draw(self.args.proj_dir)
+
+
+def draw(folder):
+    """Draw loss.png in a proj_dir from its loss.csv, where matplotlib is, and room. Returns what to say of it."""
+    curve, picture = (os.path.join(folder, name) for name in ("loss.csv", "loss.png"))
+    if devices.rank():
+        return ""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return ""
+    axes = (figure := Figure(figsize=(8, 4.5))).add_subplot(xlabel="step", ylabel="loss (nats per token)")
+    try:
+        with open(curve, encoding="utf-8") as f:
+            rows = list(csv.DictReader(f))
+        for column, label, style in (("loss", "training loss", "-"), ("val_loss", "held-out loss", "o-")):
+            if points := [(int(row["step"]), float(row[column])) for row in rows if row[column]]:
+                axes.plot(*zip(*points), style, label=label, linewidth=1)
+        axes.legend()
+        with atomic_path(picture) as path:
+            figure.savefig(path, format="png", dpi=120)
+    except (OSError, ValueError) as error:
+        return f", but no {picture} ({error})"
+    return f" and {picture}"

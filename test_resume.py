@@ -159,6 +159,14 @@ def test_a_complete_run_says_so_and_a_longer_one_goes_on(capsys):
     assert same(read("out/rwkv-1.pth"), before) and os.path.exists("out/rwkv-2.pth")
 
 
+def test_the_picture_of_a_run_that_was_killed_over_it_is_drawn_later(monkeypatch):
+    run(RUN)                                                        # the tests are without matplotlib
+    monkeypatch.delitem(sys.modules, "matplotlib.figure")
+    pytest.importorskip("matplotlib.figure")
+    run(RUN + "--resume")
+    assert pathlib.Path("out/loss.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_checkpoint_that_is_gone_is_written_again_from_the_state():
     run(RUN)
     before = read("out/rwkv-1.pth")

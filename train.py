@@ -22,7 +22,7 @@ import memory
 import resume
 from build import build_model, build_shares, check_memory, chunk_ctx, count, longest_row, open_documents, precision
 from files import fingerprint, run_cli
-from log import Log
+from log import Log, draw
 from loss import loss_fn, step, val_loss
 from options import parse_args
 
@@ -152,6 +152,8 @@ def settle(args, built):
         return plan, log
     if not devices.rank():
         resume.prune(args.proj_dir, args.keep, first)
+        if not os.path.exists(os.path.join(args.proj_dir, "loss.png")):
+            draw(args.proj_dir)     # it was killed while it did that
     print(f"{args.proj_dir}: this run is complete, {state.progress.step - first} steps; a higher --epoch_count than "
           f"{state.progress.step // plan.steps - args.epoch_begin} trains on")
     return None
