@@ -8,7 +8,7 @@ demo: $(VENV)/ready
 	bash demo.sh $(BIN)/python
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 # The programs that read what is written here: web-rwkv (Ai00) on a GPU that Mesa plays, the rwkv package (RWKV Runner), RWKV-PEFT's format.
 interop: $(VENV)/ready
