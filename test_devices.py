@@ -20,6 +20,8 @@ import time
 
 import pytest
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 import build
 import data
@@ -68,10 +70,13 @@ def compare(flags, documents, passes, **chunks):
         grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     model, *_ = (train.build_shares if devices.shares(args.strategy)[1] else train.build_model)(args, torch.device("cpu"))
     model.keep_products = bool(chunks)
-    compute = devices.wrap(model, loss.loss_fn, args.strategy)
+    compute, reduced = devices.wrap(model, loss.loss_fn, args.strategy), []
+    if isinstance(compute, DistributedDataParallel):
+        compute.register_comm_hook(None, lambda state, bucket: reduced.append(bucket) or allreduce_hook(state, bucket))
     mine = batches[devices.rank()::n]
     found = train.step(model, mine + [data.silent()] * (passes - len(mine)), contextlib.nullcontext(), **chunks, compute=compute)
     assert len(found) == n * passes and found[n * passes - 1] == 0       # the last rank has one micro batch less
+    assert len(reduced) == isinstance(compute, DistributedDataParallel)      # all gradients at once, when a step's last one is there
     shared = {name: p for name, p in model.named_parameters() if devices.is_shared(p)}
     assert shared.keys() == {name for name, p in model.named_parameters() if devices.shares(args.strategy)[2 - p.requires_grad]}
     assert all(p.to_local().shape[0] <= -(-p.shape[0] // n) for p in shared.values())
