@@ -59,18 +59,20 @@ def whole(process):
 
 
 def kill_training(folder, kills, r):
-    """Returns (kills, complete runs, kills that fell into a save)."""
+    """Returns (kills, complete runs, of which there is one at least, kills that fell into a save)."""
     torch.save(tiny(torch.float32, n_embd=256, vocab_size=2000), folder / "base.pth")
     data.write_binidx(folder / "x", counting([r.randrange(20, 60) for _ in range(50)]))
     line = (f"HERE/train.py {TRAIN} --bone_r 32 --train_parts time ln emb head --ctx_len 64 --val_file x --epoch_steps 100 --epoch_count 2 --save_steps 1 "
             "--resume auto --proj_dir ")
     whole(python(folder, line + "undisturbed"))
     done = runs = saving = 0
-    while done < kills:
-        if killed(python(folder, line + f"{runs}"), r.uniform(1, 9)):
+    while not runs or done < kills:
+        process = python(folder, line + f"{runs}")
+        if done < kills and killed(process, r.uniform(1, 9)):
             done += 1
             saving += any(folder.glob(f"{runs}/*.tmp"))
             continue
+        whole(process)
         for name in ("rwkv-0.pth", "rwkv-1.pth", "resume-200.pth"):
             a, b = (plain(folder / run / name) for run in (str(runs), "undisturbed"))
             a.pop("about", None), b.pop("about", None)
@@ -170,7 +172,7 @@ def long():
         (folder / "text.txt").write_text("".join(topics.values()), encoding="utf-8")
         common = "--data_file text.txt --ctx_len 512 --epoch_steps"
         whole(python(folder, f"HERE/train.py {common} 200 --n_layer 2 --n_embd 64 --lr_init 4e-3 --lr_final 4e-4 --grad_cp 0 --proj_dir base"))
-        whole(python(folder, f"HERE/train.py {common} 1000 --load_model base/rwkv-0.pth --train_type infctx --chunk_ctx 64 --lr_init 2e-3 --lr_final 2e-3"))
+        whole(python(folder, f"HERE/train.py {common} 1000 --load_model base/rwkv-0.pth --bone_r 32 --train_type infctx --chunk_ctx 64 --lr_init 2e-3 --lr_final 2e-3"))
         with open(folder / "out" / "loss.csv") as f:
             losses = [float(row["loss"]) for row in csv.DictReader(f)]
         log = (folder / "out" / "train_log.txt").read_text()
