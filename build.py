@@ -137,7 +137,8 @@ def expected_memory(args, device, longest=None):
     """What `build_model` makes on the meta device, and {part: bytes} of what its training takes at the peak, on rows of `longest` tokens."""
     built, (autocast, _), longest, n = build_model(args, torch.device("meta")), precision(args, device), longest or longest_row(args), ranks(args)
     at_once = min(longest, chunk_ctx(args) or longest)
-    earlier = args.accumulate_grad_batches > 1 or at_once < longest or n > 1     # DDP keeps the place of gradients from step to step
+    parts_of_gradients = n if devices.shares(args.strategy, n)[1] else 1
+    earlier = args.accumulate_grad_batches > 1 or at_once < longest or n > parts_of_gradients       # DDP keeps their place from step to step
 
     def outputs(model, tokens):
         idx = torch.zeros(args.micro_bsz, tokens, dtype=torch.int64, device=device)
@@ -151,7 +152,7 @@ def expected_memory(args, device, longest=None):
 
     def parts_of(tokens):
         model, *_ = build_model(args, torch.device("meta"))     # which has other tensors afterwards
-        return memory.expected(model, lambda: outputs(model, tokens), device, earlier, n if devices.shares(args.strategy, n)[1] else 1)
+        return memory.expected(model, lambda: outputs(model, tokens), device, earlier, parts_of_gradients)
 
     few = max(4096, LOGITS // built[0].config.vocab_size) // args.micro_bsz + 1     # from here on memory grows in proportion; to run more takes minutes
     if at_once <= 2 * few:

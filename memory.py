@@ -76,9 +76,13 @@ def expected(model, outputs, device, accumulate=False, shares=1):
             runs.append((*forward, live.peak, live.now))
             model.zero_grad()
     model.blocks = blocks
-    forward, activations, backward, gradients = runs[0]
-    activations, gradients = runs[1][1] - activations, (runs[1][3] - gradients) / shares   # of one block; gradients of earlier micro batches are in both
-    more, larger = len(blocks) - 1, max(activations, gradients)
+    (forward, activations, backward, gradients), (_, both_activations, _, both_gradients) = runs
+    activations, of_block = both_activations - activations, both_gradients - gradients     # of one block; with `accumulate` the first holds the second
+    if shares > 1:      # the others have their parts of the gradients; a block's new ones are there whole, and again in the piece that is sent
+        elsewhere = 1 - 1 / shares
+        forward, backward = forward - accumulate * elsewhere * gradients, backward - elsewhere * gradients + 2 * of_block
+        activations -= accumulate * elsewhere * of_block
+    more, larger = len(blocks) - 1, max(activations, of_block / shares)
     peak = max(forward + more * activations, backward + more * larger)
     return {"weights": weights, "optimizer": 8 * trained, "activations, gradients": more * larger,
             "workspace": peak - more * larger, "program": PROGRAM}

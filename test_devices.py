@@ -317,11 +317,15 @@ def test_what_cannot_be_started_is_refused(monkeypatch):
 def test_a_dry_run_says_what_each_rank_takes(true_memory, capsys):
     said = {}
     for n, strategy in ((1, "ddp"), (2, "ddp"), (2, "deepspeed_stage_1"), (2, "deepspeed_stage_3"), (8, "deepspeed_stage_3")):
-        parts = build.expected_memory(train.parse_args((DEFAULTS + f"--devices {n} --strategy {strategy}").split()), torch.device("cpu"))[1]
-        said[n, strategy] = parts
+        flags = f"--grad_cp 1 --ctx_len 8 --micro_bsz 1 --devices {n} --strategy {strategy}"      # so that there is little beside gradients
+        built, said[n, strategy] = build.expected_memory(train.parse_args((DEFAULTS + flags).split()), torch.device("cpu"))
     one, ddp, zero, two, eight = said.values()
     assert ddp["weights"] == one["weights"] and zero["optimizer"] == ddp["optimizer"] / 2 and zero["weights"] == one["weights"]
     assert two["weights"] == one["weights"] / 2 and eight["weights"] == one["weights"] / 8 and two["gathered weights"] == eight["gathered weights"]
+    gradients = 4 * build.count(built[0])[0]
+    assert sum(ddp.values()) - sum(one.values()) > 0.4 * gradients     # which stay in their place from one step to the next
+    assert two["activations, gradients"] == one["activations, gradients"] / 2 and eight["activations, gradients"] == one["activations, gradients"] / 8
+    assert two["workspace"] - eight["workspace"] == pytest.approx(3 / 8 * (gradients - one["activations, gradients"]), rel=0.01)     # those of the first block, and outside
     run("--devices 2 --strategy deepspeed_stage_3 --dry_run")
     assert "each of 2 ranks, by FSDP2, all weights shared out:\n" in capsys.readouterr().out
 
