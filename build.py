@@ -169,8 +169,7 @@ def expected_memory(args, device, longest=None):
 def check_memory(args, device):
     """What is trained, and the memory that takes: printed with --dry_run, or where it is not there, which is a ValueError before anything
     is loaded. Returns what `build_model` makes on the meta device."""
-    longest = longest_row(args)
-    (model, *_), parts = built, _ = expected_memory(args, device, longest)
+    (model, *_), parts = built, _ = expected_memory(args, device)
     need, here = sum(parts.values()), int(os.environ.get("LOCAL_WORLD_SIZE", args.devices))
     free = memory.available(device) / (here if device.type == "cpu" else 1)
     if args.dry_run or need > free:
@@ -185,6 +184,8 @@ def check_memory(args, device):
                            (f"free on {device.type}: {'it fits' if need <= free else 'too little'}", free)]:
             print(f"{part:<26}{size / 1e9:8.2f} GB")
     if need > free:
+        longest = longest_row(args)
+
         def need_with(name, value):
             with contextlib.suppress(ValueError):  # of a flag that this model cannot take
                 return sum(expected_memory(argparse.Namespace(**vars(args) | {name: value}), device, value if name == "ctx_len" else longest)[1].values())

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from files import STOPPING
+from files import STOPPING, in_words
 from quant import Quantized     # PyTorch's engines are imported where they are used: that takes seconds, which one process need not wait
 
 ENGINES = {"auto": "DDP", "ddp": "DDP", "deepspeed_stage_1": "DDP, Adam's moments shared out (ZeroRedundancyOptimizer)",
@@ -49,7 +49,12 @@ def size():
 
 
 def rank():
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if size() > 1 else 0
+
+
+def started_here():
+    """Whether `python train.py`, on this machine alone, is what started this world."""
+    return size() == 1 or "LAUNCHER" in os.environ and size() == int(os.environ["LOCAL_WORLD_SIZE"])
 
 
 def shares(strategy, n=None):
@@ -82,13 +87,17 @@ class Agreed(ValueError):
 def launch(devices, num_nodes):
     """Run this program once for each device, and end as they end: SystemExit. Of several machines each runs this; MASTER_ADDR, MASTER_PORT and
     NODE_RANK say where the first one is, and which one this is. Signals are passed on. When a rank fails the others are asked to end, too; after
-    a minute they are made to. (torchrun, which does the same, leaves them half a minute for saving, too.)"""
+    a minute, or 5 s after a second Ctrl-C, they are made to. (torchrun, which does the same, leaves them half a minute for saving, too.)"""
     with socket.socket() as s:
         s.bind(("", 0))         # a free port
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])} if num_nodes == 1 else {"MASTER_PORT": "29500"} | os.environ
-    node, ranks, asked, deadline = int(os.environ["NODE_RANK"]) if num_nodes > 1 else 0, [], [], math.inf
+    node, ranks, asked, since, deadline = int(os.environ["NODE_RANK"]) if num_nodes > 1 else 0, [], [], 0, math.inf
 
     def pass_on(number, _):
+        nonlocal deadline, since
+        if asked and number == signal.SIGINT and time.monotonic() - since > 0.2:    # see `unbroken` in resume.py
+            deadline = time.monotonic() + 5
+        since = since if asked else time.monotonic()
         asked.append(number)
         for process in ranks:
             process.send_signal(number)
@@ -96,6 +105,8 @@ def launch(devices, num_nodes):
     for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, pass_on)
+    if num_nodes > 1:
+        print(f"machine {node} of {num_nodes}, counted from 0: waits until all are at {where['MASTER_ADDR']}:{where['MASTER_PORT']}, the first machine's", flush=True)
     for local in range(devices):
         numbers = {"WORLD_SIZE": devices * num_nodes, "RANK": node * devices + local, "LOCAL_WORLD_SIZE": devices, "LOCAL_RANK": local, "LAUNCHER": os.getpid()}
         environment = os.environ | where | {name: str(n) for name, n in numbers.items()}
@@ -107,17 +118,17 @@ def launch(devices, num_nodes):
     while any(process.poll() is None for process in ranks):
         time.sleep(0.1)
         failed = failed or next((process for process in ranks if process.poll()), None)
-        if (failed and not asked or len(asked) > 1) and deadline == math.inf:
+        if failed and not asked and deadline == math.inf:
             deadline = time.monotonic() + 60
-            for process in ranks if failed else ():
+            for process in ranks:
                 process.terminate()
         if time.monotonic() > deadline:
             for process in ranks:
                 process.kill()
     failed = failed or next((process for process in ranks if process.poll()), None)
     if failed and failed.returncode < 0 and not asked:
-        print(f"error: rank {node * devices + ranks.index(failed)} of {devices * num_nodes} was ended by {signal.Signals(-failed.returncode).name}, and the "
-              "others with it; where nobody did that, memory was too small", file=sys.stderr)
+        print(f"\nerror: rank {node * devices + ranks.index(failed)} of {devices * num_nodes} was ended by {signal.Signals(-failed.returncode).name}, and the "
+              "others with it; where nobody did that, and nothing is said above, memory was too small", file=sys.stderr)
     sys.exit(0 if not failed else failed.returncode if failed.returncode > 0 else 128 + asked[0] if asked else 2)
 
 
@@ -136,25 +147,35 @@ def world(device, strategy):
         torch.set_num_threads(max(1, torch.get_num_threads() // on_this_machine))
     if "LAUNCHER" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG: when the launcher is killed, nobody would be left to end this
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
     try:
+        for number in STOPPING:         # nothing is to be saved yet, and a handler would wait until the others are there
+            if callable(handlers[number]):
+                signal.signal(number, signal.SIG_DFL)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         with contextlib.redirect_stdout(open(os.devnull, "w")) if rank() else contextlib.nullcontext():
             yield
         most([0])       # none goes while another one still speaks
         dist.destroy_process_group()
     except Agreed:
-        if rank() == 0:
+        if rank() == 0 or local == 0:       # once on each machine
             raise
         sys.exit(2)
     except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            raise ValueError(f"port {os.environ['MASTER_PORT']} is taken on this machine; set another MASTER_PORT, the same on all machines") from error
         if not isinstance(error, dist.DistError) and not re.search("gloo|nccl|process group", str(error), re.IGNORECASE):
             raise
-        if "LAUNCHER" in os.environ and on_this_machine == size():
+        if started_here():
             time.sleep(1)   # so that the launcher sees the other one's end first, and says it
             sys.exit(2)
         time.sleep(10)      # torchrun ends this one meanwhile, and says why the other ended
         raise ValueError(f"rank {rank()}: the connection to another rank was lost, which has ended, or cannot be reached") from error
     except ValueError as error:
+        if "env://" in str(error):
+            raise ValueError("WORLD_SIZE is set, but not all of RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; unset it, or start the ranks by torchrun") from error
         if rank() == 0:
             raise
         raise ValueError(f"rank {rank()}: {error}") from error
@@ -180,14 +201,29 @@ def leave(main):
 
 @contextlib.contextmanager
 def main_first():
-    """Rank 0 goes through the block before the others do: what it makes, they find, and what it refuses, it alone says. On other machines, too,
-    one goes before the rest."""
+    """Rank 0 goes through the block before the others do: what it makes, they find, and where it refuses something, they need not. On other machines,
+    too, one goes before the rest. What any of them refuses is Agreed by all."""
     turn = 0 if rank() == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
-    for _ in range(turn):
-        most([0])
-    yield
-    for _ in range(2 - turn):
-        most([0])
+    if size() == 1:
+        yield
+        return
+    refused = None
+    for at in range(3):
+        if at == turn:
+            try:
+                yield
+            except (OSError, ValueError) as error:
+                refused = in_words(error)
+        for n, words in enumerate(of_all(refused)):
+            if words:
+                raise Agreed(f"rank {n}: {words}" if n else words)
+
+
+def check_same(what):
+    """Agreed, unless {name: value} is the same on all ranks."""
+    for n, other in enumerate(of_all(what) if size() > 1 else ()):
+        for name in [name for name in what if other[name] != what[name]]:
+            raise Agreed(f"{name} differs: {what[name]} on rank {rank()}, {other[name]} on rank {n}; all need the same")
 
 
 # ---- numbers ------------------------------------------------------------------------------------------------------------------
@@ -207,6 +243,13 @@ def total(numbers):
 def most(numbers):
     """The largest of all ranks, of each of a list of numbers."""
     return reduced(numbers, dist.ReduceOp.MAX)
+
+
+def of_all(what):
+    """A list of what each rank has, objects that pickle holds."""
+    gathered = [None] * size()
+    dist.all_gather_object(gathered, what)
+    return gathered
 
 
 def in_turn(numbers):

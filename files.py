@@ -244,6 +244,10 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; " + (f"did you mean {near[0]}?" if near else f"python {self.prog} --help lists all flags"))
 
 
+def in_words(error):
+    return f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+
+
 def let_go_of_broken_output():
     """What is still to be written to a pipe whose reader is gone goes nowhere from now on, and is no error: the Ctrl-C that ends a program ends
     the `tee` behind it too."""
@@ -269,9 +273,7 @@ def run_cli(main):
         let_go_of_broken_output()
         sys.exit(130)
     except (OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
-        file = getattr(error, "filename", None)
-        text = str(error).partition("\n")[0] if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else str(error)
-        text = f"{file}: {error.strerror}" if file else text
+        text = in_words(error).partition("\n")[0] if isinstance(error, (MemoryError, torch.OutOfMemoryError)) else in_words(error)
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)   # names in a file may hold anything, be of any length
         let_go_of_broken_output()
         print(f"error: {text if len(text) < 1000 else text[:500] + ' ... ' + text[-400:]}", file=sys.stderr)

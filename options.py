@@ -163,6 +163,7 @@ def parse_args(argv=None):
     del args.bone_config
     args.train_parts = [word for part in args.train_parts for word in re.sub("[][,\"']", " ", part).split()]
     unknown, new = sorted({*args.train_parts} - {"time", "ln", "emb", "head"}), not args.load_model
+    started_here = args.num_nodes > 1 and "WORLD_SIZE" not in os.environ and not args.dry_run
     markers = [text for text in args.mask_id.values() if isinstance(text, str) and text]
     for wrong, problem in (
         (not (args.data_file or args.dry_run or args.data_type == "dummy"), "--data_file is missing: give a .jsonl or a binidx prefix, as in --data_file data.jsonl"),
@@ -171,9 +172,11 @@ def parse_args(argv=None):
         (new and args.bone_load, "--bone_load needs the base model it was trained on: add --load_model"),
         (unknown, f"--train_parts {' '.join(unknown)} is unknown: time, ln, emb and head can be trained"),
         (args.loss_mask == "se" and len(markers) < 2, """--mask_id needs two texts, as in --mask_id '{"mask0":"User:","mask1":"Assistant:"}'"""),
-        (args.num_nodes > 1 and "RANK" not in os.environ and not args.dry_run and not (os.environ.get("MASTER_ADDR") and os.environ.get("NODE_RANK", "").isdigit()),
-         f"--num_nodes {args.num_nodes} needs to know where the first machine is, and which one this is: MASTER_ADDR=10.0.0.1 NODE_RANK=0 python train.py ..."),
-        (args.accelerator != "cpu" and 0 < torch.cuda.device_count() < args.devices, f"--devices {args.devices}, but PyTorch sees {torch.cuda.device_count()} GPUs here"),
+        (started_here and not (os.environ.get("MASTER_ADDR") and os.environ.get("NODE_RANK", "") in map(str, range(args.num_nodes))),
+         f"--num_nodes {args.num_nodes} needs to know where the first machine is, and which one this is, from 0 to {args.num_nodes - 1}: "
+         "MASTER_ADDR=10.0.0.1 NODE_RANK=0 python train.py ..."),
+        (started_here and not re.fullmatch("[0-9]{1,5}", os.environ.get("MASTER_PORT", "29500")), f"MASTER_PORT {os.environ.get('MASTER_PORT')} is no port; 29500 is usual"),
+        (not args.dry_run and args.accelerator != "cpu" and 0 < torch.cuda.device_count() < args.devices, f"--devices {args.devices}, but PyTorch sees {torch.cuda.device_count()} GPUs here"),
         (args.accelerator == "gpu" and not torch.cuda.is_available(), "--accelerator gpu, but PyTorch sees no GPU here; use --accelerator cpu or leave it out"),
         (args.wandb and not importlib.util.find_spec("wandb"), "--wandb: wandb is not installed; pip install wandb, or drop --wandb"),
     ):

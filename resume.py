@@ -174,12 +174,14 @@ class Saver:
                     if together:
                         devices.most([0])                   # the others wait: whoever started the ranks ends all when the first one ends
             if not stopped:
+                if self.saved == self.progress.step:
+                    self.log.line(f"the state of step {self.saved} was saved")
                 raise
             if devices.rank():
                 raise end from None
-            last, again = [*states(self.folder, self.first)][-1:], sys.argv + ["--resume"] * ("--resume" not in sys.argv)
-            self.log.line(f"stopped at step {self.progress.step}; " + (f"to go on from step {last[0]}: python {shlex.join(again)}" if last else
-                                                                     "nothing was saved"))
+            last, again = [*states(self.folder, self.first)][-1:], f"python {shlex.join(sys.argv + ['--resume'] * ('--resume' not in sys.argv))}"
+            again = again if devices.started_here() else "the same command, on each machine, with --resume"
+            self.log.line(f"stopped at step {self.progress.step}; " + (f"to go on from step {last[0]}: {again}" if last else "nothing was saved"))
             raise end from None
         finally:
             self.lock.close()
@@ -257,7 +259,8 @@ def load(folder, wanted, begin, steps, micro_batches):
         if state.progress.step > begin * steps(counted):
             return state, counted, steps(counted)
     if wanted == "last":
-        raise ValueError(f"{folder}: holds no resume-N.pth to go on from; drop --resume to begin anew, or give that run's --proj_dir")
+        raise ValueError(f"{folder}: holds no resume-N.pth to go on from; " + ("copy the first machine's folder" if devices.rank() else
+                                                                              "drop --resume to begin anew, or give that run's --proj_dir"))
     return None, micro_batches, steps(micro_batches)
 
 
@@ -371,6 +374,8 @@ def unbroken():
         if number := int(devices.most([caught[0] if caught else 0])[0]):
             if not caught:
                 time.sleep(0.5)     # another rank was told first: what this one is about to be told is not a second time
+            if number not in before:    # which this one has ignored
+                raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
             before[number](number, None)
 
     before = {number: signal.signal(number, handle) for number in STOPPING if callable(signal.getsignal(number))}

@@ -27,6 +27,9 @@ from loss import loss_fn, step, val_loss
 from options import parse_args
 
 
+OF_A_MACHINE = ("load_model", "data_file", "val_file", "bone_load", "proj_dir", "devices")      # flags that may differ; the contents of the files may not
+
+
 # ---- optimizer ---------------------------------------------------------------------------------------------------------------
 
 def make_optimizer(model, lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, layerwise_lr=True, strategy="auto"):
@@ -61,6 +64,8 @@ def describe(args, model, device, plan):
           f"{len(plan.documents):,} documents, {len(plan.documents.tokens):,} tokens; {args.epoch_count} x {plan.steps} steps of "
           f"{args.micro_bsz * plan.N} rows up to {longest_row(args):,} tokens"
           + f", in chunks of {args.chunk_ctx}" * (args.train_type == "infctx"))
+    if args.train_type == "none" and (args.chunk_ctx, args.bptt) != (512, 0):
+        print("note: --chunk_ctx and --bptt do nothing without --train_type infctx")
     if "deepspeed" in args.strategy and devices.size() == 1:
         print(f"note: {args.strategy} shares out what several devices hold; on one, plain PyTorch stands in for it (--dry_run says the memory)")
 
@@ -84,20 +89,22 @@ def update(optimizer, scaler, lr, loss):
 
 def train(args):
     """A whole run: data and model, then epochs of optimizer steps, with logs, held-out losses, checkpoints and states in proj_dir."""
-    started, wanted = devices.size(), args.devices * args.num_nodes
-    if 1 < started != wanted > 1:
-        raise ValueError(f"--devices {args.devices} --num_nodes {args.num_nodes}, but {started} processes were started; leave both out with torchrun")
-    if started < wanted and not args.dry_run:
+    started, wanted = os.environ.get("WORLD_SIZE"), args.devices * args.num_nodes
+    if started and wanted > 1 and int(started) != wanted:
+        raise ValueError(f"--devices {args.devices} --num_nodes {args.num_nodes}, but WORLD_SIZE says {started}; with torchrun leave both out, else unset WORLD_SIZE")
+    if not started and wanted > 1 and not args.dry_run:
         return devices.launch(args.devices, args.num_nodes)
     device = torch.device("cuda" if args.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     if not (args.load_model or args.vocab_size) and (args.data_type or data.kind_of(args.data_file)) not in ("binidx", "jsonl"):
         args.vocab_size = open_documents(args)[0].vocab_size()
-    with devices.world(device, args.strategy):
+    with devices.world(device, args.strategy), contextlib.ExitStack() as held:
+        devices.check_same({f"--{name}": value for name, value in vars(args).items() if name not in OF_A_MACHINE})
         with devices.main_first():
             built = check_memory(args, device)
+            if not (args.dry_run or devices.rank()):
+                held.enter_context(resume.lock(args.proj_dir))
         if not args.dry_run:
-            with contextlib.nullcontext() if devices.rank() else resume.lock(args.proj_dir):
-                run(args, device, built)
+            run(args, device, built)
 
 
 def open_batches(args, vocab_size):
@@ -143,10 +150,9 @@ def settle(args, built):
         plan = prepare(args, built)
         state, first = plan.state, plan.first
         log = None if plan.complete else Log(args, plan.documents.vocabulary, state and state.about["wandb"])
-    where = devices.in_turn([state.progress.step if state else first])
-    for odd in [n for n, step in enumerate(where) if step != where[0]]:
-        raise devices.Agreed(f"{args.proj_dir}: rank {odd} finds the state of step {where[odd]:.0f} there, rank 0 that of {where[0]:.0f}; all need the same folder, "
-                             "or a copy of it")
+    devices.check_same({"the step to go on from in --proj_dir": state.progress.step if state else first,
+                        "the content of --load_model": plan.about["base"], "the content of --data_file": plan.about["data"],
+                        "the content of --bone_load": fingerprint(args.bone_load), "the number of documents in --val_file": len(plan.held_out or ())})
     plan.complete, plan.gone = devices.most([plan.complete, plan.gone])
     if not plan.complete:
         return plan, log
