@@ -129,8 +129,17 @@ def trouble():
                 return losses
             patch.setattr(train, "step", overflowing)
             train.train(train.parse_args(f"{FLAGS} --precision fp16 --strategy {strategy} --proj_dir half_{strategy}".split()))
-    with pytest.raises(devices.Agreed, match="the step to go on from in --proj_dir differs: .* on rank 0"):
-        train.train(train.parse_args(f"{FLAGS} --resume --proj_dir {'bad' if devices.rank() else 'full'}_ddp".split()))
+    if devices.rank():
+        torch.save(tiny(torch.float32) | {"head.weight": torch.ones(300, 64)}, "other.pth")
+    for flags, says in ((("--lr_init 1", "--lr_init 2"), "--lr_init differs: [12].0 on rank [01], [12].0 on rank [01]; all need the same"),
+                        (("", "--load_model nowhere.pth"), "rank 1: nowhere.pth: No such file or directory"),
+                        (("", "--load_model other.pth"), "the content of --load_model differs"), (("", "--data_file held"), "the content of --data_file differs"),
+                        (("--resume --proj_dir full_ddp", "--resume --proj_dir bad_ddp"), "the step to go on from in --proj_dir differs: "),
+                        (("--resume --proj_dir full_ddp", "--resume --proj_dir new"), "rank 1: new: holds no resume-N.pth to go on from; copy the first machine's folder")):
+        with pytest.raises(devices.Agreed, match=says):
+            train.train(train.parse_args(f"{FLAGS} {flags[devices.rank()]}".split()))
+        devices.most([0])
+        assert not os.path.exists("out")
 
 
 # ---- tests --------------------------------------------------------------------------------------------------------------------
@@ -213,6 +222,23 @@ def test_two_machines_train_as_one(whole_documents):
     run("--epoch_steps 0 --micro_bsz 2 --accumulate_grad_batches 2 --random_seed 1 --precision fp32 --proj_dir whole")
     assert column("loss") == pytest.approx(column("loss", "whole"), rel=1e-5) and len(column("loss")) == 3
     assert {*os.listdir("out")} - {"loss.png"} == {*os.listdir("whole")}
+
+
+def test_who_waits_for_another_machine_says_so_and_can_be_stopped(whole_documents):
+    with socket.socket() as s:
+        s.bind(("", 0))
+        line, where = f"{train.__file__} --load_model base.pth {FLAGS} --num_nodes 2", {"MASTER_ADDR": "127.0.0.1", "NODE_RANK": "0", "MASTER_PORT": str(s.getsockname()[1])}
+        taken = subprocess.run([sys.executable, *line.split()], env=os.environ | where, capture_output=True, text=True, timeout=60)
+    assert taken.returncode == 2 and f"error: port {where['MASTER_PORT']} is taken on this machine; set another MASTER_PORT" in taken.stderr
+    process = subprocess.Popen([sys.executable, *line.split()], env=os.environ | where, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    assert process.stdout.readline() == f"machine 0 of 2, counted from 0: waits until all are at 127.0.0.1:{where['MASTER_PORT']}, the first machine's\n"
+    with contextlib.closing(socket.socket()) as s:
+        while s.connect_ex(("127.0.0.1", int(where["MASTER_PORT"]))):      # until it does wait
+            time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said == ("", "")
 
 
 def test_what_torchrun_starts_says_things_once(whole_documents):
@@ -309,6 +335,14 @@ def test_what_cannot_be_started_is_refused(monkeypatch):
         train.parse_args((DEFAULTS.replace("--accelerator cpu", "") + "--devices 2").split())
     with pytest.raises(ValueError, match="--num_nodes 2 needs to know where the first machine is"):
         run("--num_nodes 2")
+    for where, says in ({"NODE_RANK": "2"}, "which one this is, from 0 to 1"), ({"NODE_RANK": "1", "MASTER_PORT": "abc"}, "MASTER_PORT abc is no port"):
+        for name, value in ({"MASTER_ADDR": "127.0.0.1"} | where).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=says):
+            run("--num_nodes 2")
+    monkeypatch.setenv("RANK", "1")
+    run("--epoch_steps 1")                      # a RANK alone makes no world
+    assert os.path.exists("out/rwkv-0.pth")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ValueError, match="--devices 2 --num_nodes 1, but WORLD_SIZE says 4; with torchrun leave both out"):
         run("--devices 2")
