@@ -6,6 +6,8 @@ no memory. One and two blocks are run. Each further block adds its activations, 
 block by block, while gradients come, so that there the larger of the two counts.
 """
 
+import contextlib
+import ctypes
 import pathlib
 import re
 import sys
@@ -104,6 +106,13 @@ def peak(device):
         return psutil.Process().memory_info().peak_wset
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def give_back_freed():
+    """Have the C library give back the memory of a tensor when it is freed. For what comes and goes in pieces of ever other sizes, as FSDP's gathered
+    weights do: in the holes that one leaves the next finds no room. Only where that is glibc; slower, as new memory comes page by page."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)      # M_MMAP_THRESHOLD
 
 
 def reuse_freed():

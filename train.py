@@ -171,9 +171,9 @@ def run(args, device, built):
         return
     plan, log = settled
     state, first, last, N, steps, epochs, paths = plan.state, plan.first, plan.last, plan.N, plan.steps, plan.epochs, plan.paths
-    if device.type == "cpu":
-        memory.reuse_freed()
     shares = devices.shares(args.strategy)
+    if device.type == "cpu":
+        memory.give_back_freed() if shares[2] else memory.reuse_freed()
     model, saved_names, save_dtype = build_shares(args, device) if shares[1] else build_model(args, device)
     optimizer = make_optimizer(model, args.lr_init, (args.beta1, args.beta2), args.adam_eps, args.weight_decay, args.layerwise_lr, args.strategy)
     compute = devices.wrap(model, loss_fn, args.strategy)
