@@ -45,7 +45,8 @@ def engine(strategy):
 
 
 def size():
-    return int(os.environ.get("WORLD_SIZE", 1))
+    started = os.environ.get("WORLD_SIZE", "")      # `train` refuses what is no number
+    return max(1, int(started)) if started.isdecimal() else 1
 
 
 def rank():
@@ -81,7 +82,7 @@ def memory_of_one(parts, model, strategy, n):
 # ---- processes ----------------------------------------------------------------------------------------------------------------
 
 class Agreed(ValueError):
-    """An error that all ranks come to at the same place, so that rank 0 alone says it, and all can still save."""
+    """An error that all ranks come to at the same place, so that the first of each machine says it, and all can still save."""
 
 
 def launch(devices, num_nodes):
@@ -134,7 +135,7 @@ def launch(devices, num_nodes):
 
 @contextlib.contextmanager
 def world(device, strategy):
-    """Around what a rank does. All but rank 0 are silent, but for errors."""
+    """Around what a rank does. All but rank 0 are silent, but for errors that are not Agreed."""
     if size() == 1:
         yield
         return

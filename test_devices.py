@@ -343,6 +343,9 @@ def test_what_cannot_be_started_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     run("--epoch_steps 1")                      # a RANK alone makes no world
     assert os.path.exists("out/rwkv-0.pth")
+    monkeypatch.setenv("WORLD_SIZE", "four")
+    with pytest.raises(ValueError, match="WORLD_SIZE four is no number of processes; unset it"):
+        run("")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ValueError, match="--devices 2 --num_nodes 1, but WORLD_SIZE says 4; with torchrun leave both out"):
         run("--devices 2")

@@ -90,6 +90,8 @@ def update(optimizer, scaler, lr, loss):
 def train(args):
     """A whole run: data and model, then epochs of optimizer steps, with logs, held-out losses, checkpoints and states in proj_dir."""
     started, wanted = os.environ.get("WORLD_SIZE"), args.devices * args.num_nodes
+    if started and not started.isdecimal():
+        raise ValueError(f"WORLD_SIZE {started} is no number of processes; unset it, or start them by torchrun")
     if started and wanted > 1 and int(started) != wanted:
         raise ValueError(f"--devices {args.devices} --num_nodes {args.num_nodes}, but WORLD_SIZE says {started}; with torchrun leave both out, else unset WORLD_SIZE")
     if not started and wanted > 1 and not args.dry_run:
