@@ -1,0 +1,66 @@
+"""A stand-in for a GPU, for tests and counts: `import gpu_standin` makes PyTorch's device "gpu".
+
+What it does is said in gpu_standin.cpp, which is built when this is first imported (half a minute)
+and kept. After the import the device is what torch.accelerator names, so whoever wants the CPU in
+the same process must say so. One need not read this to understand Bone.
+"""
+
+import os
+import pathlib
+import re
+import types
+
+import ninja
+import torch
+from torch.utils import cpp_extension
+
+HERE = pathlib.Path(__file__).parent
+BUSY = ("to the device", "from the device", "synchronizations")  # what the host waits for
+
+
+def _load():
+    os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{ninja.BIN_DIR}"
+    name = "gpu_standin_" + re.sub(r"\W", "_", torch.__version__)  # each release needs its own
+    return cpp_extension.load(name, [str(HERE / "gpu_standin.cpp")], extra_cflags=["-O1"])
+
+
+def _device_module():
+    """What PyTorch asks of the module torch.gpu."""
+    module = types.ModuleType("torch.gpu")
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+    module.is_available = lambda: True
+    module.is_initialized = lambda: True
+    module.is_bf16_supported = lambda *_: True
+    module.device_count = lambda: 1
+    module.current_device = lambda: 0
+    module._is_in_bad_fork = lambda: False
+    module.manual_seed_all = lambda seed: None
+    module.get_rng_state = lambda device=0: torch.get_rng_state()
+    module.set_rng_state = lambda state, device=0: torch.set_rng_state(state)
+    return module
+
+
+torch.utils.rename_privateuse1_backend("gpu")
+_library = _load()
+torch._register_device_module("gpu", _device_module())
+torch.utils.generate_methods_for_privateuse1_backend()
+
+
+def counts() -> dict[str, int]:
+    """Return how often each thing happened since `clear`.
+
+    "launches": operators that would be kernels. "to the device", "from the device": copies that a
+    GPU waits for. "pinned to the device": copies that it need not wait for. "synchronizations":
+    .item(), bool(tensor), nonzero. Beside them each operator under its own name.
+    """
+    return _library.counts()
+
+
+def waits() -> int:
+    """Return how often the host waited for the device since `clear`."""
+    return sum(counts().get(what, 0) for what in BUSY)
+
+
+def clear() -> None:
+    """Set all counts to zero."""
+    _library.clear()
