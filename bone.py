@@ -48,28 +48,33 @@ class Bat(torch.autograd.Function):
     def forward(ctx, x, weight, bone, dtype):
         r = bone.shape[1]
         B = bone.to(dtype)
-        x_b = torch.empty(bone.shape[0], len(x), r, dtype=dtype, device=x.device).copy_(segments(x, r))  # cast and regroup at once
+
+        # z_b = B_b x_b. The copy casts x and regroups it into segments at once.
+        x_b = torch.empty(bone.shape[0], len(x), r, dtype=dtype, device=x.device).copy_(segments(x, r))
         z = torch.empty(x.shape, dtype=dtype, device=x.device)
         torch.bmm(x_b, B.transpose(1, 2), out=segments(z, r))
-        s = z.view(len(x), -1, r).sum(1)
-        # z meets x before x is rounded, and s meets y inside the product's float32 sums: a bone too small to move a bfloat16
-        # number by a step still counts, on average. Added to rounded numbers, it would vanish.
+        s = z.view(len(x), -1, r).sum(1, dtype=dtype)
+
+        # y = W (x + z) + tile(s). z meets x before x is rounded, and s meets y inside the product's
+        # float32 sums: a bone too small to move a bfloat16 number by a step still counts, on average.
+        # Added to rounded numbers, it would vanish.
         y = product(lambda: s.repeat(1, weight.shape[0] // r).addmm_(z.add_(x), dense(weight, dtype).t()))
-        ctx.save_for_backward(x_b, bone)
-        ctx.weight, ctx.x_dtype = weight, x.dtype
+        ctx.save_for_backward(x_b, B)
+        ctx.weight, ctx.dtypes = weight, (x.dtype, bone.dtype)
         return y
 
     @staticmethod
     def backward(ctx, gy):
-        x_b, bone = ctx.saved_tensors
-        r, B = bone.shape[1], bone.to(gy.dtype)
-        gs = gy.view(len(gy), -1, r).sum(1)
+        x_b, B = ctx.saved_tensors
+        r = B.shape[1]
+        gs = gy.view(len(gy), -1, r).sum(1, dtype=gy.dtype)
         gu = gy @ dense(ctx.weight, gy.dtype)
-        gz = segments(gu, r).clone(memory_format=torch.contiguous_format).add_(gs)
+        gz = torch.add(segments(gu, r), gs, out=torch.empty_like(x_b))
         gB = torch.bmm(gz.transpose(1, 2), x_b)
         gx = gu  # W^T gy becomes the gradient of x in its own place
         segments(gx, r).baddbmm_(gz, B)
-        return gx.to(ctx.x_dtype), None, gB.to(bone.dtype), None
+        x_dtype, bone_dtype = ctx.dtypes
+        return gx.to(x_dtype), None, gB.to(bone_dtype), None
 
 
 def weight_shapes(model):
@@ -100,12 +105,14 @@ class BoneLinear(nn.Module):
     def forward(self, x):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
-        if self.mode == "bat":
-            y = Bat.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bone, dtype)
-            return y.view(*x.shape[:-1], -1)
-        x = x.to(dtype)
-        shards = F.pad(x, (0, -x.shape[-1] % self.r)).unflatten(-1, (-1, self.r))
-        return FrozenLinear.apply(x, self.weight) + shards.sum(-2) @ self.bone.to(dtype)
+        # Every dtype below is chosen by hand; no device's own list of operators has a say in it.
+        with torch.autocast(device, enabled=False):
+            if self.mode == "bat":
+                y = Bat.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bone, dtype)
+                return y.view(*x.shape[:-1], -1)
+            x = x.to(dtype)
+            shards = F.pad(x, (0, -x.shape[-1] % self.r)).unflatten(-1, (-1, self.r))
+            return FrozenLinear.apply(x, self.weight) + shards.sum(-2) @ self.bone.to(dtype)
 
 
 def add_bone(model, r, mode="bat"):

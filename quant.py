@@ -26,8 +26,8 @@ NF4 = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495,
     0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
     0.7229568362236023, 1.0])
-PAIRS = torch.cartesian_prod(NF4, NF4)      # (256, 2): the two values that a byte holds
-PIECE = 1 << 20     # numbers handled at once: what is temporary stays in the cache
+PIECE = 1 << 20     # numbers handled at once on a CPU: what is temporary stays in the cache
+GPU_PIECE = 1 << 24  # on a GPU, where a launch costs more than that: most matrices are one piece
 
 
 def quantize_int8(w):
@@ -51,12 +51,29 @@ def quantize_nf4(w):
     return codes[:, ::2] << 4 | codes[:, 1::2], scale
 
 
+_pairs: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+
+def nf4_pairs(device, dtype):
+    """Return a table (256,) of the two values that a byte holds, read as one integer of twice the width of `dtype`.
+
+    It is made once for each device and dtype: copying it there stops a GPU.
+    """
+    if (device, dtype) in _pairs:
+        return _pairs[device, dtype]
+    two_values = torch.cartesian_prod(NF4, NF4).to(device, dtype)
+    pairs = two_values.view({2: torch.int32, 4: torch.int64}[dtype.itemsize])[:, 0]
+    if type(pairs) is torch.Tensor:     # not one of those without data that memory.py counts with
+        _pairs[device, dtype] = pairs
+    return pairs
+
+
 def dequantize_nf4(codes, scale, out):
-    """A byte is looked up as a whole, in a table of 256 pairs of values that are read as one integer of twice the width."""
-    table = PAIRS.to(out.device, out.dtype).view({2: torch.int32, 4: torch.int64}[out.element_size()])[:, 0]
-    n = PIECE // BLOCK
-    for c, s, o in zip(codes.split(n), scale.split(n), out.split(n)):
-        torch.index_select(table, 0, c.view(-1).int(), out=o.view(table.dtype).view(-1))
+    """A byte is looked up as a whole, in a table of pairs of values."""
+    pairs = nf4_pairs(out.device, out.dtype)
+    blocks = (PIECE if out.device.type == "cpu" else GPU_PIECE) // BLOCK
+    for c, s, o in zip(codes.split(blocks), scale.split(blocks), out.split(blocks)):
+        torch.index_select(pairs, 0, c.view(-1).int(), out=o.view(pairs.dtype).view(-1))
         o.mul_(s.to(o.dtype)[:, None])
 
 
@@ -89,7 +106,8 @@ class Quantized(nn.Module):
     def forward(self, x):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype
-        return FrozenLinear.apply(x.to(dtype), self)
+        with torch.autocast(device, enabled=False):
+            return FrozenLinear.apply(x.to(dtype), self)
 
 
 class FrozenLinear(torch.autograd.Function):

@@ -59,7 +59,8 @@ def wkv6(r, k, v, w, u, state=None, impl="auto"):
             y, state = wkv6(r.float(), k.float(), v.float(), w, u, state, impl)
             return y.half(), state
         return torch.ops.wkv6.forward(*(x.contiguous() for x in (r, k, v, w.float(), u.float(), state)))
-    return {"reference": _reference, "chunked": _chunked}[impl](r, k, v, w, u, state)
+    with torch.autocast(device, enabled=False):     # which would do the products of a float32 state in 16 bits
+        return {"reference": _reference, "chunked": _chunked}[impl](r, k, v, w, u, state)
 
 
 def _reference(r, k, v, w, u, state):
