@@ -334,6 +334,20 @@ def silent(B=1, device="cpu"):
     return torch.zeros(B, 1, dtype=torch.int64, device=device), torch.full((B, 1), -100, device=device), torch.zeros(B, 1, device=device)
 
 
+def to_device(batches, device):
+    """Copy batches (idx, targets, mask) of any shapes to `device`, as one piece.
+
+    For a GPU the piece is pinned memory, from which it copies while the host goes on: nobody waits.
+    The masks arrive as int64, like the tokens.
+    """
+    if device.type == "cpu":
+        return batches
+    numbers = torch.cat([x.flatten().long() for batch in batches for x in batch])
+    numbers = numbers.pin_memory().to(device, non_blocking=True)
+    pieces = iter(numbers.split([x.numel() for batch in batches for x in batch]))
+    return [tuple(next(pieces).view(x.shape) for x in batch) for batch in batches]
+
+
 @functools.lru_cache(maxsize=2)  # a batch lies in one epoch or on the border of two
 def _permutation(seed, epoch, n):
     return np.random.default_rng([seed, epoch]).permutation(n)

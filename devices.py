@@ -79,6 +79,18 @@ def memory_of_one(parts, model, strategy, n):
     return parts
 
 
+def find(accelerator: str = "auto") -> torch.device:
+    """Return the device that --accelerator means: `cpu`; or, for `gpu` and `auto`, PyTorch's accelerator.
+
+    That is what torch.accelerator names: CUDA's, ROCm's, Intel's or Apple's; where there is none,
+    the CPU. (options.py refuses `gpu` then.)
+    """
+    found = None
+    if accelerator != "cpu":
+        found = torch.accelerator.current_accelerator(check_available=True)
+    return found or torch.device("cpu")
+
+
 # ---- processes ----------------------------------------------------------------------------------------------------------------
 
 class Agreed(ValueError):
@@ -140,10 +152,10 @@ def world(device, strategy):
         yield
         return
     local, on_this_machine = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size()))
-    if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"rank {rank()}: {on_this_machine} processes were started here, but PyTorch sees {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(local)
+    if device.type != "cpu":
+        if local >= torch.accelerator.device_count():
+            raise ValueError(f"rank {rank()}: {on_this_machine} processes were started here, but PyTorch sees {torch.accelerator.device_count()} GPUs")
+        torch.accelerator.set_device_index(local)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // on_this_machine))
     if "LAUNCHER" in os.environ and sys.platform == "linux":
@@ -153,7 +165,8 @@ def world(device, strategy):
         for number in STOPPING:         # nothing is to be saved yet, and a handler would wait until the others are there
             if callable(handlers[number]):
                 signal.signal(number, signal.SIG_DFL)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
+        engine = f",{device.type}:{dist.get_default_backend_for_device(device)}" if device.type != "cpu" else ""
+        dist.init_process_group(f"cpu:gloo{engine}", timeout=datetime.timedelta(hours=2))
         for number, handler in handlers.items():
             signal.signal(number, handler)
         with contextlib.redirect_stdout(open(os.devnull, "w")) if rank() else contextlib.nullcontext():
@@ -300,7 +313,7 @@ def shard(model, strategy, device):
                 delattr(module, name)
                 module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
     options = {"mesh": init_device_mesh(device.type, (size(),)), "ignored_params": set() if base else {p for p in model.parameters() if not p.requires_grad},
-               "offload_policy": CPUOffloadPolicy() if strategy.endswith("_offload") and device.type == "cuda" else OffloadPolicy()}
+               "offload_policy": CPUOffloadPolicy() if strategy.endswith("_offload") and device.type != "cpu" else OffloadPolicy()}
     for block in model.blocks:
         fully_shard(block, reshard_after_forward=base, **options)      # what is trained is small, and stays from the forward to the backward pass
     fully_shard(model, reshard_after_forward=False, **options)
@@ -336,3 +349,17 @@ def optimizer(groups, strategy, **options):
         from torch.distributed.optim import ZeroRedundancyOptimizer
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
     return torch.optim.AdamW(groups, **options)
+
+
+def step_if_finite(optimizer, number):
+    """Take the optimizer's step if `number`, a tensor (), is finite on all ranks. Nobody waits for the device to know.
+
+    The fused kernel of AdamW looks at `found_inf`, which is there for fp16: where it is 1, weights, moments and step counts keep their bits.
+    """
+    found_inf = (~number.isfinite()).float()
+    if size() > 1:
+        dist.all_reduce(found_inf, dist.ReduceOp.MAX)
+    inner = getattr(optimizer, "optim", optimizer)      # ZeroRedundancyOptimizer's own
+    inner.found_inf = found_inf.to(optimizer.param_groups[0]["params"][0].device)       # the CPU's, with offload
+    optimizer.step()
+    del inner.found_inf

@@ -10,6 +10,7 @@ import torch
 
 import bone
 import data
+import devices
 import rwkv6
 from files import Parser, run_cli, trained_quant
 from quant import FORMATS
@@ -67,7 +68,7 @@ def main():
             raise ValueError(f"--{flag} {getattr(args, flag)} must be {need}")
 
     quant = trained_quant(args.bone or "", args.quant)
-    model = rwkv6.load_model(args.model, device="cuda" if torch.cuda.is_available() else "cpu", quant=quant)
+    model = rwkv6.load_model(args.model, device=devices.find(), quant=quant)
     if args.bone:
         bone.load_bone(model, args.bone)
     vocabulary, characters = data, os.path.join(os.path.dirname(args.model), "vocab.json")

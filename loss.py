@@ -28,6 +28,15 @@ import devices
 LOGITS = 1 << 24    # how many the head makes at once
 
 
+def tokens_per_softmax(tokens_per_product, device):
+    """How many of a product's tokens go through the softmax at once.
+
+    On a CPU an eighth: 8 MB of float32, which stay in the cache. A GPU has no such cache, and
+    pays for each launch: all of them.
+    """
+    return max(1, tokens_per_product // 8) if device.type == "cpu" else tokens_per_product
+
+
 def largest_of_rows(x):
     """x.max(-1, keepdim=True), in a third of the time on a CPU: the block of numbers that holds it first (amax is vectorized, max is not)."""
     blocks = x.unflatten(-1, (-1, math.gcd(x.shape[-1], 256)))
@@ -50,7 +59,7 @@ class HeadLoss(torch.autograd.Function):
         ghead = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         many = max(1, LOGITS // len(head))  # tokens in a product: with fewer, reading W would take longer than multiplying by it
-        few = max(1, many // 8)                # and in what is done in float32: 8 MB, which stay in the cache
+        few = tokens_per_softmax(many, x.device)   # and in what is done in float32
         for start in range(0, len(x), many):
             rows = slice(start, start + many)
             x_rows = x[rows].to(dtype)
@@ -96,7 +105,8 @@ def loss_fn(model, idx, targets, mask, tokens=None, positions=None, state=None):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.head.weight.dtype
         l2 = real.to(x.dtype) * (1e-4 * tokens / positions)     # the sum is divided only below, so that fp16 can hold its gradient
-        loss = HeadLoss.apply(x.flatten(0, 1), model.head.weight, targets.clamp(min=0), mask.to(x.dtype), l2, dtype) / tokens
+        with torch.autocast(device, enabled=False):     # HeadLoss chooses its dtypes itself
+            loss = HeadLoss.apply(x.flatten(0, 1), model.head.weight, targets.clamp(min=0), mask.to(x.dtype), l2, dtype) / tokens
     return loss if alone else (loss, state)
 
 
@@ -119,7 +129,8 @@ def apart(state, requires_grad=False):
 def backward(model, compute, batch, tokens, positions, autocast, scaler=None, chunk_ctx=0, bptt=0, last=True):
     """Forward and backward of a micro batch, as the head of this file describes it; gradients are added to those of the parameters. Returns its
     loss, as loss_fn counts it. compute: loss_fn of the model, perhaps by an engine that adds up the gradients of all ranks (devices.py), which
-    happens in the `last` micro batch; scaler: of fp16; chunk_ctx: tokens in a chunk, 0: all; bptt: chunks the gradient flows through, 0: all."""
+    happens in the `last` micro batch; scaler: of fp16; chunk_ctx: tokens in a chunk, 0: all; bptt: chunks the gradient flows through, 0: all.
+    The loss is a tensor (): nothing here waits for the device."""
     chunks, state, loss = split(batch, chunk_ctx), model.empty_state(), 0.0
     bptt = bptt or len(chunks)
     for first in range(0, len(chunks), bptt):
@@ -141,35 +152,54 @@ def backward(model, compute, batch, tokens, positions, autocast, scaler=None, ch
                 scaled = value * devices.size()     # the engines take the mean over ranks
                 torch.autograd.backward([scaler.scale(scaled) if scaler else scaled, *(x for x, _ in ends)], [None, *(g for _, g in ends)])
             gradients = [x.grad for x in tensors(before)]
-            loss += value.item()
+            loss = loss + value.detach()
             del before, value, scaled, ends
     return loss
 
 
-def step(model, micro, autocast, scaler=None, chunk_ctx=0, bptt=0, compute=None):
-    """Forward and backward of an optimizer step's micro batches. Returns the loss of each; their sum is the mean over all counting tokens.
-    Of several ranks, each gives its own micro batches, as many as the others; rank k's are number k, k + size, ... of what is returned."""
-    counts = [sum(mask.sum().item() for _, _, mask in micro), sum((targets >= 0).sum().item() for _, targets, _ in micro)]
-    tokens, positions = devices.total(counts)
+def count_tokens(micro):
+    """Tokens that count in the loss, and positions that are no padding, in these micro batches of all ranks.
+
+    To be asked while the batches are on the CPU: the sums of a GPU's tensors would be waited for.
+    """
+    tokens = sum(mask.sum().item() for _, _, mask in micro)
+    positions = sum((targets >= 0).sum().item() for _, targets, _ in micro)
+    return devices.total([tokens, positions])
+
+
+def step(model, micro, autocast, scaler=None, chunk_ctx=0, bptt=0, *, compute=None, counts=None):
+    """Forward and backward of an optimizer step's micro batches; gradients are added up.
+
+    micro: [(idx, targets, mask)], of several ranks those of this one, as many as the others have.
+    counts: what `count_tokens` says of them, where that is known already.
+    Returns the loss of each micro batch, tensors () on the device; over all ranks, their sum is the
+    mean over all tokens that count.
+    """
+    tokens, positions = counts or count_tokens(micro)
     compute = compute or functools.partial(loss_fn, model)
-    return devices.in_turn([backward(model, compute, batch, tokens, positions, autocast, scaler, chunk_ctx, bptt, last=n == len(micro))
-                            for n, batch in enumerate(micro, 1)])
+    losses = []
+    for number, batch in enumerate(micro, 1):
+        last = number == len(micro)
+        losses.append(backward(model, compute, batch, tokens, positions, autocast, scaler, chunk_ctx, bptt, last))
+    return losses
 
 
 @torch.no_grad()
-def val_loss(model, documents, micro_bsz, ctx_len, loss_mask, autocast, cut=True, chunk_ctx=0, device="cpu", check=lambda: None):
+def val_loss(model, documents, micro_bsz, ctx_len, loss_mask, autocast, cut=True, chunk_ctx=0, device=torch.device("cpu"), check=lambda: None):
     """Mean loss over the counting tokens of all documents, each seen once, by one of the ranks. check: called after each micro batch."""
-    total = tokens = 0.0
+    losses, tokens = [], 0.0
     for start in range(0, len(documents), micro_bsz * devices.size()):
         start += micro_bsz * devices.rank()
         rows = [documents[i] for i in range(start, min(start + micro_bsz, len(documents)))]
         batch = data.collate(rows, ctx_len, loss_mask, cut) if rows else data.silent()
-        state = model.empty_state()
-        for chunk in split([x.to(device) for x in batch], chunk_ctx):
-            with autocast:
-                value, state = loss_fn(model, *chunk, tokens=1, state=state)
-            total += value.item()
         tokens += batch[2].sum().item()
+        [batch] = data.to_device([batch], device)
+        state = model.empty_state()
+        for chunk in split(batch, chunk_ctx):
+            with autocast:
+                value, state = loss_fn(model, *chunk, tokens=1, positions=1, state=state)
+            losses.append(value)
         check()
+    total = sum(torch.stack(losses).tolist()) if losses else 0.0    # the only wait for the device
     total, tokens = devices.total([total, tokens])
     return total / max(tokens, 1.0)

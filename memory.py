@@ -92,13 +92,16 @@ def expected(model, outputs, device, accumulate=False, shares=1):
 
 def available(device):
     """Bytes that are free on a device; on a CPU, what the system can give without swapping."""
-    return torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    torch.empty(1, device=device)       # what the driver takes for this process is gone from here on
+    return torch.accelerator.get_memory_info()[0]
 
 
 def peak(device):
     """Bytes at the peak so far, of the GPU's tensors or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated()
     if sys.platform == "linux":
         status = pathlib.Path("/proc/self/status").read_text()     # getrusage, below, would count the program that started this one too
         return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024

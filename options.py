@@ -176,8 +176,10 @@ def parse_args(argv=None):
          f"--num_nodes {args.num_nodes} needs to know where the first machine is, and which one this is, from 0 to {args.num_nodes - 1}: "
          "MASTER_ADDR=10.0.0.1 NODE_RANK=0 python train.py ..."),
         (started_here and not re.fullmatch("[0-9]{1,5}", os.environ.get("MASTER_PORT", "29500")), f"MASTER_PORT {os.environ.get('MASTER_PORT')} is no port; 29500 is usual"),
-        (not args.dry_run and args.accelerator != "cpu" and 0 < torch.cuda.device_count() < args.devices, f"--devices {args.devices}, but PyTorch sees {torch.cuda.device_count()} GPUs here"),
-        (args.accelerator == "gpu" and not torch.cuda.is_available(), "--accelerator gpu, but PyTorch sees no GPU here; use --accelerator cpu or leave it out"),
+        (not args.dry_run and args.accelerator != "cpu" and 0 < torch.accelerator.device_count() < args.devices,
+         f"--devices {args.devices}, but PyTorch sees {torch.accelerator.device_count()} GPUs here"),
+        (args.accelerator == "gpu" and not torch.accelerator.is_available(),
+         "--accelerator gpu, but PyTorch sees no GPU here; use --accelerator cpu or leave it out"),
         (args.wandb and not importlib.util.find_spec("wandb"), "--wandb: wandb is not installed; pip install wandb, or drop --wandb"),
     ):
         if wrong:

@@ -4,7 +4,7 @@ proj_dir/resume-N.pth is the state after N optimizer steps, a dict of tensors as
 
     weights.NAME                                 what a checkpoint holds, the trained parameters in float32, whole, on however many devices
     step.NAME, exp_avg.NAME, exp_avg_sq.NAME     Adam's, of each trained parameter
-    rng, rng_cuda                                PyTorch's random state, of the CPU and, where there is one, the GPU
+    rng                                          PyTorch's random state
     about                                        the rest, as JSON in bytes (uint8): Progress, gradient scaler, command line, fingerprints
 
 A batch is a function of (seed, step), so the step says where in the data the run is. A step has the same micro batches on any number of devices.
@@ -133,7 +133,7 @@ class Saver:
 
     def save_state(self, keep=None):
         about = self.about | {"progress": dataclasses.asdict(self.progress), "scaler": self.scaler.state_dict()}
-        rest = {"rng": torch.get_rng_state()} | ({"rng_cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
+        rest = {"rng": torch.get_rng_state()}
         rest[ABOUT] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
         weights, adam, dealt = {f"weights.{name}": p.detach() for name, p in self.weights.items()}, self.optimizer.state, self.shares == (True, False, False)
         moments = {}
@@ -225,19 +225,17 @@ class State:
         if any(name.startswith("exp_avg.") for name in tensors):  # there are none before the first step that was taken
             expected |= {f"{key}.{name}": (weights[name].shape, weights[name].dtype) for name in trained for key in ("exp_avg", "exp_avg_sq")}
             expected |= {f"step.{name}": (torch.Size(), torch.float32) for name in trained}
-        rng_cuda = tensors.pop("rng_cuda", None)
+        tensors.pop("rng_cuda", None)   # of earlier versions; nothing random happens on a GPU
         for name in sorted(expected.keys() ^ tensors.keys()):
             raise ValueError(f"{self.path}: {name} {'is missing' if name in expected else 'has no place in this run'}; it was saved by a run with other parameters")
         for name, tensor in tensors.items():
-            least = {"step": 1, "exp_avg_sq": 0}.get(name.partition(".")[0], -math.inf)
+            least = {"step": 0, "exp_avg_sq": 0}.get(name.partition(".")[0], -math.inf)
             if (tensor.shape, tensor.dtype) != expected[name] or not all_finite(tensor) or tensor.min() < least:
                 raise ValueError(f"{self.path}: {name} is {tuple(tensor.shape)}, {tensor.dtype}; {expected[name]} of finite numbers from {least} on are needed")
             release(tensor)
         try:
             scaler.load_state_dict(self.about["scaler"])
             torch.set_rng_state(tensors["rng"].clone())
-            if rng_cuda is not None and torch.cuda.is_initialized():
-                torch.cuda.set_rng_state(rng_cuda.clone())
         except (KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"{self.path}: its gradient scaler or random state cannot be ({str(error).partition(chr(10))[0]}); move it away") from error
         for name, p in weights.items():

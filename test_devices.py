@@ -75,6 +75,7 @@ def compare(flags, documents, passes, **chunks):
         compute.register_comm_hook(None, lambda state, bucket: reduced.append(bucket) or allreduce_hook(state, bucket))
     mine = batches[devices.rank()::n]
     found = train.step(model, mine + [data.silent()] * (passes - len(mine)), contextlib.nullcontext(), **chunks, compute=compute)
+    found = devices.in_turn([value.item() for value in found])
     assert len(found) == n * passes and found[n * passes - 1] == 0       # the last rank has one micro batch less
     assert len(reduced) == isinstance(compute, DistributedDataParallel)      # all gradients at once, when a step's last one is there
     shared = {name: p for name, p in model.named_parameters() if devices.is_shared(p)}
@@ -118,11 +119,11 @@ def trouble():
             patch.setattr(resume, "save_stream", full)
             train.train(train.parse_args(f"{FLAGS} --strategy {strategy} --save_steps 1 --keep 9 --proj_dir full_{strategy}".split()))
         with pytest.MonkeyPatch.context() as patch, pytest.raises(devices.Agreed, match="10 steps in a row"):
-            patch.setattr(train, "step", lambda *arguments: [value * math.nan for value in loss.step(*arguments)])
+            patch.setattr(train, "step", lambda *arguments, **options: [value * math.nan for value in loss.step(*arguments, **options)])
             train.train(train.parse_args(f"{FLAGS} --strategy {strategy} --epoch_count 9 --proj_dir bad_{strategy}".split()))
         with pytest.MonkeyPatch.context() as patch:
-            def overflowing(model, *arguments, steps=itertools.count(1)):
-                losses, shared = loss.step(model, *arguments), devices.shares(strategy)[1]
+            def overflowing(model, *arguments, steps=itertools.count(1), **options):
+                losses, shared = loss.step(model, *arguments, **options), devices.shares(strategy)[1]
                 if next(steps) == 2 and (devices.rank() == 1 or not shared):
                     grad = next(p.grad for p in model.parameters() if p.requires_grad)
                     (grad.to_local() if shared else grad).view(-1)[0] = math.inf
@@ -291,11 +292,11 @@ def test_an_error_of_one_rank_ends_all_and_is_said_once(whole_documents):
 sys.path.insert(0, {os.path.dirname(train.__file__)!r})
 import devices, files, train
 
-def step(*arguments, plain=train.step, steps=[]):
+def step(*arguments, plain=train.step, steps=[], **options):
     steps.append(0)
     if devices.rank() == 1 and len(steps) == 9:
         raise ValueError("this rank alone has met it")
-    return plain(*arguments)
+    return plain(*arguments, **options)
 
 train.step = step
 devices.leave(lambda: files.run_cli(lambda: train.train(train.parse_args())))
@@ -330,7 +331,7 @@ def test_what_is_wrong_is_said_once(whole_documents, flags, says):
 
 
 def test_what_cannot_be_started_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="--devices 2, but PyTorch sees 1 GPUs here"):
         train.parse_args((DEFAULTS.replace("--accelerator cpu", "") + "--devices 2").split())
     with pytest.raises(ValueError, match="--num_nodes 2 needs to know where the first machine is"):

@@ -30,9 +30,9 @@ from test_train import base_file, column, counting, folder, read, run, tiny  # n
 
 def at_steps(monkeypatch, actions):
     """Before the optimizer step of a number in `actions`, counted from 0, its action happens."""
-    def step(*arguments, plain=train.step, steps=itertools.count()):
+    def step(*arguments, plain=train.step, steps=itertools.count(), **options):
         actions.get(next(steps), lambda: None)()
-        return plain(*arguments)
+        return plain(*arguments, **options)
     monkeypatch.setattr(train, "step", step)
 
 
@@ -172,8 +172,8 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights_and_its_documents_a
 
 def spoiled_steps(monkeypatch, bad, loss=0.0, grad=math.nan):
     """To the loss of steps whose number is in `bad`, and to one number of the gradient, this is added."""
-    def step(model, *rest, plain=train.step, steps=itertools.count()):
-        losses = plain(model, *rest)
+    def step(model, *rest, plain=train.step, steps=itertools.count(), **options):
+        losses = plain(model, *rest, **options)
         if next(steps) in bad:
             model.blocks[0].ln1.bias.grad[1] += grad
             losses[0] += loss

@@ -19,7 +19,7 @@ from test_train import arguments, base_file, column, counting, folder, run, true
 def gradients(model, batch, **chunks):
     """Loss and {name: gradient} of a micro batch."""
     model.zero_grad()
-    value = sum(train.step(model, [batch], contextlib.nullcontext(), **chunks))
+    value = sum(train.step(model, [batch], contextlib.nullcontext(), **chunks)).item()
     return value, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -49,7 +49,7 @@ def test_four_micro_batches_of_one_row_are_one_of_four(loss_mask):
     documents, losses, grads = [data.Binidx("x")[i] for i in (1, 3, 5, 7)], [], []      # 32, 8, 29 and 11 tokens count
     for rows in ([documents], [[document] for document in documents]):
         model.zero_grad()
-        losses.append(sum(train.step(model, [data.collate(row, 32, loss_mask) for row in rows], contextlib.nullcontext())))
+        losses.append(sum(train.step(model, [data.collate(row, 32, loss_mask) for row in rows], contextlib.nullcontext())).item())
         grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert all((grad - grads[1][name]).norm() <= 1e-5 * grad.norm() for name, grad in grads[0].items())

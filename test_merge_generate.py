@@ -273,7 +273,7 @@ def say(monkeypatch, capsys):
     """generate.py in this process: flags -> what it prints."""
     def main(flags):
         monkeypatch.setattr(sys, "argv", ["generate.py", *shlex.split(flags)])
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
         generate.main()
         return capsys.readouterr().out
     return main

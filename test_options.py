@@ -59,7 +59,7 @@ def test_the_tutorial_s_command_trains_word_for_word_but_for_the_size(world, cap
 
 
 def test_the_tutorial_s_gpu_is_asked_for_only_where_there_is_one(world, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert "--accelerator cpu or leave it out" in refused(capsys, lambda: train.parse_args(shlex.split(TUTORIAL)))
 
 
@@ -297,8 +297,8 @@ def test_fp16_scales_the_gradient_and_leaves_out_a_step_that_overflows(monkeypat
     assert column("loss", "half") == pytest.approx(column("loss", "whole"), rel=1e-3)
     scales, before = [], []
 
-    def step(model, micro, autocast, scaler, *rest, plain=train.step):
-        loss = plain(model, micro, autocast, scaler, *rest)
+    def step(model, micro, autocast, scaler, *rest, plain=train.step, **options):
+        loss = plain(model, micro, autocast, scaler, *rest, **options)
         scales.append(scaler.get_scale())
         before.append(model.blocks[0].ln1.bias.clone())
         if len(scales) == 2:
@@ -342,8 +342,8 @@ def test_a_gradient_in_fp16_is_that_of_fp32():
 
 
 def test_a_run_whose_every_step_overflows_is_no_success(monkeypatch, capsys):
-    def step(model, *rest, plain=train.step):
-        loss = plain(model, *rest)
+    def step(model, *rest, plain=train.step, **options):
+        loss = plain(model, *rest, **options)
         model.blocks[1].ln1.bias.grad[3] = math.inf
         return loss
     monkeypatch.setattr(train, "step", step)

@@ -30,11 +30,11 @@ class Killed(BaseException):
 
 def kill_at(monkeypatch, when):
     """The run ends, as if killed, before the optimizer steps whose number is in `when`."""
-    def step(*arguments, plain=train.step, done=[-1]):
+    def step(*arguments, plain=train.step, done=[-1], **options):
         done[0] += 1
         if done[0] in when:
             raise Killed
-        return plain(*arguments)
+        return plain(*arguments, **options)
     monkeypatch.setattr(train, "step", step)
     monkeypatch.setattr(resume.Saver, "rescue", contextlib.nullcontext)
 
@@ -189,9 +189,9 @@ def test_the_order_of_train_parts_is_none():
 
 def test_the_random_state_goes_on_too(monkeypatch):
     drawn = []
-    def step(*arguments, plain=train.step):
+    def step(*arguments, plain=train.step, **options):
         drawn.append(torch.rand(1).item())
-        return plain(*arguments)
+        return plain(*arguments, **options)
     monkeypatch.setattr(train, "step", step)
     run("--epoch_steps 4 --proj_dir whole")
     with monkeypatch.context() as patch:
@@ -302,10 +302,10 @@ def test_a_real_process_is_stopped_and_goes_on(handlers):
 
 
 def test_whatever_ends_a_run_its_steps_are_saved(monkeypatch, capsys):
-    def step(*arguments, plain=train.step, steps=itertools.count(1)):
+    def step(*arguments, plain=train.step, steps=itertools.count(1), **options):
         if next(steps) == 2:
             raise torch.OutOfMemoryError("no memory")
-        return plain(*arguments)
+        return plain(*arguments, **options)
     monkeypatch.setattr(train, "step", step)
     assert refused_at_the_end(capsys, lambda: run("--epoch_steps 4")) == "no memory\n" and [*resume.states("out")] == [1]
     run("--epoch_steps 4 --resume")

@@ -361,7 +361,7 @@ def test_what_cannot_work_is_refused_in_one_line_that_names_it(monkeypatch, caps
         return {path: path.read_bytes() for path in pathlib.Path().rglob("*") if path.is_file()}
     prepare and prepare()
     before = contents()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(SystemExit) as end:
         files.run_cli(lambda: run(flags))
     error = capsys.readouterr().err

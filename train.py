@@ -23,7 +23,7 @@ import resume
 from build import build_model, build_shares, check_memory, chunk_ctx, count, longest_row, open_documents, precision
 from files import fingerprint, run_cli
 from log import Log, draw
-from loss import loss_fn, step, val_loss
+from loss import count_tokens, loss_fn, step, val_loss
 from options import parse_args
 
 
@@ -71,18 +71,22 @@ def describe(args, model, device, plan):
 
 
 def update(optimizer, scaler, lr, loss):
-    """A step of the optimizer, on gradients clipped to a norm of 1. Returns what that norm was, and whether it is a mere overflow of fp16.
-    Where the norm, or the loss, is not finite, nothing is changed but the scale of fp16, which is halved."""
-    scale = scaler.get_scale()
+    """Take a step of the optimizer, on gradients clipped to a norm of 1, if loss and norm are finite.
+
+    loss: tensor (), this rank's. Returns the norm and the scale of fp16 that the gradients had,
+    tensors () on the device, which nothing here waits for. A step that is not taken changes nothing
+    but that scale, which is halved.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+    scale = scaler.scale(torch.ones_like(loss))
     scaler.unscale_(optimizer)
-    norm = devices.whole(nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)).item()
-    if math.isfinite(loss + norm):
-        scaler.step(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = devices.whole(nn.utils.clip_grad_norm_(parameters, 1.0)).to(loss.device)
+    devices.step_if_finite(optimizer, loss + norm)
     scaler.update()
     optimizer.zero_grad()
-    return norm, scale > 1 and math.isfinite(loss) and not math.isfinite(norm)
+    return norm, scale
 
 
 # ---- the loop -----------------------------------------------------------------------------------------------------------------
@@ -94,9 +98,9 @@ def train(args):
         raise ValueError(f"WORLD_SIZE {started} is no number of processes; unset it, or start them by torchrun")
     if started and wanted > 1 and int(started) != wanted:
         raise ValueError(f"--devices {args.devices} --num_nodes {args.num_nodes}, but WORLD_SIZE says {started}; with torchrun leave both out, else unset WORLD_SIZE")
+    device = devices.find(args.accelerator)
     if not started and wanted > 1 and not args.dry_run:
         return devices.launch(args.devices, args.num_nodes)
-    device = torch.device("cuda" if args.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     if not (args.load_model or args.vocab_size) and (args.data_type or data.kind_of(args.data_file)) not in ("binidx", "jsonl"):
         args.vocab_size = open_documents(args)[0].vocab_size()
     with devices.world(device, args.strategy), contextlib.ExitStack() as held:
@@ -189,6 +193,12 @@ def run(args, device, built):
     mine = range(devices.rank(), N, devices.size())                                     # this rank's micro batches of a step,
     silent = [data.silent()] * (len(range(0, N, devices.size())) - len(mine))           # and what stands for one that only others have
 
+    def step_data(i):
+        """This rank's micro batches of step i, on the device; the counts of all ranks' ones; and their size in tokens."""
+        micro = [plan.micro_batch(i * N + n) for n in mine] + silent
+        tokens = devices.total([sum(idx.numel() for idx, _, _ in micro)])[0]
+        return data.to_device(micro, device), count_tokens(micro), tokens
+
     describe(args, built[0], device, plan)
     log.open(progress, bool(state))
     if state:
@@ -203,21 +213,30 @@ def run(args, device, built):
     with saver.rescue(), resume.unbroken() as check:
         for epoch in range((progress.step - bool(progress.losses)) // steps, epochs.stop):
             with tqdm(total=steps, initial=progress.step - epoch * steps, desc=f"epoch {epoch}", unit="step", dynamic_ncols=True, disable=devices.rank() > 0) as bar:
+                prepared = step_data(progress.step)
                 while (i := progress.step) < (epoch + 1) * steps:
                     started = time.perf_counter()
                     lr = learning_rate(i, first, args.epoch_count * steps, args.lr_init, args.lr_final, args.warmup_steps)
-                    micro = [[x.to(device) for x in batch] for batch in [plan.micro_batch(i * N + n) for n in mine] + silent]
-                    losses = step(model, micro, autocast, scaler, chunk_ctx(args), args.bptt, compute)[:N]
-                    loss = sum(losses)
+                    micro, counts, tokens = prepared
+                    losses = step(model, micro, autocast, scaler, chunk_ctx(args), args.bptt, compute=compute, counts=counts)
+                    # While a GPU is still at it, the host prepares the next step.
+                    if i + 1 < (epoch + 1) * steps:
+                        prepared = step_data(i + 1)
+
                     with saver.changing():
-                        norm, overflow = update(optimizer, scaler, lr, loss)
+                        norm, scale = update(optimizer, scaler, lr, sum(losses))
+                        # The step's only wait for the device.
+                        *losses, norm, scale = torch.stack([*losses, norm, scale]).tolist()
+                        losses = devices.in_turn(losses)[:N]
+                        loss = sum(losses)
+                        overflow = scale > 1 and math.isfinite(loss) and not math.isfinite(norm)
                         progress.count(loss, norm, overflow)
                     log.point(i, loss=loss, lr=lr)
                     if progress.bad_in_a_row:
                         log.line(f"step {i} left out: loss {loss}, gradient norm {norm}; {data.suspects(plan.documents, losses, i * N, plan.rows)}")
                         progress.check()
                     check()
-                    speed = devices.total([sum(idx.numel() for idx, _, _ in micro)])[0] / (time.perf_counter() - started)
+                    speed = tokens / (time.perf_counter() - started)
                     bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s, {memory.peak(device) / 1e9:.1f} GB")
                     bar.update()
                     if args.save_steps and progress.step % args.save_steps == 0 and progress.step < (epoch + 1) * steps:
