@@ -1,0 +1,291 @@
+"""The rehearsal: train.py, resuming, held-out loss and generate.py, whole, on a stand-in for a GPU.
+
+gpu_standin.py makes that device. It refuses what a GPU refuses, its autocast is CUDA's, and it
+counts what a GPU would wait for. It lives in a process of its own: where it is, it is what
+torch.accelerator names, which other tests must not see.
+"""
+
+import concurrent.futures
+import contextlib
+import csv
+import io
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+import sys
+
+import pytest
+import torch
+
+import data
+import rwkv6
+from test_train import counting
+
+if sys.platform == "win32" or not shutil.which(os.environ.get("CXX", "c++")):
+    pytest.skip("no C++ compiler to build the stand-in with", allow_module_level=True)
+
+HERE = pathlib.Path(__file__).parent
+LR = 2e-3
+FLAGS = f"--data_file x --ctx_len 32 --micro_bsz 2 --epoch_steps 4 --lr_init {LR} --lr_final {LR}"
+BASE = "--load_model base.pth --bone_r 16"
+
+
+# ---- what runs in the process of the stand-in --------------------------------------------------
+
+
+def start():
+    """Begin the process."""
+    import gpu_standin  # noqa: F401: makes the device
+
+    torch.set_num_threads(1)
+
+
+def copies_and_waits():
+    """How often something was copied to or from the device, or waited for."""
+    import gpu_standin
+
+    return gpu_standin.waits() + gpu_standin.counts().get("pinned to the device", 0)
+
+
+def train_here(folder, flags, true_memory=False):
+    """Run train.py in this process.
+
+    true_memory: whether it looks for free memory, which takes longer than the training.
+    Returns its output, and the copies and waits of each step but the last.
+    """
+    import memory
+    import train
+
+    os.chdir(folder)
+    marks, plain, output = [], train.step, io.StringIO()
+
+    def step(*arguments, **options):
+        marks.append(copies_and_waits())
+        return plain(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        patch.setattr(train, "step", step)
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        if not true_memory:
+            patch.setattr(
+                memory, "expected", lambda *_: {"weights": 0, "optimizer": 0, "workspace": 0}
+            )
+        train.train(train.parse_args(flags.split()))
+    return output.getvalue(), [after - before for before, after in zip(marks, marks[1:])]
+
+
+def generate_here(folder, flags, accelerator):
+    """Run generate.py in this process; returns its output."""
+    import devices
+    import generate
+
+    os.chdir(folder)
+    output, find = io.StringIO(), devices.find
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        patch.setattr(devices, "find", lambda: find(accelerator))
+        patch.setattr(sys, "argv", ["generate.py", *flags.split()])
+        generate.main()
+    return output.getvalue()
+
+
+# ---- the tests' own process --------------------------------------------------------------------
+
+
+def process():
+    """A process in which there is a GPU, as an executor."""
+    context = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(1, context, initializer=start)
+
+
+@pytest.fixture(scope="module")
+def standin():
+    with process() as executor:
+        yield executor
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A folder with the data sets x and held, in which the test stands."""
+    monkeypatch.chdir(tmp_path)
+    data.write_binidx("x", counting([20, 33, 40, 9, 25, 30, 33, 12, 28, 33, 31, 18]))
+    data.write_binidx("held", counting([30, 12, 40]))
+    return tmp_path
+
+
+def write_base(path="base.pth", **options):
+    torch.manual_seed(0)
+    model = rwkv6.init_model(2, 64, 300, head_size=32, **options)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    torch.save(
+        {name: (w + 0.05 * torch.randn_like(w)).bfloat16() for name, w in weights.items()}, path
+    )
+
+
+def losses(folder):
+    """All losses of a run, of its steps and held-out ones, in the order in which they came."""
+    with open(f"{folder}/loss.csv", encoding="utf-8") as f:
+        return torch.tensor([float(row["loss"] or row["val_loss"]) for row in csv.DictReader(f)])
+
+
+def weights(folder, step=4):
+    """All trained weights after a step, in float32, as one tensor."""
+    state = torch.load(f"{folder}/resume-{step}.pth")
+    return torch.cat([x.flatten() for name, x in state.items() if name.startswith("weights.")])
+
+
+# How far a run may be from that on the CPU, by the rounding of its precision: its losses, as a part
+# of them, and its weights, in the mean, as a part of a step of Adam (about the learning rate).
+BF16, FP16, FP32 = (2e-3, 0.2), (1e-4, 0.05), (1e-6, 3e-4)
+# {a mode of training: (options of the base, None for none; flags; precision)}
+MODES = {
+    "bat, bf16": ({}, BASE, BF16),
+    "bat, fp16": ({}, f"{BASE} --precision fp16", FP16),
+    "bat, fp32": ({}, f"{BASE} --precision fp32", FP32),
+    "bat, int8": ({}, f"{BASE} --quant int8", BF16),
+    "bat, nf4": ({}, f"{BASE} --quant nf4", BF16),
+    "bat, nf4, fp16": ({}, f"{BASE} --quant nf4 --precision fp16", FP16),
+    "bat, nf4, fp32": ({}, f"{BASE} --quant nf4 --precision fp32", FP32),
+    "bone, bf16": ({}, f"{BASE} --bone_mode bone", BF16),
+    "bone, fp16, int8": ({}, f"{BASE} --bone_mode bone --precision fp16 --quant int8", FP16),
+    "bone, fp32, nf4": ({}, f"{BASE} --bone_mode bone --precision fp32 --quant nf4", FP32),
+    "x052, bf16": ({"version": "x052"}, BASE, BF16),
+    "x052, fp32, nf4": ({"version": "x052"}, f"{BASE} --precision fp32 --quant nf4", FP32),
+    "pre_ffn": ({"pre_ffn": True}, BASE, BF16),
+    "head_qk": ({"head_qk": 16}, BASE, BF16),
+    "infctx, bf16": ({}, f"{BASE} --train_type infctx --chunk_ctx 12", BF16),
+    "infctx, fp32, bptt": (
+        {},
+        f"{BASE} --train_type infctx --chunk_ctx 12 --bptt 1 --precision fp32",
+        FP32,
+    ),
+    "infctx, fp16, nf4": (
+        {},
+        f"{BASE} --train_type infctx --chunk_ctx 12 --precision fp16 --quant nf4",
+        FP16,
+    ),
+    "emb and head, bf16": ({}, f"{BASE} --train_parts time ln emb head", BF16),
+    "emb and head, fp32": ({}, f"{BASE} --train_parts time ln emb head --precision fp32", FP32),
+    "Bone alone, grad_cp 0": ({}, f"{BASE} --train_parts --grad_cp 0", BF16),
+    "accumulation": ({}, f"{BASE} --accumulate_grad_batches 3", BF16),
+    "accumulation, fp16": ({}, f"{BASE} --accumulate_grad_batches 2 --precision fp16", FP16),
+    "fla, which is not there": ({}, f"{BASE} --fla --precision fp32", FP32),
+    "from scratch": (None, "--n_layer 2 --n_embd 64 --vocab_size 300 --loss_mask none", BF16),
+}
+
+
+@pytest.mark.parametrize("base, flags, near", MODES.values(), ids=MODES.keys())
+def test_a_run_on_a_gpu_is_that_on_the_cpu_and_waits_once_a_step(
+    standin, folder, base, flags, near
+):
+    if base is not None:
+        write_base(**base)
+    for accelerator in ("cpu", "gpu"):
+        line = (
+            f"{FLAGS} {flags} --val_file held --accelerator {accelerator} --proj_dir {accelerator}"
+        )
+        said, waits = standin.submit(train_here, folder, line).result(timeout=300)
+        assert f" on {accelerator}\n" in said
+    assert len(waits) == 3 and max(waits) <= 3  # a copy there, one back; at first also nf4's table
+
+    of_losses, of_weights = near
+    torch.testing.assert_close(losses("gpu"), losses("cpu"), rtol=of_losses, atol=0)
+    difference = (weights("gpu") - weights("cpu")).square().mean().sqrt().item()
+    assert difference <= of_weights * LR
+
+
+@pytest.mark.parametrize("flags", ["", "--precision fp16 --quant nf4", "--train_type infctx"])
+def test_a_run_on_a_gpu_goes_on_exactly(standin, folder, flags):
+    write_base()
+    flags = f"{FLAGS} {BASE} {flags} --accelerator gpu"
+    for more in (
+        "--proj_dir whole --epoch_count 2",
+        "--proj_dir parts",
+        "--proj_dir parts --resume --epoch_count 2",
+    ):
+        standin.submit(train_here, folder, f"{flags} {more}").result(timeout=300)
+    assert weights("whole", 8).equal(weights("parts", 8))
+    assert losses("whole").equal(losses("parts"))
+
+
+def test_what_is_not_finite_is_left_out_on_a_gpu(standin, folder):
+    """Weights of a base that overflow in fp16's products: every step is left out, and said so."""
+    write_base()
+    base = torch.load("base.pth")
+    base["head.weight"] *= 1e4
+    torch.save(base, "base.pth")
+    line = f"{FLAGS} {BASE} --precision fp16 --accelerator gpu"
+    with pytest.raises(ValueError, match="not finite in each of 4 steps"):
+        standin.submit(train_here, folder, line).result(timeout=300)
+    assert not os.path.exists("out/rwkv-0.pth")
+
+
+def test_generate_writes_the_same_text(standin, folder):
+    write_base()
+    with open("vocab.json", "w") as f:
+        json.dump({i: chr(0x4E00 + i) for i in range(300)}, f)
+    standin.submit(train_here, folder, f"{FLAGS} {BASE} --accelerator gpu").result(timeout=300)
+    flags = "base.pth --bone out/rwkv-0.pth --prompt 一丁七 --length 20 --temperature 0"
+    texts = [
+        standin.submit(generate_here, folder, flags, accelerator).result(timeout=300)
+        for accelerator in ("cpu", "gpu")
+    ]
+    assert texts[0] == texts[1] and len(texts[0]) == 24
+
+
+# ---- the rehearsal can fail --------------------------------------------------------------------
+
+FOREIGN = "Expected all tensors to be on the same device"
+
+
+def mix_devices():
+    return torch.ones(3, device="gpu") + torch.ones(3)
+
+
+def test_a_gpu_refuses_tensors_of_the_cpu(standin):
+    with pytest.raises(RuntimeError, match=FOREIGN):
+        standin.submit(mix_devices).result(timeout=60)
+
+
+@pytest.fixture
+def mutate(folder, monkeypatch):
+    """A function that changes the source of a module for processes that begin after it."""
+
+    def change(module, *replacements):
+        source = (HERE / f"{module}.py").read_text()
+        for old, new in replacements:
+            assert old in source
+            source = source.replace(old, new)
+        pathlib.Path(f"{module}.py").write_text(source)
+        monkeypatch.syspath_prepend(folder)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "module, old, new, error",
+    [
+        # CUDA's autocast sends a sum to float32, which a product in place then refuses.
+        ("bone", ".sum(1, dtype=dtype)", ".sum(1)", "must have the same dtype"),
+        ("quant", "(NF4, NF4).to(device, dtype)", "(NF4, NF4).to(dtype)", FOREIGN),
+    ],
+)
+def test_what_only_a_gpu_would_refuse_is_found(folder, mutate, module, old, new, error):
+    guard = "torch.autocast(device, enabled=False)"
+    mutate(module, (old, new), (guard, "__import__('contextlib').nullcontext()"))
+    write_base()
+    line = f"{FLAGS} {BASE} --quant nf4 --accelerator"
+    with process() as executor:
+        executor.submit(train_here, folder, f"{line} cpu --proj_dir cpu").result(timeout=300)
+        with pytest.raises(RuntimeError, match=error):
+            executor.submit(train_here, folder, f"{line} gpu").result(timeout=300)
+
+
+def test_a_wait_too_many_is_found(folder, mutate):
+    mutate("loss", ("value.detach()", "value.item() + 0 * value.detach()"))
+    write_base()
+    line = f"{FLAGS} {BASE} --accumulate_grad_batches 2 --accelerator gpu"
+    with process() as executor:
+        _, waits = executor.submit(train_here, folder, line).result(timeout=300)
+    assert min(waits) > 3
