@@ -1,6 +1,6 @@
 """The figures that the README quotes: `python bench.py` for speed, or its parts alone: `python bench.py layer`, `step`, `quantized`,
 `infctx`, `loss`, `wkv`; and `python bench.py memory` (or `memory 1.6B nf4`, say), which trains models of the true sizes for an hour, and
-`memory long`, rows of 65,536 tokens, and `memory ranks`, several devices.
+`memory long`, rows of 65,536 tokens, and `memory ranks`, several devices. `python bench.py launches` counts what a step asks of a GPU.
 
 A figure of speed is a ratio. What is compared runs in turn, round after round, in one process; the ratio of each round is taken, and
 their median printed: a machine that is shared, or slows down, slows both sides. Times, medians too, are there for orientation.
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 import build
 import data
+import devices
 import rwkv6
 import train
 from bone import BoneLinear, add_bone
@@ -207,6 +208,16 @@ def wkv():
         row(f"{T} tokens: {name} / compiled", times, "other", "compiled", ">=", 1)
 
 
+def count_launches():
+    """What a GPU has to do in a step, counted on the device that is there, or on a stand-in for one."""
+    if not torch.accelerator.is_available():
+        import gpu_standin  # noqa: F401 (makes a device)
+    import launches
+    print("\nforward, recomputation and backward of 512 tokens, 1.6B, bat r 64, WKV-6 as one launch; bytes read and written, caches not considered")
+    for part, count in launches.table(devices.find("gpu")).items():
+        print(f"{part:<24}{count}", flush=True)
+
+
 def random_checkpoint(n_layer, n_embd, vocab_size, path):
     """A bfloat16 model with random weights, the same in all blocks."""
     with torch.device("meta"):
@@ -285,10 +296,12 @@ def long():
 
 def main():
     parts = {"layer": layer, "step": step, "quantized": quantized, "infctx": infctx, "loss": loss, "wkv": wkv}
+    if sys.argv[1:] == ["launches"]:
+        return count_launches()
     if sys.argv[1:2] == ["memory"]:
         return {"long": long, "ranks": ranks}[sys.argv[2]]() if sys.argv[2:] in (["long"], ["ranks"]) else memory(sys.argv[2:])
     if unknown := set(sys.argv[1:]) - set(parts):
-        raise ValueError(f"{unknown.pop()} is no part of the benchmark: {', '.join(parts)} and memory are")
+        raise ValueError(f"{unknown.pop()} is no part of the benchmark: {', '.join(parts)} launches and memory are")
     reuse_freed()
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for name in sys.argv[1:] or parts:

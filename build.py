@@ -142,13 +142,15 @@ def expected_memory(args, device, longest=None):
 
     def outputs(model, tokens):
         idx = torch.zeros(args.micro_bsz, tokens, dtype=torch.int64, device=device)
+        mask = torch.ones(idx.shape, device=device)
         with autocast:
-            state = model.empty_state()
-            if at_once < longest:
-                with torch.no_grad():
-                    state = apart(model.hidden(idx[:, :1], state)[1], requires_grad=True)
-            value, after = loss_fn(model, idx, idx, torch.ones(idx.shape, device=device), 1, idx.numel(), state)
-            return [value] + tensors(after) * (at_once < longest)
+            if at_once == longest:
+                return [loss_fn(model, idx, idx, mask, 1, idx.numel())]
+            with torch.no_grad():
+                _, state = model.hidden(idx[:, :1], model.empty_state())
+            state = apart(state, requires_grad=True)
+            value, after = loss_fn(model, idx, idx, mask, 1, idx.numel(), state)
+            return [value, *tensors(after)]
 
     def parts_of(tokens):
         model, *_ = build_model(args, torch.device("meta"))     # which has other tensors afterwards

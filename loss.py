@@ -90,24 +90,26 @@ def loss_fn(model, idx, targets, mask, tokens=None, positions=None, state=None):
     a larger step gives the step's `tokens` (sum of masks) and `positions`, so that losses and gradients of its micro batches add up.
     With the model's state before these tokens (model.empty_state() to begin), returns (loss, state after them).
     """
-    alone, state = state is None, state or model.empty_state()
     targets, mask = targets.reshape(-1), mask.reshape(-1)
     tokens = max(float(mask.sum() if tokens is None else tokens), 1.0)
     positions = max(int((targets >= 0).sum()) if positions is None else positions, 1)
     real = targets >= 0
     if model.config.head_qk:  # more than the head makes these logits: they are kept whole
-        logits, state = model(idx, state)
+        logits = model(idx, state)
+        if state is not None:
+            logits, state = logits
         logits = logits.flatten(0, 1).float()
         wrap = 0.5e-4 / positions * (logits.amax(-1).square() * real).sum()
         loss = (F.cross_entropy(logits, targets.clamp(min=0), reduction="none") * mask).sum() / tokens + wrap - wrap.detach()
     else:
-        x, state = model.hidden(idx, state)
+        x, new_state = model.hidden(idx, state)
+        state = None if state is None else new_state
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.head.weight.dtype
         l2 = real.to(x.dtype) * (1e-4 * tokens / positions)     # the sum is divided only below, so that fp16 can hold its gradient
         with torch.autocast(device, enabled=False):     # HeadLoss chooses its dtypes itself
             loss = HeadLoss.apply(x.flatten(0, 1), model.head.weight, targets.clamp(min=0), mask.to(x.dtype), l2, dtype) / tokens
-    return loss if alone else (loss, state)
+    return loss if state is None else (loss, state)
 
 
 def split(batch, chunk_ctx):
@@ -143,7 +145,10 @@ def backward(model, compute, batch, tokens, positions, autocast, scaler=None, ch
             at_end = last and not states and first + bptt >= len(chunks)
             with contextlib.nullcontext() if at_end else devices.quiet(compute):
                 with autocast:
-                    value, after = compute(*chunk, tokens, positions, before)
+                    if len(chunks) > 1:
+                        value, after = compute(*chunk, tokens, positions, before)
+                    else:               # a row that is whole needs no states
+                        value, after = compute(*chunk, tokens, positions), []
                 if gradients is None:   # no chunk of the group comes after this one
                     state, gradients = apart(after) if first + bptt < len(chunks) else None, []
                 # (Not all: the shift of the first block depends on nothing that is trained, where neither ln nor emb is.)

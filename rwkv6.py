@@ -78,9 +78,49 @@ class Mix(nn.Module):
             setattr(self, f"time_{'maa' if c.version == 'x060' else 'mix'}_{name}", parameter(1, 1, c.n_embd))
 
     def shares(self):
+        """The constant shares of all mixtures, (mixtures, 1, 1, C)."""
         if self.version == "x060":
-            return [getattr(self, f"time_maa_{name}") for name in self.mixtures]
-        return [1 - getattr(self, f"time_mix_{name}") for name in self.mixtures]
+            return torch.stack([getattr(self, f"time_maa_{name}") for name in self.mixtures])
+        return 1 - torch.stack([getattr(self, f"time_mix_{name}") for name in self.mixtures])
+
+
+class Mixture(torch.autograd.Function):
+    """x + (previous - x) * share, for every share.
+
+    x, previous: (B, T, C); shares: (mixtures, B, T, C) or (mixtures, 1, 1, C), or (1, 1, C) for one
+    mixture. Returns (mixtures, B, T, C), or (B, T, C). As plain PyTorch it is that line; but this is
+    the largest tensor of a block, and autograd would go through it more often than these formulas.
+    """
+
+    @staticmethod
+    def forward(ctx, x, previous, shares):
+        ctx.save_for_backward(x, previous, shares)
+        return torch.lerp(x, previous, shares)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, previous, shares = ctx.saved_tensors
+        gprevious = (g * shares).sum_to_size(x.shape)
+        gx = g.sum_to_size(x.shape) - gprevious
+        gshares = None
+        if ctx.needs_input_grad[2]:
+            gshares = (g * (previous - x)).sum_to_size(shares.shape)
+        return gx, gprevious, gshares
+
+
+class SquaredReLU(torch.autograd.Function):
+    """relu(x)^2, whose gradient is 2 relu(x) g: half of the passes that autograd would make."""
+
+    @staticmethod
+    def forward(ctx, x):
+        positive = torch.relu(x)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx, g):
+        (positive,) = ctx.saved_tensors
+        return (g * positive).mul_(2)
 
 
 class TimeMix(Mix):
@@ -103,13 +143,13 @@ class TimeMix(Mix):
 
     def forward(self, x, last, wkv_state):
         B, T, C = x.shape
-        dx = previous(x, last) - x
+        before = previous(x, last)
         shares = self.shares()
         if self.version == "x060":                                                      # a part that depends on the token
-            low = torch.tanh((x + dx * self.time_maa_x) @ self.time_maa_w1)                       # (B, T, 5 * rank)
+            low = torch.tanh(Mixture.apply(x, before, self.time_maa_x) @ self.time_maa_w1)        # (B, T, 5 * rank)
             mix = low.view(B * T, len(shares), -1).transpose(0, 1) @ self.time_maa_w2             # (5, B * T, C)
-            shares = (share + m.view(B, T, C) for share, m in zip(shares, mix))
-        *xw, xk, xv, xr, xg = (x + dx * share for share in shares)
+            shares = shares + mix.view(-1, B, T, C)
+        *xw, xk, xv, xr, xg = Mixture.apply(x, before, shares)
 
         r, k, v, g = self.receptance(xr), self.key(xk), self.value(xv), self.gate(xg)
         w = self.time_decay.view(1, 1, C)                                                         # log(-log(decay)), float32
@@ -117,8 +157,8 @@ class TimeMix(Mix):
         r, k, v, w = (a.view(B, T, -1, self.head_size) for a in (r, k, v, w))
         y, wkv_state = wkv6(r, k, v, w, self.time_faaaa, wkv_state, self.impl)
         y = F.layer_norm(y.to(x.dtype), (self.head_size,), eps=self.ln_x.eps).reshape(B, T, C)    # = self.ln_x, in half the time
-        y = y * self.ln_x.weight + self.ln_x.bias
-        return self.output(y * F.silu(g)), x[:, -1].clone(), wkv_state  # a clone, since a view would keep all of x
+        y = torch.addcmul(self.ln_x.bias, y, self.ln_x.weight)
+        return self.output(y * F.silu(g)), x[:, -1], wkv_state
 
 
 class ChannelMix(Mix):
@@ -129,11 +169,10 @@ class ChannelMix(Mix):
         self.value = Linear(c.dim_ffn, c.n_embd)
 
     def forward(self, x, last):
-        dx = previous(x, last) - x
-        xk, xr = (x + dx * share for share in self.shares())
-        k = torch.relu(self.key(xk))
+        xk, xr = Mixture.apply(x, previous(x, last), self.shares())
+        k = SquaredReLU.apply(self.key(xk))
         r = torch.sigmoid(self.receptance(xr))
-        return r * self.value(k * k), x[:, -1].clone()
+        return r * self.value(k), x[:, -1]
 
 
 class Block(nn.Module):
@@ -162,6 +201,12 @@ class Block(nn.Module):
         return x + y, (att_last, wkv_state, ffn_last)
 
 
+def own(block_state):
+    """The state of a block without the rest of the tensors of which its two last tokens are views."""
+    att_last, wkv_state, ffn_last = block_state
+    return None if att_last is None else att_last.clone(), wkv_state, ffn_last.clone()
+
+
 class RWKV(nn.Module):
     """model(idx) -> logits; model(idx, state) -> (logits, state), with model.empty_state() to start from.
 
@@ -183,21 +228,33 @@ class RWKV(nn.Module):
     def empty_state(self):
         return [(None, None, None)] * self.config.n_layer + [None] * bool(self.config.head_qk)
 
+    def empty_wkv_state(self, x):
+        """WKV-6's state before the first token of x (B, T, C): zeros (B, H, N, N)."""
+        B, _, C = x.shape
+        N = self.config.head_size
+        return torch.zeros(B, C // N, N, N, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+
     def state_bytes(self, B):
         """Size of the state of B rows: per block two shifts and WKV-6's matrices, in float32."""
         return 4 * B * self.config.n_layer * self.config.n_embd * (2 + self.config.head_size)
 
     def hidden(self, idx, state=None):
-        """What the head multiplies: (B, T, C) after ln_out, and the new state."""
+        """What the head multiplies: (B, T, C) after ln_out; and the new state, where one was given."""
         x = self.emb(idx).to(self.ln_out.weight.dtype)
         new_state = []
-        for block, s in zip(self.blocks, state or self.empty_state()):
+        if state is None:
+            empty = None, self.empty_wkv_state(x), None     # one for all blocks
+            states = [empty] * self.config.n_layer
+        else:
+            states = state
+        for block, s in zip(self.blocks, states):
             if self.grad_cp and torch.is_grad_enabled():
                 keep = {"context_fn": keep_products} if self.keep_products else {}
                 x, s = checkpoint(block, x, s, use_reentrant=False, preserve_rng_state=False, **keep)
             else:
                 x, s = block(x, s)
-            new_state.append(s)
+            if state is not None:
+                new_state.append(own(s))
         x = self.ln_out(x)
         if self.config.head_qk:
             seen = self.head_k(x), idx                                   # keys and ids of all tokens so far

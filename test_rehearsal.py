@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import csv
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -37,7 +38,7 @@ BASE = "--load_model base.pth --bone_r 16"
 
 def start():
     """Begin the process."""
-    import gpu_standin  # noqa: F401: makes the device
+    import gpu_standin  # noqa: F401 (makes the device)
 
     torch.set_num_threads(1)
 
@@ -73,7 +74,7 @@ def train_here(folder, flags, true_memory=False):
                 memory, "expected", lambda *_: {"weights": 0, "optimizer": 0, "workspace": 0}
             )
         train.train(train.parse_args(flags.split()))
-    return output.getvalue(), [after - before for before, after in zip(marks, marks[1:])]
+    return output.getvalue(), [after - before for before, after in itertools.pairwise(marks)]
 
 
 def generate_here(folder, flags, accelerator):
@@ -88,6 +89,13 @@ def generate_here(folder, flags, accelerator):
         patch.setattr(sys, "argv", ["generate.py", *flags.split()])
         generate.main()
     return output.getvalue()
+
+
+def launches_here():
+    """What launches.py counts on this process's device: {part: (launches, bytes)}."""
+    import launches
+
+    return {part: (n.launches, n.moved) for part, n in launches.table(torch.device("gpu")).items()}
 
 
 # ---- the tests' own process --------------------------------------------------------------------
@@ -232,6 +240,17 @@ def test_generate_writes_the_same_text(standin, folder):
         for accelerator in ("cpu", "gpu")
     ]
     assert texts[0] == texts[1] and len(texts[0]) == 24
+
+
+def test_few_launches(standin):
+    """Counted in the same way, commit dff4abc had 392 in a block, 648 more for nf4, 424 outside."""
+    counts = standin.submit(launches_here).result(timeout=300)
+    launches = {part: n for part, (n, _) in counts.items()}
+    assert launches["a block, bf16"] <= 0.8 * 392
+    assert launches["the same, nf4: more"] <= 100
+    assert launches["the same, int8: more"] <= 48
+    assert launches["outside the blocks"] <= 120
+    assert counts["a block, bf16"][1] <= 0.9 * 2.89e9
 
 
 # ---- the rehearsal can fail --------------------------------------------------------------------

@@ -1,0 +1,131 @@
+"""What a training step asks of a GPU, counted: launches, and bytes that they move.
+
+One need not read this to understand Bone. `python bench.py launches` prints the table, and
+test_launches.py holds it. The step is run on tensors that have shapes and no data (PyTorch's
+FakeTensorMode), so the counts are the same on every machine; there need be a device that is not
+the CPU, which gpu_standin.py can make.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import bone
+import loss
+import quant
+import rwkv6
+import wkv6
+
+# Operators that neither compute nor copy: they make a tensor, or another view of one.
+NO_LAUNCH = (
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+    *("_unsafe_view", "detach", "lift_fresh", "promote_types"),
+)
+TOKENS, VOCAB = 512, 65536
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """launches: how many; moved: bytes that they read and write, caches not considered."""
+
+    launches: int
+    moved: int
+
+    def __sub__(self, other: "Count") -> "Count":
+        return Count(self.launches - other.launches, self.moved - other.moved)
+
+    def __str__(self) -> str:
+        return f"{self.launches:6} launches  {self.moved / 1e9:6.2f} GB"
+
+
+def storage_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's numbers, those of an expanded one counted once."""
+    repeated = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride == 0]
+    once = tensor.numel()
+    for size in repeated:
+        once //= max(size, 1)
+    return once * tensor.element_size()
+
+
+class Counter(TorchDispatchMode):
+    """Counts every operator that would be a launch while it is active."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches = self.moved = 0
+        self.names: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if func.is_view or name in NO_LAUNCH or func.namespace == "prim":
+            return result
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        self.launches += 1
+        self.moved += sum(storage_bytes(x) for x in {id(x): x for x in tensors}.values())
+        self.names[name] = self.names.get(name, 0) + 1
+        return result
+
+
+def count(run: Callable[[], object]) -> Count:
+    """Count what `run` launches. Called inside FakeTensorMode."""
+    with Counter() as counter:
+        run()
+    return Count(counter.launches, counter.moved)
+
+
+def model_1_6b(n_layer: int, quantization: str) -> rwkv6.RWKV:
+    """A bat r 64 model of 1.6B's widths on the meta device: bones, time and ln are trained."""
+    with torch.device("meta"):
+        model = rwkv6.RWKV(rwkv6.sizes(n_layer, 2048, VOCAB))
+    for name, p in model.named_parameters():
+        p.data = p.data.to(rwkv6.storage_dtype(model, name, torch.bfloat16))
+    for name, module in list(model.named_modules()):
+        if quantization != "none" and name.startswith("blocks.") and isinstance(module, rwkv6.Linear):
+            model.set_submodule(name, quant.quantize(module.weight, quantization))
+    bone.add_bone(model, 64)
+    for name, p in model.named_parameters():
+        p.requires_grad_(any(part in name for part in ("bone", "time", "ln")))
+    model.grad_cp = True
+    return model
+
+
+def training_step(n_layer: int, quantization: str, device: torch.device) -> Count:
+    """Count forward, recomputation and backward of one row of 512 tokens, WKV-6 as one launch."""
+    model = model_1_6b(n_layer, quantization)
+    for module in model.modules():
+        if isinstance(module, rwkv6.TimeMix):
+            module.impl = "compiled"
+    device = torch.empty(0, device=device).device  # with its number
+    quant.nf4_pairs(device, torch.bfloat16)  # made once, not in each step
+    available, wkv6.kernel_problem = wkv6.kernel_problem, lambda device: ""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device=device)
+            idx = torch.zeros(1, TOKENS, dtype=torch.int64, device=device)
+            mask = torch.ones(1, TOKENS, device=device)
+
+            def run() -> None:
+                with torch.autocast(device.type, torch.bfloat16):
+                    value = loss.loss_fn(model, idx, idx, mask, TOKENS, TOKENS)
+                value.backward()
+
+            return count(run)
+    finally:
+        wkv6.kernel_problem = available
+
+
+def table(device: torch.device) -> dict[str, Count]:
+    """Count what a block takes, more for a quantized one, and what is outside of the blocks."""
+    one, two = (training_step(n_layer, "none", device) for n_layer in (1, 2))
+    block = two - one
+    rows = {"a block, bf16": block}
+    for quantization in ("nf4", "int8"):
+        one_quantized, two_quantized = (training_step(n, quantization, device) for n in (1, 2))
+        rows[f"the same, {quantization}: more"] = two_quantized - one_quantized - block
+    rows["outside the blocks"] = one - block
+    return rows
