@@ -17,8 +17,10 @@ import tempfile
 import filelock
 import torch
 
+import wkv6_gpu
+
 HERE = pathlib.Path(__file__).parent
-SOURCES = {"cpu": [HERE / "wkv6_op.cpp", HERE / "memory_op.cpp"], "cuda": [HERE / "wkv6_op.cpp", HERE / "wkv6_cuda.cu"]}
+SOURCES = {"cpu": [HERE / "wkv6_op.cpp", HERE / "memory_op.cpp"], "cuda": [HERE / "wkv6_cuda_op.cpp", HERE / "wkv6_cuda.cu"]}
 CHUNKED = {"cpu": "which is slower, and takes more memory than expected", "cuda": "which is slower"}
 
 
@@ -31,7 +33,7 @@ def load(device="cpu"):
     from torch.utils import cpp_extension
 
     try:
-        flags = {"extra_cflags": _cpu_flags()} if device == "cpu" else {"extra_cflags": ["-O3", "-DWITH_CUDA"], "extra_cuda_cflags": _cuda_flags()}
+        flags = {"extra_cflags": _cpu_flags()} if device == "cpu" else {"extra_cflags": ["-O3"], "extra_cuda_cflags": _cuda_flags()}
         versions = torch.__version__, torch.version.cuda, torch.version.hip, sys.version, platform.machine(), os.environ.get("TORCH_CUDA_ARCH_LIST")
         key = hashlib.sha256(f"{[source.read_text() for source in SOURCES[device]]}{flags}{versions}".encode()).hexdigest()[:16]
         folder = pathlib.Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "wkv6"
@@ -43,6 +45,8 @@ def load(device="cpu"):
                 if not library.exists():
                     _build(device, flags, library)
         torch.ops.load_library(library)
+        if device == "cuda":
+            wkv6_gpu.register(torch.ops.wkv6.launch.default)
     except (OSError, RuntimeError, ValueError) as error:
         reason = "another process is building it" if isinstance(error, filelock.Timeout) else str(error).partition("\n")[0]
         problem = f"the compiled WKV-6 kernel{' for the GPU' * (device == 'cuda')} is not to be had: {reason}"

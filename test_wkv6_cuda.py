@@ -1,5 +1,8 @@
-"""The CUDA kernels of WKV-6, on a machine without a GPU: their source is run on the CPU, where cuda_on_cpu.h plays the GPU, and compiled by
-nvcc, where that is, for every architecture in use. With a GPU the kernels are run there too."""
+"""The CUDA kernels of WKV-6, on a machine without a GPU.
+
+Their source is run on the CPU, where cuda_on_cpu.h plays the GPU; and compiled for every architecture
+in use, by NVRTC, and by nvcc where that is. With a GPU the kernels are run there too.
+"""
 
 import ctypes
 import functools
@@ -17,43 +20,52 @@ import torch
 from torch.utils import cpp_extension
 
 import wkv6
+import wkv6_gpu
 from test_wkv6 import NAMES, build, inputs, run
 
 HERE = pathlib.Path(__file__).parent
 SOURCE = (HERE / "wkv6_cuda.cu").read_text()
-CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 EMULATED_CU = """
 #include "cuda_on_cpu.h"
 #include "wkv6_cuda.cu"
-namespace { Four shared_memory[emulator::SHARED_LIMIT / sizeof(Four)]; }
+namespace wkv6_gpu {
+Four shared_memory[emulator::SHARED_LIMIT / sizeof(Four)];
 static const bool set = (emulator::shared = reinterpret_cast<char*>(shared_memory), true);
+}
+extern "C" const int64_t emulator_sizes_of_shared[] = {
+    sizeof(wkv6_gpu::Shared<32>), sizeof(wkv6_gpu::Shared<64>)};
 """
 
 
 class Emulator:
-    """wkv6_op.cpp and wkv6_cuda.cu, unchanged, as operators wkv6_emulated::* that take CPU tensors."""
+    """wkv6_gpu.py, wkv6_cuda.cu and wkv6_cuda_op.cpp, unchanged, for CPU tensors."""
 
     def __init__(self, folder):
         (folder / "c10/cuda").mkdir(parents=True)
         for header in ("CUDAException", "CUDAGuard", "CUDAStream"):
             (folder / f"c10/cuda/{header}.h").write_text('#include "cuda_on_cpu.h"\n')
         (folder / "emulated.cpp").write_text(EMULATED_CU)
+        sources = [str(folder / "emulated.cpp"), str(HERE / "wkv6_cuda_op.cpp")]
+        # -O1: at -O2 GCC 12 vectorizes one of the sums wrongly
+        flags = ["-O1", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-Dwkv6=wkv6_emulated"]
         with pytest.MonkeyPatch.context() as patch:
             import ninja
             patch.setenv("PATH", f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{ninja.BIN_DIR}")
-            # -O1: at -O2 GCC 12 vectorizes one of the sums wrongly
-            cpp_extension.load("emulated", [str(folder / "emulated.cpp"), str(HERE / "wkv6_op.cpp")], build_directory=str(folder), is_python_module=False,
-                               extra_cflags=["-O1", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-DWITH_CUDA", "-Dwkv6=wkv6_emulated"],
+            cpp_extension.load("emulated", sources, build_directory=str(folder),
+                               is_python_module=False, extra_cflags=flags,
                                extra_include_paths=[str(folder), str(HERE)])
         self.library = ctypes.CDLL(str(folder / "emulated.so"))
-        self.operators = torch.library.Library("wkv6_emulated", "DEF")
-        for name in ("forward", "backward"):
-            self.operators.define(str(getattr(torch.ops.wkv6, name).default._schema).removeprefix("wkv6::"))
+        self.launch = torch.ops.wkv6_emulated.launch.default
+
+    def sizes_of_shared(self):
+        """The bytes of Shared<N> in wkv6_cuda.cu, by head size."""
+        sizes = (ctypes.c_int64 * 2).in_dll(self.library, "emulator_sizes_of_shared")
+        return dict(zip((32, 64), sizes))
 
     def set(self, chunk=64, order=0, skipped_barrier=0):
-        ctypes.c_int64.in_dll(self.library, "wkv6_chunk").value = chunk
+        wkv6_gpu.CHUNK = chunk
         ctypes.c_int.in_dll(self.library, "emulator_order").value = order
         ctypes.c_int.in_dll(self.library, "emulator_skipped_barrier").value = skipped_barrier
 
@@ -67,10 +79,12 @@ class Emulator:
         return loaded / 1e6, stored / 1e6, list((ctypes.c_int64 * 16).in_dll(self.library, "emulator_blocks"))[:launches], shared_bytes
 
     def __call__(self, name, *tensors):
-        """An operator, with NaN in what it makes before it writes there."""
+        """Call wkv6_gpu.forward or backward, with NaN in what it makes before it writes there."""
+        function = getattr(wkv6_gpu, name)
+        inputs, gradients = wkv6_gpu.Inputs(*tensors[:6]), tensors[6:]
         torch.use_deterministic_algorithms(True)  # under which PyTorch fills what is empty
         try:
-            return getattr(torch.ops.wkv6_emulated, name).default.redispatch(CUDA, *tensors)
+            return function(self.launch, inputs, *gradients)
         finally:
             torch.use_deterministic_algorithms(False)
 
@@ -200,7 +214,7 @@ def test_what_does_not_fit_the_kernels_is_refused(emulator):
                        ([r, k, v, w, u[:1], state], "u must be"),
                        ([r, k, v, w.double(), u, state], "float32"),
                        ([r, k.float(), v, w, u, state], "one dtype"),
-                       ([r.double(), k.double(), v.double(), w, u, state], "double"),
+                       ([r.double(), k.double(), v.double(), w, u, state], "float64"),
                        ([r.mT.contiguous().mT, k, v, w, u, state], "contiguous"),
                        ([r, k.to("meta"), v, w, u, state], "meta"),
                        ([r, k, v, w, u, torch.zeros(8193)[1:].view(state.shape)], "aligned"),
