@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import filelock
 import torch
@@ -34,13 +35,10 @@ import wkv6_gpu
 HERE = pathlib.Path(__file__).parent
 CPU_SOURCES = (HERE / "wkv6_op.cpp", HERE / "memory_op.cpp")
 GPU_SOURCES = (HERE / "wkv6_cuda_op.cpp", HERE / "wkv6_cuda.cu")
-ERRORS = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    ImportError,
-    AttributeError,
-)  # of all that may be amiss
+# What PyTorch, ctypes and compilers raise where something is missing or does not fit.
+ERRORS = (OSError, RuntimeError, ValueError, ImportError, AttributeError, AssertionError)
+
+Flags = dict[str, Any]  # arguments of cpp_extension.load
 
 
 @functools.cache
@@ -221,7 +219,7 @@ def _cpu_flags() -> list[str]:
     return ["-O3", *defines, *vectors, *openmp]
 
 
-def _gpu_flags() -> dict[str, list[str]]:
+def _gpu_flags() -> Flags:
     """Choose the card that is there, unless TORCH_CUDA_ARCH_LIST names others.
 
     hipcc looks itself.
@@ -238,17 +236,13 @@ def _gpu_library_path() -> pathlib.Path:
     return _kept("wkv6_cuda", ".so", GPU_SOURCES, _gpu_flags())
 
 
-def _load_library(
-    library: pathlib.Path, sources: Sequence[pathlib.Path], flags: dict[str, list[str]]
-) -> None:
+def _load_library(library: pathlib.Path, sources: Sequence[pathlib.Path], flags: Flags) -> None:
     """Load a library of operators, built from its sources now or at an earlier start."""
     _make_once(library, lambda: _build(library, sources, flags))
     torch.ops.load_library(library)
 
 
-def _build(
-    library: pathlib.Path, sources: Sequence[pathlib.Path], flags: dict[str, list[str]]
-) -> None:
+def _build(library: pathlib.Path, sources: Sequence[pathlib.Path], flags: Flags) -> None:
     """Compile the sources into `library`, which appears only when it is whole.
 
     RuntimeError, with what would mend it, otherwise.
@@ -264,8 +258,8 @@ def _build(
             paths = [str(source) for source in sources]
             if torch.version.hip:  # hipify writes its own beside them
                 paths = [shutil.copy(path, folder) for path in paths]
-            where = {"build_directory": folder, "is_python_module": False}
-            cpp_extension.load("wkv6", paths, **flags, **where)
+            options = {**flags, "build_directory": folder, "is_python_module": False}
+            cpp_extension.load("wkv6", paths, **options)
             [built] = pathlib.Path(folder).glob("*.so")
             os.replace(built, library)
     except (RuntimeError, ValueError, ImportError, subprocess.SubprocessError) as error:
@@ -302,7 +296,7 @@ def _find_nvcc() -> str | None:
 
 def _check_nvcc() -> None:
     """RuntimeError, with what would mend it, unless there is an nvcc of PyTorch's CUDA version."""
-    wanted = torch.version.cuda
+    wanted = torch.version.cuda or "?"
     place = "where it is not found, set CUDA_HOME to its folder"
     install = f"install the CUDA toolkit {wanted}, and {place}"
     nvcc = _find_nvcc()

@@ -94,28 +94,51 @@ _libraries: dict[str, torch.library.Library] = {}  # what is registered stays so
 
 def check(inputs: Inputs) -> None:
     """Raise RuntimeError, in one line, where the kernels cannot read the tensors."""
+    problem = _shape_problem(inputs) or _dtype_problem(inputs) or _memory_problem(inputs)
+    if problem:
+        raise RuntimeError(f"wkv6: {problem}")
+
+
+def _shape_problem(inputs: Inputs) -> str:
     r, k, v, w, u, state = inputs
-    _require(r.ndim == 4, f"r must be (B, T, H, N), not {list(r.shape)}")
-    B, _, H, N = r.shape
-    _require(r.shape == k.shape == v.shape == w.shape, "r, k, v, w must have one shape")
-    _require(r.dtype == k.dtype == v.dtype, "r, k, v must have one dtype")
-    _require(u.shape == (H, N), f"u must be (H, N), not {list(u.shape)}")
-    _require(state.shape == (B, H, N, N), f"state must be (B, H, N, N), not {list(state.shape)}")
+    if r.ndim != 4:
+        return f"r must be (B, T, H, N), not {list(r.shape)}"
+    B, T, H, N = r.shape
+    if not r.shape == k.shape == v.shape == w.shape:
+        return "r, k, v, w must have one shape"
+    if u.shape != (H, N):
+        return f"u must be (H, N), not {list(u.shape)}"
+    if state.shape != (B, H, N, N):
+        return f"state must be (B, H, N, N), not {list(state.shape)}"
+    if 0 in (B, T, H):
+        return f"r is empty: {list(r.shape)}"
+    if N not in HEAD_SIZES:
+        return f"head size {N} is not compiled in"
+    return ""
+
+
+def _dtype_problem(inputs: Inputs) -> str:
+    r, k, v, w, u, state = inputs
+    if not r.dtype == k.dtype == v.dtype:
+        return "r, k, v must have one dtype"
     for x in (w, u, state):
-        _require(x.dtype == torch.float32, f"w, u, state must be float32, not {x.dtype}")
+        if x.dtype != torch.float32:
+            return f"w, u, state must be float32, not {x.dtype}"
+    if r.dtype not in SCALARS:
+        return f"{r.dtype} is not compiled in"
+    return ""
+
+
+def _memory_problem(inputs: Inputs) -> str:
+    device = inputs.r.device
     for x in inputs:
-        _require(x.is_contiguous(), "every tensor must be contiguous")
-        same_device = x.device == r.device
-        _require(same_device, f"every tensor must be on {r.device}, as r is; one is on {x.device}")
-    _require(r.numel() > 0, f"r is empty: {list(r.shape)}")
-    _require(state.data_ptr() % 16 == 0, "state must be aligned to 16 bytes")
-    _require(N in HEAD_SIZES, f"head size {N} is not compiled in")
-    _require(r.dtype in SCALARS, f"{r.dtype} is not compiled in")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise RuntimeError(f"wkv6: {message}")
+        if not x.is_contiguous():
+            return "every tensor must be contiguous"
+        if x.device != device:
+            return f"every tensor must be on {device}, as r is; one is on {x.device}"
+    if inputs.state.data_ptr() % 16 != 0:
+        return "state must be aligned to 16 bytes"
+    return ""
 
 
 def kernel_names() -> list[str]:
