@@ -1,4 +1,5 @@
-// CUDA on a CPU, as far as wkv6_cuda.cu and wkv6_op.cpp use it, so that tests can run them where no GPU is. Test code.
+// CUDA on a CPU, as far as wkv6_cuda.cu, wkv6_cuda_op.cpp and nvrtc.py use it, so that tests can run
+// them where no GPU is. Test code.
 //
 // Threads are fibers: each runs until a barrier, a shuffle or its end, and the others follow. A warp runs until all of it waits at a barrier,
 // then the next warp; blocks run one after the other. All three in an order that tests choose, so that whoever reads what another thread, warp or
@@ -7,6 +8,7 @@
 #pragma once
 #include <c10/core/Device.h>
 #include <c10/util/Exception.h>
+#include <cxxabi.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -18,6 +20,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #define EMULATED
@@ -28,8 +31,7 @@
 #define __syncthreads() emulator::barrier(__LINE__)
 #define __shfl_xor_sync(mask, x, lane) emulator::shuffle(x, lane)
 #define MOVED(direction, bytes) emulator_##direction += bytes
-#define LAUNCH(kernel, grid, threads, shared_bytes, ...) \
-  if (!emulator::launch(grid, threads, shared_bytes, [=] { kernel(__VA_ARGS__); })) return cudaErrorLaunchFailure
+#define ADDRESS(...) reinterpret_cast<const void*>(&emulator::Call<&__VA_ARGS__>::call)
 
 struct dim3 {
   unsigned x, y, z;
@@ -37,16 +39,6 @@ struct dim3 {
 };
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 using std::max, std::min;
-
-enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure };
-using cudaStream_t = void*;
-#define C10_CUDA_CHECK(call) TORCH_CHECK((call) == cudaSuccess, "emulator: ", emulator::error)
-namespace c10::cuda {
-struct CUDAGuard {
-  explicit CUDAGuard(c10::Device) {}
-};
-inline cudaStream_t getCurrentCUDAStream() { return nullptr; }
-}  // namespace c10::cuda
 
 extern "C" {  // what the tests set and read
 inline int emulator_order = 0;           // of threads, warps and blocks: 0 ascending, 1 descending, others: a random one each
@@ -148,7 +140,8 @@ inline void run_block(int threads) {
   }
 }
 
-inline bool launch(dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+inline bool launch(dim3 grid, int threads, size_t shared_bytes,
+                   const std::function<void()>& kernel) {
   const bool possible = grid.x && grid.y && grid.z && grid.y < 65536 && grid.z < 65536;
   error = !possible ? "no such grid" : shared_bytes > SHARED_LIMIT ? "more shared memory than there is" : "";
   if (error.empty()) {
@@ -170,4 +163,86 @@ inline bool launch(dim3 grid, int threads, size_t shared_bytes, const std::funct
   return error.empty();
 }
 
+// What the address of a kernel is here: a function that is told where the kernel's arguments are.
+using Kernel = void (*)(void** arguments);
+template <auto kernel>
+struct Call;
+template <typename... Parameters, void (*kernel)(Parameters...)>
+struct Call<kernel> {
+  static void call(void** arguments) {
+    unpack(arguments, std::index_sequence_for<Parameters...>());
+  }
+  template <size_t... i>
+  static void unpack(void** arguments, std::index_sequence<i...>) {
+    kernel(*static_cast<Parameters*>(arguments[i])...);
+  }
+};
+
 }  // namespace emulator
+
+// ---- the runtime, which wkv6_cuda_op.cpp calls -------------------------------
+
+enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure };
+using cudaStream_t = void*;
+#define C10_CUDA_CHECK(call) TORCH_CHECK((call) == cudaSuccess, "emulator: ", emulator::error)
+namespace c10::cuda {
+struct CUDAGuard {
+  explicit CUDAGuard(c10::Device) {}
+};
+inline cudaStream_t getCurrentCUDAStream() { return nullptr; }
+}  // namespace c10::cuda
+
+inline cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 threads, void** arguments,
+                                    size_t shared_bytes, cudaStream_t) {
+  const auto body = [&] { reinterpret_cast<emulator::Kernel>(kernel)(arguments); };
+  const bool done = emulator::launch(grid, threads.x, shared_bytes, body);
+  return done ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+// ---- the driver, which nvrtc.py calls ---------------------------------------
+
+namespace wkv6_gpu {
+const void* wkv6_kernel(const std::string& name);
+}
+
+#define EXPORTED [[gnu::used]] inline
+extern "C" {
+inline int emulator_contexts = 0;  // how many a thread has entered and not left
+EXPORTED int cuInit(unsigned) { return 0; }
+EXPORTED int cuDeviceGet(int* device, int) { return *device = 0; }
+EXPORTED int cuDevicePrimaryCtxRetain(void** context, int) {
+  *context = &emulator_contexts;
+  return 0;
+}
+EXPORTED int cuCtxPushCurrent_v2(void* context) {
+  emulator_contexts++;
+  return context == &emulator_contexts ? 0 : 1;
+}
+EXPORTED int cuCtxPopCurrent_v2(void**) {
+  emulator_contexts--;
+  return 0;
+}
+// A module is nothing here: its kernels are those of wkv6_cuda.cu, by the names that NVRTC gave them.
+EXPORTED int cuModuleLoadData(void**, const void*) { return emulator_contexts == 1 ? 0 : 1; }
+EXPORTED int cuModuleGetFunction(const void** function, void*, const char* symbol) {
+  int status = 0;
+  char* demangled = abi::__cxa_demangle(symbol, nullptr, nullptr, &status);
+  const std::string text = demangled ? demangled : "";
+  std::free(demangled);
+  const std::string before = "void wkv6_gpu::";
+  if (text.rfind(before, 0) != 0) return 1;
+  const auto name = text.substr(before.size(), text.find('(') - before.size());
+  *function = wkv6_gpu::wkv6_kernel(name);
+  return *function ? 0 : 1;
+}
+EXPORTED int cuLaunchKernel(const void* function, unsigned x, unsigned y, unsigned z,
+                            unsigned threads, unsigned, unsigned, unsigned shared_bytes, void*,
+                            void** arguments, void**) {
+  if (emulator_contexts != 1) return 1;
+  return cudaLaunchKernel(function, dim3(x, y, z), dim3(threads), arguments, shared_bytes, nullptr);
+}
+EXPORTED int cuGetErrorString(int, const char** words) {
+  *words = emulator::error.c_str();
+  return 0;
+}
+}

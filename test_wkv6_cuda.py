@@ -1,5 +1,8 @@
-"""The CUDA kernels of WKV-6, on a machine without a GPU: their source is run on the CPU, where cuda_on_cpu.h plays the GPU, and compiled by
-nvcc, where that is, for every architecture in use. With a GPU the kernels are run there too."""
+"""The CUDA kernels of WKV-6, on a machine without a GPU.
+
+Their source is run on the CPU, where cuda_on_cpu.h plays the GPU; and compiled for every architecture
+in use, by NVRTC, and by nvcc where that is. With a GPU the kernels are run there too.
+"""
 
 import ctypes
 import functools
@@ -11,49 +14,60 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 from torch.utils import cpp_extension
 
+import nvrtc
 import wkv6
-from test_wkv6 import NAMES, build, inputs, run
+import wkv6_gpu
+from test_wkv6 import NAMES, inputs, run
 
 HERE = pathlib.Path(__file__).parent
 SOURCE = (HERE / "wkv6_cuda.cu").read_text()
-CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 EMULATED_CU = """
 #include "cuda_on_cpu.h"
 #include "wkv6_cuda.cu"
-namespace { Four shared_memory[emulator::SHARED_LIMIT / sizeof(Four)]; }
+namespace wkv6_gpu {
+Four shared_memory[emulator::SHARED_LIMIT / sizeof(Four)];
 static const bool set = (emulator::shared = reinterpret_cast<char*>(shared_memory), true);
+}
+extern "C" const int64_t emulator_sizes_of_shared[] = {
+    sizeof(wkv6_gpu::Shared<32>), sizeof(wkv6_gpu::Shared<64>)};
 """
 
 
 class Emulator:
-    """wkv6_op.cpp and wkv6_cuda.cu, unchanged, as operators wkv6_emulated::* that take CPU tensors."""
+    """wkv6_gpu.py, wkv6_cuda.cu and wkv6_cuda_op.cpp, unchanged, for CPU tensors."""
 
     def __init__(self, folder):
         (folder / "c10/cuda").mkdir(parents=True)
         for header in ("CUDAException", "CUDAGuard", "CUDAStream"):
             (folder / f"c10/cuda/{header}.h").write_text('#include "cuda_on_cpu.h"\n')
         (folder / "emulated.cpp").write_text(EMULATED_CU)
+        sources = [str(folder / "emulated.cpp"), str(HERE / "wkv6_cuda_op.cpp")]
+        # -O1: at -O2 GCC 12 vectorizes one of the sums wrongly
+        flags = ["-O1", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-Dwkv6=wkv6_emulated"]
         with pytest.MonkeyPatch.context() as patch:
             import ninja
             patch.setenv("PATH", f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{ninja.BIN_DIR}")
-            # -O1: at -O2 GCC 12 vectorizes one of the sums wrongly
-            cpp_extension.load("emulated", [str(folder / "emulated.cpp"), str(HERE / "wkv6_op.cpp")], build_directory=str(folder), is_python_module=False,
-                               extra_cflags=["-O1", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-DWITH_CUDA", "-Dwkv6=wkv6_emulated"],
+            cpp_extension.load("emulated", sources, build_directory=str(folder),
+                               is_python_module=False, extra_cflags=flags,
                                extra_include_paths=[str(folder), str(HERE)])
         self.library = ctypes.CDLL(str(folder / "emulated.so"))
-        self.operators = torch.library.Library("wkv6_emulated", "DEF")
-        for name in ("forward", "backward"):
-            self.operators.define(str(getattr(torch.ops.wkv6, name).default._schema).removeprefix("wkv6::"))
+        self.launch = self.launch_of_library = torch.ops.wkv6_emulated.launch.default
+
+    def sizes_of_shared(self):
+        """The bytes of Shared<N> in wkv6_cuda.cu, by head size."""
+        sizes = (ctypes.c_int64 * 2).in_dll(self.library, "emulator_sizes_of_shared")
+        return dict(zip((32, 64), sizes))
 
     def set(self, chunk=64, order=0, skipped_barrier=0):
-        ctypes.c_int64.in_dll(self.library, "wkv6_chunk").value = chunk
+        wkv6_gpu.CHUNK = chunk
         ctypes.c_int.in_dll(self.library, "emulator_order").value = order
         ctypes.c_int.in_dll(self.library, "emulator_skipped_barrier").value = skipped_barrier
 
@@ -67,10 +81,12 @@ class Emulator:
         return loaded / 1e6, stored / 1e6, list((ctypes.c_int64 * 16).in_dll(self.library, "emulator_blocks"))[:launches], shared_bytes
 
     def __call__(self, name, *tensors):
-        """An operator, with NaN in what it makes before it writes there."""
+        """Call wkv6_gpu.forward or backward, with NaN in what it makes before it writes there."""
+        function = getattr(wkv6_gpu, name)
+        inputs, gradients = wkv6_gpu.Inputs(*tensors[:6]), tensors[6:]
         torch.use_deterministic_algorithms(True)  # under which PyTorch fills what is empty
         try:
-            return getattr(torch.ops.wkv6_emulated, name).default.redispatch(CUDA, *tensors)
+            return function(self.launch, inputs, *gradients)
         finally:
             torch.use_deterministic_algorithms(False)
 
@@ -200,7 +216,7 @@ def test_what_does_not_fit_the_kernels_is_refused(emulator):
                        ([r, k, v, w, u[:1], state], "u must be"),
                        ([r, k, v, w.double(), u, state], "float32"),
                        ([r, k.float(), v, w, u, state], "one dtype"),
-                       ([r.double(), k.double(), v.double(), w, u, state], "double"),
+                       ([r.double(), k.double(), v.double(), w, u, state], "float64"),
                        ([r.mT.contiguous().mT, k, v, w, u, state], "contiguous"),
                        ([r, k.to("meta"), v, w, u, state], "meta"),
                        ([r, k, v, w, u, torch.zeros(8193)[1:].view(state.shape)], "aligned"),
@@ -208,6 +224,151 @@ def test_what_does_not_fit_the_kernels_is_refused(emulator):
                        ([*(x[..., :48].contiguous() for x in (r, k, v, w, u)), state[..., :48, :48].contiguous()], "head size 48")):
         with pytest.raises(RuntimeError, match=f"wkv6: .*{words}"):
             emulator("forward", *bad)
+
+
+# ---- the launches ---------------------------------------------------------------------------------
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 120)
+
+
+@functools.cache
+def cubin(capability):
+    """What NVRTC makes of the source, and what it says; skips where there is no NVRTC."""
+    try:
+        nvrtc._load_nvrtc()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    return nvrtc.compile_kernels(SOURCE, wkv6_gpu.kernel_names(), str(capability))
+
+
+@pytest.fixture
+def nvrtc_launch(emulator, monkeypatch):
+    """The launches of nvrtc.py, with the emulator in the place of the GPU's driver."""
+    current = types.SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda gpu: current)
+    return nvrtc.Launcher(emulator.library, lambda gpu: cubin(86)[0])
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_nvrtc_compiles_every_kernel_without_a_warning_or_a_header_file(capability):
+    (code, symbols), words = cubin(capability)
+    assert words == ""
+    assert list(symbols) == wkv6_gpu.kernel_names()
+    for symbol in symbols.values():
+        assert symbol.encode() in code
+
+
+@pytest.mark.parametrize("N", wkv6_gpu.HEAD_SIZES)
+@pytest.mark.parametrize("dtype", wkv6_gpu.SCALARS)
+def test_the_launches_of_nvrtc_and_of_the_library_give_the_same_bits(
+    emulator, nvrtc_launch, monkeypatch, dtype, N
+):
+    emulator.set()
+    tensors = converted(inputs(2, 100, 3, N), dtype)
+    expected = emulator.run(tensors)
+    monkeypatch.setattr(emulator, "launch", nvrtc_launch)
+    assert not differ(expected, emulator.run(tensors))
+    assert ctypes.c_int.in_dll(emulator.library, "emulator_contexts").value == 0
+
+
+def test_a_launch_that_fails_says_so(emulator, nvrtc_launch):
+    tensor = torch.zeros(4)
+    for launch in (emulator.launch, nvrtc_launch):
+        with pytest.raises(RuntimeError, match="no such grid"):
+            launch("scan<64>", (1, 70000, 1), 128, 0, [tensor] * 4, [1, 0])
+    assert ctypes.c_int.in_dll(emulator.library, "emulator_contexts").value == 0
+    with pytest.raises(RuntimeError, match="no kernel scan<48>"):
+        emulator.launch("scan<48>", (1, 1, 1), 128, 0, [tensor] * 4, [1, 0])
+
+
+def test_every_kernel_is_launched_and_no_other(emulator, monkeypatch):
+    emulator.set()
+    launched = set()
+
+    def launch(kernel, *arguments):
+        launched.add(kernel)
+        emulator.launch_of_library(kernel, *arguments)
+
+    monkeypatch.setattr(emulator, "launch", launch)
+    for dtype in wkv6_gpu.SCALARS:
+        for N in wkv6_gpu.HEAD_SIZES:
+            emulator.run(converted(inputs(1, 2, 1, N), dtype))
+    assert sorted(launched) == sorted(wkv6_gpu.kernel_names())
+
+
+def test_a_block_gets_the_shared_memory_that_it_uses(emulator):
+    assert emulator.sizes_of_shared() == {N: wkv6_gpu.shared_bytes(N) for N in wkv6_gpu.HEAD_SIZES}
+
+
+def test_the_operators_can_be_had_for_other_devices(emulator):
+    """Registered for PrivateUse1, and once more, they are called with its dispatch key."""
+    emulator.set()
+    tensors = converted(inputs(1, 20, 2, 32), torch.bfloat16)
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
+    for _ in range(2):
+        wkv6_gpu.register(emulator.launch, "PrivateUse1")
+        y, state = torch.ops.wkv6.forward.default.redispatch(key, *tensors)
+        gradients = torch.ops.wkv6.backward.default.redispatch(key, *tensors, y, state)
+    expected = emulator("forward", *tensors)
+    assert not differ([*expected, *emulator("backward", *tensors, *expected)], [y, state, *gradients])
+
+
+def test_autocast_changes_nothing(emulator):
+    expected = outputs(emulator)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not differ(expected, outputs(emulator))
+
+
+# ---- what NVRTC has no header files for ------------------------------------------------------------
+
+CONVERT = r"""
+#include <cstring>
+#define __device__
+static unsigned __float_as_uint(float x) { unsigned y; std::memcpy(&y, &x, 4); return y; }
+static float __uint_as_float(unsigned x) { float y; std::memcpy(&y, &x, 4); return y; }
+@types@
+extern "C" void narrow(const float* x, bfloat16* y, int n) {
+  for (int i = 0; i < n; i++) y[i] = bfloat16(x[i]);
+}
+extern "C" void widen(const bfloat16* x, float* y, int n) {
+  for (int i = 0; i < n; i++) y[i] = x[i];
+}
+"""
+
+
+def test_bfloat16_under_nvrtc_is_that_of_pytorch(emulator, tmp_path):
+    """Every bfloat16; and the floats near each, at its ties, and beyond the largest; and NaN."""
+    own_types = SOURCE.partition("#ifdef __CUDACC_RTC__")[2].partition("struct float16")[0]
+    own_types = own_types.partition("\n")[2]
+    (tmp_path / "convert.cpp").write_text(CONVERT.replace("@types@", own_types))
+    library, compiler = tmp_path / "convert.so", os.environ.get("CXX", "c++")
+    flags = ["-shared", "-fPIC", "-O1", "-Dint64_t=other_int64_t"]
+    subprocess.run([compiler, *flags, tmp_path / "convert.cpp", "-o", library], check=True)
+    convert = ctypes.CDLL(str(library))
+
+    def call(name, x, dtype):
+        y = torch.empty(x.shape, dtype=dtype)
+        pointers = [ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr())]
+        getattr(convert, name)(*pointers, x.numel())
+        return y
+
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16)
+    widened = call("widen", every.view(torch.bfloat16), torch.float32)
+    assert torch.equal(widened.view(torch.int32), every.int() << 16)
+
+    low_halves = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
+    floats = ((every.int() << 16)[:, None] + low_halves).flatten().view(torch.float32)
+    ours, expected = call("narrow", floats, torch.bfloat16), floats.bfloat16()
+    numbers = ~floats.isnan()
+    assert torch.equal(ours[numbers].view(torch.int16), expected[numbers].view(torch.int16))
+    assert ours[~numbers].isnan().all() and numbers.sum() < len(floats)
+
+
+def test_float16_under_nvrtc_is_converted_by_the_gpu_s_own_instructions():
+    """To the nearest, ties to even: .rn. That each converts the right way the assembler sees to."""
+    own_types = SOURCE.partition("#ifdef __CUDACC_RTC__")[2].partition("#else")[0]
+    statements = re.findall(r'asm\("(.*?);', own_types)
+    assert statements == ["cvt.rn.f16.f32 %0, %1", "cvt.f32.f16 %0, %1"]
 
 
 # ---- what the head comment says --------------------------------------------------------------------------------------------------
@@ -224,9 +385,6 @@ def test_the_counts_of_the_head_comment(emulator, heads, model):
 
 
 # ---- nvcc -----------------------------------------------------------------------------------------------------------------------
-
-ARCHITECTURES = (75, 80, 86, 89, 90, 120)
-
 
 @pytest.fixture(scope="module")
 def ptxas(tmp_path_factory):
@@ -257,42 +415,3 @@ def test_ptxas_keeps_everything_in_registers(ptxas):
         print(f"sm_{arch:<4} {kernel:<13} {dtype or '':<9} N {N}   {registers:3} registers   {stack} bytes of stack, {spills} of spills")
         assert stack == spills == 0, (arch, kernel, dtype, N)
     assert len(ptxas) == len({arch for arch, _ in ptxas}) * 2 * (3 * 3 + 1)   # two head sizes; three kernels for three dtypes, and the scan
-
-
-# ---- the build ------------------------------------------------------------------------------------------------------------------
-
-TRY_CUDA = """
-import os, types, torch, wkv6
-from torch.utils import cpp_extension
-cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"]    # where PyTorch itself was not built for CUDA, it does not look
-torch.version.cuda, torch.cuda.get_device_capability = "13.0", lambda: (8, 9)
-class OnGpu(torch.Tensor):
-    device = types.SimpleNamespace(type="cuda")
-y, _ = wkv6.wkv6(*(torch.ones(1, 2, 1, 32).as_subclass(OnGpu) for _ in range(4)), torch.zeros(1, 32), torch.zeros(1, 1, 32, 32))
-print(y.sum().item(), wkv6.kernel_problem("cuda"))
-"""
-FAKE_NVCC = """#!/bin/sh
-[ "$1" = --version ] && echo "Cuda compilation tools, release {release}, V{release}.88" && exit
-echo "nvcc fatal   : Unsupported gpu architecture 'compute_89'" >&2
-exit 1
-"""
-
-
-@pytest.mark.parametrize("release, environment, words", [
-    (None, {}, r"no CUDA compiler \(nvcc\) found; install the CUDA toolkit 13.0"),
-    ("12.4", {}, r"bin/nvcc is of CUDA 12.4, PyTorch of 13.0; install the CUDA toolkit 13.0"),
-    ("13.0", {"CXX": "no-such-compiler"}, r"no C\+\+ compiler \(no-such-compiler\) found; install one"),
-    ("13.0", {"TORCH_CUDA_ARCH_LIST": "8.9;sm_90"}, r"the build failed \(Unknown CUDA arch"),
-    ("13.0", {}, r"the build failed \(fatal.*\); all of the compiler's words are in .*\.log; CUDA_HOME is "),
-])
-def test_a_gpu_build_that_fails_says_so_in_one_line_and_the_chunked_form_takes_over(tmp_path, release, environment, words):
-    if release:
-        (tmp_path / "bin").mkdir()
-        (tmp_path / "bin/nvcc").write_text(FAKE_NVCC.format(release=release))
-        (tmp_path / "bin/nvcc").chmod(0o755)
-    process = build(tmp_path / "cache", TRY_CUDA, CUDA_HOME=str(tmp_path), **environment)
-    out, err = process.communicate(timeout=120)
-    notes = [line for line in err.splitlines() if line.startswith("note: ")]
-    assert process.returncode == 0 and out.startswith("1024.0 the compiled WKV-6 kernel for the GPU is not to be had"), err
-    assert len(notes) == 1 and re.search(words, notes[0]) and notes[0].endswith("Going on with the chunked form, which is slower."), err
-    assert "Traceback" not in err

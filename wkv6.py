@@ -13,7 +13,7 @@ For t = 0, 1, 2 from an empty state, which shows that a token is seen with its o
 
 `reference`  the loop, as above. Any device, any dtype; computes in float64. The judge of the others.
 `chunked`    matrix products over chunks of the sequence, plain PyTorch: any device, no compiler.
-`compiled`   wkv6_op.cpp, and for GPUs wkv6_cuda.cu, built with the machine's compilers when first needed and kept.
+`compiled`   wkv6_op.cpp, and for GPUs wkv6_gpu.py with wkv6_cuda.cu, compiled when first needed and kept.
 `fla`        the Triton operator of flash-linear-attention, where that is installed; for a GPU. (Not run here so far.)
 `auto`       compiled where it can be had, else chunked, after one line that says why.
 
@@ -29,7 +29,8 @@ import torch.nn.functional as F
 
 import compiled
 
-COMPILED_HEAD_SIZES = {"cpu": (32, 64, 128), "cuda": (32, 64)}
+COMPILED_HEAD_SIZES = {"cpu": (32, 64, 128)}
+GPU_HEAD_SIZES = (32, 64)  # of every other device
 
 
 def wkv6(r, k, v, w, u, state=None, impl="auto"):
@@ -45,7 +46,8 @@ def wkv6(r, k, v, w, u, state=None, impl="auto"):
     if state is None:
         state = torch.zeros(B, H, N, N, device=r.device, dtype=torch.promote_types(r.dtype, torch.float32))
     if impl == "auto":
-        fits = N in COMPILED_HEAD_SIZES.get(device, ()) and r.dtype != torch.float64
+        head_size_fits = N in COMPILED_HEAD_SIZES.get(device, GPU_HEAD_SIZES)
+        fits = head_size_fits and r.dtype != torch.float64 and not r.is_meta
         impl = "compiled" if fits and not kernel_problem(device) else "chunked"
     if impl == "fla":
         from fla.ops.rwkv6 import chunk_rwkv6
@@ -133,5 +135,8 @@ torch.library.register_autograd(
 
 @torch.compiler.assume_constant_result
 def kernel_problem(device="cpu"):
-    """Load the compiled kernel for "cpu" or "cuda", building it first where needed. Returns "" or, in one line, why it cannot be had."""
+    """Load the compiled kernel for a type of device, compiling it first where needed.
+
+    Returns "" or, in one line, why it cannot be had.
+    """
     return compiled.load(device)

@@ -1,4 +1,5 @@
-// WKV-6 for GPUs. What is computed stands in wkv6.py; wkv6_op.cpp checks the tensors, makes the others, and calls the functions at the end.
+// WKV-6 for GPUs. What is computed stands in wkv6.py; wkv6_gpu.py checks the tensors, makes the
+// others, and launches these kernels. nvcc compiles this file, or NVRTC, or (for tests) a C++ compiler.
 //
 // A state needs that of the token before it: walked token by token, a batch of one keeps a block per head busy, 32 of them at 1.6B, on a card
 // with room for hundreds. What is clever here: the sequence is cut into chunks, which are all walked at once, since what a chunk does to
@@ -39,15 +40,40 @@
 // Arithmetic, not measurement (this has not run on a GPU yet): at 1.6B the operations take at least 15 and 36 us on a 4090 (16384 lanes, 2.52 GHz),
 // 18 and 44 us on an H100 (16896, 1.98 GHz); all those bytes from memory 80 and 234 us (1008 GB/s), 24 and 70 us (3350 GB/s).
 
+#ifdef __CUDACC_RTC__  // NVRTC has no header files: here is what the kernels need of them
+using int64_t = long long;
+struct bfloat16 {
+  unsigned short bits;
+  __device__ explicit bfloat16(float x) {
+    const unsigned all = __float_as_uint(x);
+    const unsigned nearest_even = (all + 0x7fff + (all >> 16 & 1)) >> 16;
+    const bool is_nan = x != x;
+    bits = is_nan ? 0x7fc0 : nearest_even;
+  }
+  __device__ operator float() const { return __uint_as_float(unsigned(bits) << 16); }
+};
+struct float16 {
+  unsigned short bits;
+  __device__ explicit float16(float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
+  __device__ operator float() const {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+  }
+};
+#else
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
 #include <cstdint>
+#include <string>
+#include <unordered_map>
+using bfloat16 = c10::BFloat16;
+using float16 = c10::Half;
+#endif
 
-#ifndef EMULATED  // the tests read this file as C++, and put an emulator and a counter in these two places
-#define LAUNCH(kernel, grid, threads, shared_bytes, ...)        \
-  kernel<<<grid, threads, shared_bytes, stream>>>(__VA_ARGS__); \
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error
+#ifndef EMULATED  // tests read this file as C++, and put an emulator and a counter here
+#define ADDRESS(...) reinterpret_cast<const void*>(&__VA_ARGS__)
 #define MOVED(direction, bytes)
 #endif
 #ifdef USE_ROCM
@@ -56,7 +82,7 @@
 #define UNROLL _Pragma("unroll")  // where registers are counted through: they have no addresses
 #define BOUNDS __launch_bounds__(N, N < 64 ? 8 : 0)  // without the 8 ptxas saves registers that nobody needs, and spills
 
-namespace {
+namespace wkv6_gpu {
 
 constexpr int TILE = 16, SCAN_THREADS = 128;  // TILE: tokens in shared memory at a time
 
@@ -156,7 +182,7 @@ template <int N> struct State {
 // states: what k_t v_t^T come to at the chunk's end; or reverse, with r, gy for k, v, at its beginning. log_decay: the whole chunk's.
 template <typename scalar, int N>
 __global__ void BOUNDS chunk_states(const scalar* k, const scalar* v, const float* w, float* states, float* log_decay, int T, int chunk,
-                                    bool reverse) {
+                                    int reverse) {
   auto& s = reinterpret_cast<Shared<N>&>(shared_memory);
   const Tokens<N> tokens(T, chunk, !reverse);  // away from where the state is wanted, so that the decay up to there is known
   const int i = threadIdx.x;
@@ -176,7 +202,7 @@ __global__ void BOUNDS chunk_states(const scalar* k, const scalar* v, const floa
 // states: from what each chunk adds to where each chunk begins (reverse: ends). last: what remains. The grid is (B * H, parts of a state).
 template <int N>
 __global__ void __launch_bounds__(SCAN_THREADS) scan(float* states, const float* log_decay, const float* first, float* last, int chunks,
-                                                     bool reverse) {
+                                                     int reverse) {
   constexpr int AHEAD = 4;  // chunks that are loaded before they are needed
   const int at = 4 * (blockIdx.y * SCAN_THREADS + threadIdx.x);
   const int64_t head = blockIdx.x;
@@ -200,7 +226,7 @@ __global__ void __launch_bounds__(SCAN_THREADS) scan(float* states, const float*
 // A thread holds four columns: every fourth group of four rows.
 template <typename scalar, int N>
 __global__ void BOUNDS along_values(const scalar* q, const scalar* k, const scalar* v, const float* w, const float* u, const float* states,
-                                    scalar* y, int T, int chunk, bool reverse) {
+                                    scalar* y, int T, int chunk, int reverse) {
   auto& s = reinterpret_cast<Shared<N>&>(shared_memory);
   const Tokens<N> tokens(T, chunk, reverse);
   const int i = threadIdx.x, column = i / 4 * 4, part = i % 4 * 4;
@@ -316,34 +342,22 @@ __global__ void BOUNDS along_keys(const scalar* r_, const scalar* k_, const scal
   }
   store(gu_[chunk_index() * N + i], gu);
 }
-}  // namespace
 
-// What wkv6_op.cpp calls, with contiguous tensors. r, k, v, gy, y, gr, gk, gv: (B, T, H, N) scalar; w, gw: (B, T, H, N); u: (H, N); state, last,
-// gstate, gfirst: (B, H, N, N); gu, per chunk: (B, H, chunks, N). To work in: states, gstates (B, H, chunks, N, N); log_decay (B, H, chunks, N).
-template <typename scalar, int N>
-cudaError_t wkv6_forward(int B, int T, int H, int chunk, const scalar* r, const scalar* k, const scalar* v, const float* w, const float* u,
-                         const float* state, scalar* y, float* last, float* states, float* log_decay, cudaStream_t stream) {
-  const dim3 chunks((T + chunk - 1) / chunk, H, B), heads(B * H, N * N / 4 / SCAN_THREADS);
-  LAUNCH((chunk_states<scalar, N>), chunks, N, sizeof(Shared<N>), k, v, w, states, log_decay, T, chunk, false);
-  LAUNCH((scan<N>), heads, SCAN_THREADS, 0, states, log_decay, state, last, chunks.x, false);
-  LAUNCH((along_values<scalar, N>), chunks, N, sizeof(Shared<N>), r, k, v, w, u, states, y, T, chunk, false);
-  return cudaSuccess;
+#ifndef __CUDACC_RTC__  // NVRTC compiles what it is asked for, by the same names
+// The kernel that is called `name` in wkv6_gpu.py, such as "along_values<bfloat16, 64>"; or nullptr.
+const void* wkv6_kernel(const std::string& name) {
+#define ENTRY(...) {#__VA_ARGS__, ADDRESS(__VA_ARGS__)}
+#define ENTRIES(scalar, N) \
+  ENTRY(chunk_states<scalar, N>), ENTRY(along_values<scalar, N>), ENTRY(along_keys<scalar, N>)
+  static const std::unordered_map<std::string, const void*> kernels = {
+      ENTRY(scan<32>), ENTRIES(float, 32), ENTRIES(bfloat16, 32), ENTRIES(float16, 32),
+      ENTRY(scan<64>), ENTRIES(float, 64), ENTRIES(bfloat16, 64), ENTRIES(float16, 64),
+  };
+  const auto found = kernels.find(name);
+  return found == kernels.end() ? nullptr : found->second;
 }
+#endif
 
-template <typename scalar, int N>
-cudaError_t wkv6_backward(int B, int T, int H, int chunk, const scalar* r, const scalar* k, const scalar* v, const float* w, const float* u,
-                          const float* state, const scalar* gy, const float* gstate, scalar* gr, scalar* gk, scalar* gv, float* gw, float* gu,
-                          float* gfirst, float* states, float* gstates, float* log_decay, cudaStream_t stream) {
-  const dim3 chunks((T + chunk - 1) / chunk, H, B), heads(B * H, N * N / 4 / SCAN_THREADS);
-  LAUNCH((chunk_states<scalar, N>), chunks, N, sizeof(Shared<N>), k, v, w, states, log_decay, T, chunk, false);
-  LAUNCH((scan<N>), heads, SCAN_THREADS, 0, states, log_decay, state, gfirst, chunks.x, false);  // the last state, which nobody wants
-  LAUNCH((chunk_states<scalar, N>), chunks, N, sizeof(Shared<N>), r, gy, w, gstates, log_decay, T, chunk, true);
-  LAUNCH((scan<N>), heads, SCAN_THREADS, 0, gstates, log_decay, gstate, gfirst, chunks.x, true);
-  LAUNCH((along_values<scalar, N>), chunks, N, sizeof(Shared<N>), k, r, gy, w, u, gstates, gv, T, chunk, true);
-  LAUNCH((along_keys<scalar, N>), chunks, N, sizeof(Shared<N>), r, k, v, w, u, gy, states, gstates, gr, gk, gw, gu, T, chunk);
-  return cudaSuccess;
-}
-#define COMPILE_IN(scalar, N) \
-  template decltype(wkv6_forward<scalar, N>) wkv6_forward<scalar, N>; template decltype(wkv6_backward<scalar, N>) wkv6_backward<scalar, N>;
-COMPILE_IN(float, 32) COMPILE_IN(c10::BFloat16, 32) COMPILE_IN(c10::Half, 32)
-COMPILE_IN(float, 64) COMPILE_IN(c10::BFloat16, 64) COMPILE_IN(c10::Half, 64)
+}  // namespace wkv6_gpu
+
+using namespace wkv6_gpu;  // so that the short names serve NVRTC, too

@@ -1,4 +1,4 @@
-// The operators wkv6::forward and wkv6::backward: WKV-6 for the CPU; and, compiled with -DWITH_CUDA, the way to the kernels in wkv6_cuda.cu.
+// The operators wkv6::forward and wkv6::backward on the CPU.
 //
 // Per batch element and head, with decay d_t = exp(-exp(w_t)) per key channel i, value channel j, state S (N x N):
 //
@@ -19,49 +19,47 @@
 // The u terms are added where they belong. Batch elements and heads run in parallel. T is a run-time argument. The operators take
 // contiguous tensors, and w, u and states in float32: wkv6.py sees to it, and declares them.
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sum.h>
 #include <torch/library.h>
 
-#include <tuple>
-#include <type_traits>
-
-#ifdef WITH_CUDA
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#else
-#include <ATen/Parallel.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
-
 #include <array>
 #include <memory>
+#include <tuple>
+#include <type_traits>
 #include <vector>
-#endif
 
 namespace {
 
 using at::Tensor;
 
-void check(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, const Tensor& state) {
+void check(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u,
+           const Tensor& state) {
   TORCH_CHECK(r.dim() == 4, "wkv6: r must be (B, T, H, N), not ", r.sizes());
   const auto B = r.size(0), H = r.size(2), N = r.size(3);
-  TORCH_CHECK(k.sizes() == r.sizes() && v.sizes() == r.sizes() && w.sizes() == r.sizes(), "wkv6: r, k, v, w must have one shape");
-  TORCH_CHECK(k.dtype() == r.dtype() && v.dtype() == r.dtype(), "wkv6: r, k, v must have one dtype");
-  TORCH_CHECK(u.sizes() == at::IntArrayRef({H, N}), "wkv6: u must be (H, N), not ", u.sizes());
-  TORCH_CHECK(state.sizes() == at::IntArrayRef({B, H, N, N}), "wkv6: state must be (B, H, N, N), not ", state.sizes());
-  for (const auto& x : {w, u, state}) TORCH_CHECK(x.dtype() == at::kFloat, "wkv6: w, u, state must be float32, not ", x.dtype());
+  const bool same_shape =
+      k.sizes() == r.sizes() && v.sizes() == r.sizes() && w.sizes() == r.sizes();
+  TORCH_CHECK(same_shape, "wkv6: r, k, v, w must have one shape");
+  const bool same_dtype = k.dtype() == r.dtype() && v.dtype() == r.dtype();
+  TORCH_CHECK(same_dtype, "wkv6: r, k, v must have one dtype");
+  const std::array<int64_t, 2> u_shape = {H, N};
+  TORCH_CHECK(u.sizes() == u_shape, "wkv6: u must be (H, N), not ", u.sizes());
+  const std::array<int64_t, 4> state_shape = {B, H, N, N};
+  TORCH_CHECK(state.sizes() == state_shape, "wkv6: state must be (B, H, N, N), not ",
+              state.sizes());
+  for (const auto& x : {w, u, state}) {
+    TORCH_CHECK(x.dtype() == at::kFloat, "wkv6: w, u, state must be float32, not ", x.dtype());
+  }
   for (const auto& x : {r, k, v, w, u, state}) {
     TORCH_CHECK(x.is_contiguous(), "wkv6: every tensor must be contiguous");
-    TORCH_CHECK(x.device() == r.device(), "wkv6: every tensor must be on ", r.device(), ", as r is; one is on ", x.device());
+    TORCH_CHECK(x.device() == r.device(), "wkv6: every tensor must be on ", r.device(),
+                ", as r is; one is on ", x.device());
   }
-#ifdef WITH_CUDA
-  TORCH_CHECK(r.numel() > 0, "wkv6: r is empty: ", r.sizes());
-  TORCH_CHECK(reinterpret_cast<uintptr_t>(state.data_ptr()) % 16 == 0, "wkv6: state must be aligned to 16 bytes");
-#endif
 }
 
 // Calls body(scalar of r, N), both compile-time constants.
@@ -71,25 +69,16 @@ void with_type_and_head_size(const Tensor& r, F body) {
     switch (r.size(3)) {
       case 32: return body(scalar, std::integral_constant<int, 32>());
       case 64: return body(scalar, std::integral_constant<int, 64>());
-#ifndef WITH_CUDA
       case 128: return body(scalar, std::integral_constant<int, 128>());
-#endif
       default: TORCH_CHECK(false, "wkv6: head size ", r.size(3), " is not compiled in");
     }
   };
   switch (r.scalar_type()) {
     case at::kFloat: return with_type(float());
     case at::kBFloat16: return with_type(at::BFloat16());
-#ifdef WITH_CUDA
-    case at::kHalf: return with_type(at::Half());
-#endif
     default: TORCH_CHECK(false, "wkv6: ", r.dtype(), " is not compiled in");
   }
 }
-
-// ---- the CPU ---------------------------------------------------------------------------------------------------------------------
-
-#ifndef WITH_CUDA
 
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t CHUNK = 32;  // tokens between two kept states: 32 states of 64 x 64 are 512 KiB, an L2 cache's worth
@@ -250,80 +239,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   return {gr_, gk_, gv_, gw_, gu_.sum(0), first};
 }
 
-#else
-
-// ---- the GPU ---------------------------------------------------------------------------------------------------------------------
-
 }  // namespace
 
-// In wkv6_cuda.cu.
-
-template <typename scalar, int N>
-cudaError_t wkv6_forward(int B, int T, int H, int chunk, const scalar* r, const scalar* k, const scalar* v, const float* w, const float* u,
-                         const float* state, scalar* y, float* last, float* states, float* log_decay, cudaStream_t stream);
-
-template <typename scalar, int N>
-cudaError_t wkv6_backward(int B, int T, int H, int chunk, const scalar* r, const scalar* k, const scalar* v, const float* w, const float* u,
-                          const float* state, const scalar* gy, const float* gstate, scalar* gr, scalar* gk, scalar* gv, float* gw, float* gu,
-                          float* gfirst, float* states, float* gstates, float* log_decay, cudaStream_t stream);
-
-int64_t wkv6_chunk = 64;  // tokens; a variable, since the tests try others
-
-namespace {
-
-struct At {  // a pointer to the tensor's numbers, of the type that is asked for
-  const Tensor& x;
-  template <typename T>
-  operator T*() const { return x.data_ptr<std::remove_const_t<T>>(); }
-};
-
-// To work in: the states of every chunk, (B, H, chunks, N, N), and the logs of their decays, (B, H, chunks, N).
-std::pair<Tensor, Tensor> per_chunk(const Tensor& r, const Tensor& state) {
-  const auto B = r.size(0), H = r.size(2), N = r.size(3), chunks = (r.size(1) + wkv6_chunk - 1) / wkv6_chunk;
-  return {at::empty({B, H, chunks, N, N}, state.options()), at::empty({B, H, chunks, N}, state.options())};
-}
-
-std::tuple<Tensor, Tensor> forward(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, const Tensor& state) {
-  check(r, k, v, w, u, state);
-  const c10::cuda::CUDAGuard guard(r.device());
-  const auto y = at::empty_like(r), last = at::empty_like(state);
-  Tensor states, log_decay;
-  std::tie(states, log_decay) = per_chunk(r, state);
-  with_type_and_head_size(r, [&](auto scalar, auto n) {
-    C10_CUDA_CHECK((wkv6_forward<decltype(scalar), n>(
-        r.size(0), r.size(1), r.size(2), wkv6_chunk, At{r}, At{k}, At{v}, At{w}, At{u}, At{state}, At{y}, At{last}, At{states}, At{log_decay},
-        c10::cuda::getCurrentCUDAStream())));
-  });
-  return {y, last};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, const Tensor& state, const Tensor& gy,
-    const Tensor& gstate) {
-  check(r, k, v, w, u, state);
-  check(r, k, gy, w, u, gstate);  // gy is like v, and gstate like state
-  const c10::cuda::CUDAGuard guard(r.device());
-  const auto gr = at::empty_like(r), gk = at::empty_like(k), gv = at::empty_like(v), gw = at::empty_like(w), gfirst = at::empty_like(state);
-  Tensor states, log_decay;
-  std::tie(states, log_decay) = per_chunk(r, state);
-  const auto gstates = at::empty_like(states), gu = at::empty_like(log_decay);
-  with_type_and_head_size(r, [&](auto scalar, auto n) {
-    C10_CUDA_CHECK((wkv6_backward<decltype(scalar), n>(
-        r.size(0), r.size(1), r.size(2), wkv6_chunk, At{r}, At{k}, At{v}, At{w}, At{u}, At{state}, At{gy}, At{gstate}, At{gr}, At{gk}, At{gv},
-        At{gw}, At{gu}, At{gfirst}, At{states}, At{gstates}, At{log_decay}, c10::cuda::getCurrentCUDAStream())));
-  });
-  return {gr, gk, gv, gw, gu.sum({0, 2}), gfirst};
-}
-
-#endif
-
-}  // namespace
-
-#ifdef WITH_CUDA
-TORCH_LIBRARY_IMPL(wkv6, CUDA, m) {
-#else
 TORCH_LIBRARY_IMPL(wkv6, CPU, m) {
-#endif
   m.impl("forward", &forward);
   m.impl("backward", &backward);
 }
