@@ -44,7 +44,9 @@ class Count:
 
 def storage_bytes(tensor: torch.Tensor) -> int:
     """Bytes of a tensor's numbers, those of an expanded one counted once."""
-    repeated = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride == 0]
+    repeated = [
+        size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride == 0
+    ]
     once = tensor.numel()
     for size in repeated:
         once //= max(size, 1)
@@ -85,7 +87,11 @@ def model_1_6b(n_layer: int, quantization: str) -> rwkv6.RWKV:
     for name, p in model.named_parameters():
         p.data = p.data.to(rwkv6.storage_dtype(model, name, torch.bfloat16))
     for name, module in list(model.named_modules()):
-        if quantization != "none" and name.startswith("blocks.") and isinstance(module, rwkv6.Linear):
+        if (
+            quantization != "none"
+            and name.startswith("blocks.")
+            and isinstance(module, rwkv6.Linear)
+        ):
             model.set_submodule(name, quant.quantize(module.weight, quantization))
     bone.add_bone(model, 64)
     for name, p in model.named_parameters():

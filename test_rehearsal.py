@@ -8,6 +8,7 @@ torch.accelerator names, which other tests must not see.
 import concurrent.futures
 import contextlib
 import csv
+import ctypes
 import io
 import itertools
 import json
@@ -22,6 +23,7 @@ import torch
 
 import data
 import rwkv6
+import wkv6
 from test_train import counting
 
 if sys.platform == "win32" or not shutil.which(os.environ.get("CXX", "c++")):
@@ -91,6 +93,24 @@ def generate_here(folder, flags, accelerator):
     return output.getvalue()
 
 
+def emulate_kernels_here(folder):
+    """From here on, WKV-6 on this process's device is wkv6_cuda.cu, run by cuda_on_cpu.h."""
+    import compiled
+    import test_wkv6_cuda
+    import wkv6_gpu
+
+    emulator = test_wkv6_cuda.Emulator(folder)
+    emulator.set(chunk=16)
+    global launches_so_far
+    launches_so_far = ctypes.c_int64.in_dll(emulator.library, "emulator_launches")
+    compiled.LOADERS["gpu"] = lambda: wkv6_gpu.register(emulator.launch, "PrivateUse1")
+    return wkv6.kernel_problem("gpu")
+
+
+def emulated_launches_here():
+    return launches_so_far.value
+
+
 def launches_here():
     """What launches.py counts on this process's device: {part: (launches, bytes)}."""
     import launches
@@ -110,6 +130,15 @@ def process():
 @pytest.fixture(scope="module")
 def standin():
     with process() as executor:
+        yield executor
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """A process in which there is a GPU that has our kernels."""
+    with process() as executor:
+        folder = tmp_path_factory.mktemp("emulator")
+        assert executor.submit(emulate_kernels_here, folder).result(timeout=300) == ""
         yield executor
 
 
@@ -141,6 +170,14 @@ def weights(folder, step=4):
     """All trained weights after a step, in float32, as one tensor."""
     state = torch.load(f"{folder}/resume-{step}.pth")
     return torch.cat([x.flatten() for name, x in state.items() if name.startswith("weights.")])
+
+
+def check_same(found, expected, near):
+    """Two runs are the same but for rounding. near: see below."""
+    of_losses, of_weights = near
+    torch.testing.assert_close(losses(found), losses(expected), rtol=of_losses, atol=0)
+    difference = (weights(found) - weights(expected)).square().mean().sqrt().item()
+    assert difference <= of_weights * LR
 
 
 # How far a run may be from that on the CPU, by the rounding of its precision: its losses, as a part
@@ -197,10 +234,27 @@ def test_a_run_on_a_gpu_is_that_on_the_cpu_and_waits_once_a_step(
         assert f" on {accelerator}\n" in said
     assert len(waits) == 3 and max(waits) <= 3  # a copy there, one back; at first also nf4's table
 
-    of_losses, of_weights = near
-    torch.testing.assert_close(losses("gpu"), losses("cpu"), rtol=of_losses, atol=0)
-    difference = (weights("gpu") - weights("cpu")).square().mean().sqrt().item()
-    assert difference <= of_weights * LR
+    check_same("gpu", "cpu", near)
+
+
+@pytest.mark.parametrize(
+    "flags, near",
+    [
+        ("--precision fp32 --train_type infctx --chunk_ctx 20", FP32),
+        ("--precision fp16", FP16),
+        ("", BF16),
+    ],
+)
+def test_a_run_on_a_gpu_with_our_kernels_is_that_on_the_cpu(emulated, folder, flags, near):
+    """Binding, kernels, autograd and training meet here as on a card."""
+    write_base()
+    launched = emulated.submit(emulated_launches_here).result()
+    for accelerator in ("cpu", "gpu"):
+        line = f"{FLAGS} {BASE} {flags} --accelerator {accelerator} --proj_dir {accelerator}"
+        _, waits = emulated.submit(train_here, folder, line).result(timeout=300)
+    assert max(waits) <= 3
+    assert emulated.submit(emulated_launches_here).result() > launched
+    check_same("gpu", "cpu", near)
 
 
 @pytest.mark.parametrize("flags", ["", "--precision fp16 --quant nf4", "--train_type infctx"])
