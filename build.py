@@ -90,8 +90,19 @@ def precision(args, device):
     """The autocast of --precision, and the gradient scaler, which only fp16 needs."""
     dtype = DTYPES[args.precision]
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")  # of a GPU's products
+    # Bone's small terms rely on sums in float32 inside of a product.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     half = dtype != torch.float32
-    return torch.autocast(device.type, dtype if half else torch.bfloat16, enabled=half), torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    autocast = torch.autocast(device.type, dtype if half else torch.bfloat16, enabled=half)
+    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def emulates_bf16(device):
+    """Whether a GPU has no bfloat16 of its own: CUDA then computes it in float32, at a loss of speed."""
+    if device.type != "cuda":
+        return False
+    return not torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def open_documents(args, vocab_size=None):

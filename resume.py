@@ -137,7 +137,8 @@ class Saver:
         rest[ABOUT] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
         weights, adam, dealt = {f"weights.{name}": p.detach() for name, p in self.weights.items()}, self.optimizer.state, self.shares == (True, False, False)
         moments = {}
-        if devices.most([len(adam)])[0] if dealt else adam:     # before the first step that was taken there are none
+        taken = bool(adam) and next(iter(adam.values()))["step"].item() > 0     # the first steps may have been left out
+        if devices.most([taken])[0] if dealt else taken:
             nothing = {key: torch.zeros(()) for key in ("step", "exp_avg", "exp_avg_sq")}   # of a parameter whose moments another rank has
             moments = {f"{key}.{name}": tensor.expand(p.shape) if p not in adam and key != "step" else tensor
                        for name, p in self.weights.items() if p.requires_grad for key, tensor in adam.get(p, nothing).items()}
@@ -229,7 +230,7 @@ class State:
         for name in sorted(expected.keys() ^ tensors.keys()):
             raise ValueError(f"{self.path}: {name} {'is missing' if name in expected else 'has no place in this run'}; it was saved by a run with other parameters")
         for name, tensor in tensors.items():
-            least = {"step": 0, "exp_avg_sq": 0}.get(name.partition(".")[0], -math.inf)
+            least = {"step": 1, "exp_avg_sq": 0}.get(name.partition(".")[0], -math.inf)
             if (tensor.shape, tensor.dtype) != expected[name] or not all_finite(tensor) or tensor.min() < least:
                 raise ValueError(f"{self.path}: {name} is {tuple(tensor.shape)}, {tensor.dtype}; {expected[name]} of finite numbers from {least} on are needed")
             release(tensor)

@@ -66,7 +66,7 @@ def compare(flags, documents, passes, **chunks):
     with alone():
         model, *_ = train.build_model(args, torch.device("cpu"))
         model.keep_products = bool(chunks)
-        expected = train.step(model, batches, contextlib.nullcontext(), **chunks)
+        expected = [value.item() for value in train.step(model, batches, contextlib.nullcontext(), **chunks)]
         grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     model, *_ = (train.build_shares if devices.shares(args.strategy)[1] else train.build_model)(args, torch.device("cpu"))
     model.keep_products = bool(chunks)

@@ -197,6 +197,18 @@ def test_a_step_left_out_changes_nothing(monkeypatch, loss, grad):
     assert states == [False, True, False, True, False] and len(column("loss")) == 5
 
 
+def test_a_state_from_before_the_first_step_that_was_taken_is_gone_on_from(monkeypatch):
+    with monkeypatch.context() as patch:
+        spoiled_steps(patch, {0, 1})
+        run("--epoch_steps 4 --save_steps 1 --keep 4 --proj_dir whole")
+    assert not any(name.startswith("exp_avg") for name in files.read_tensors("whole/resume-2.pth"))
+    os.mkdir("parts")
+    os.rename("whole/resume-2.pth", "parts/resume-2.pth")
+    run("--epoch_steps 4 --proj_dir parts --resume")
+    whole, parts = read("whole/rwkv-0.pth"), read("parts/rwkv-0.pth")
+    assert all(whole[name].equal(parts[name]) for name in whole)
+
+
 def test_ten_bad_steps_in_a_row_end_the_run_nine_do_not(monkeypatch, capsys):
     with monkeypatch.context() as patch:
         spoiled_steps(patch, {*range(1, 10), *range(11, 40)})

@@ -9,8 +9,14 @@ import functools
 import math
 import os
 import shlex
+import sys
 import time
 import types
+
+if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    # PyTorch reads this when a GPU's first tensor is made. Without it, rows of ever other lengths
+    # leave holes in the GPU's memory in which the next ones find no room.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from torch import nn
@@ -20,7 +26,7 @@ import data
 import devices
 import memory
 import resume
-from build import build_model, build_shares, check_memory, chunk_ctx, count, longest_row, open_documents, precision
+from build import build_model, build_shares, check_memory, chunk_ctx, count, emulates_bf16, longest_row, open_documents, precision
 from files import fingerprint, run_cli
 from log import Log, draw
 from loss import count_tokens, loss_fn, step, val_loss
@@ -66,6 +72,8 @@ def describe(args, model, device, plan):
           + f", in chunks of {args.chunk_ctx}" * (args.train_type == "infctx"))
     if args.train_type == "none" and (args.chunk_ctx, args.bptt) != (512, 0):
         print("note: --chunk_ctx and --bptt do nothing without --train_type infctx")
+    if args.precision == "bf16" and emulates_bf16(device):
+        print("note: this GPU has no bfloat16 of its own, and computes it in float32: --precision fp16 is faster here")
     if "deepspeed" in args.strategy and devices.size() == 1:
         print(f"note: {args.strategy} shares out what several devices hold; on one, plain PyTorch stands in for it (--dry_run says the memory)")
 
