@@ -301,12 +301,21 @@ def quiet(compute):
     return compute.no_sync() if isinstance(compute, DistributedDataParallel) else contextlib.nullcontext()
 
 
+def shares_out_integers():
+    """Whether PyTorch's FSDP2 takes the integers of a quantized base: since 2.12."""
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (2, 12)
+
+
 def shard(model, strategy, device):
     """Share out the weights of `model`, or those that are trained: each rank will hold an N-th of every tensor, along its first dimension."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 
     _, _, base = shares(strategy)
+    if base and not shares_out_integers() and any(isinstance(module, Quantized) for module in model.modules()):
+        raise ValueError(f"--strategy {strategy} shares out a quantized base with PyTorch 2.12 or newer, and this is {torch.__version__}; "
+                         "use deepspeed_stage_2, or --quant none, or install a newer one")
     for module in model.modules() if base else ():
         if isinstance(module, Quantized):   # only parameters are shared out
             for name, buffer in list(module.named_buffers(recurse=False)):

@@ -91,6 +91,10 @@ def gradients():
     cases = [("--grad_cp 1 --quant nf4 --bone_load bones.pth", "pad", {}), ("--train_parts time ln emb head --bone_load bones.pth", "none", {}), ("--train_parts", "se", {}),
              ("--grad_cp 1 --bone_mode bone --quant int8", "pad", {"chunk_ctx": 7, "bptt": 2})]
     for strategy, (flags, loss_mask, chunks) in itertools.product(("ddp", "deepspeed_stage_2", "deepspeed_stage_3"), cases):
+        if strategy == "deepspeed_stage_3" and "--quant" in flags and not devices.shares_out_integers():
+            with pytest.raises(ValueError, match="with PyTorch 2.12 or newer, and this is 2.11"):
+                devices.shard(train.build_model(train.parse_args((FLAGS + flags).split()), torch.device("cpu"))[0], strategy, torch.device("cpu"))
+            continue
         mask = f"--loss_mask {loss_mask} " + """--mask_id {"mask0":"d","mask1":"P"}""" * (loss_mask == "se")
         difference = compare(f"--strategy {strategy} {mask} {flags}", documents, 2, **chunks)
         if devices.rank() == 0:
@@ -159,7 +163,7 @@ def test_the_gradient_is_that_of_one_process_with_all_micro_batches(whole_docume
     end = start(ranks, f"{os.path.abspath(__file__)} gradients")
     assert end.returncode == 0, errors_of(end)
     said = [json.loads(line) for line in end.stdout.splitlines() if line.startswith("[\"")]
-    assert len(said) == 12
+    assert len(said) == (12 if devices.shares_out_integers() else 10)
     for case in said:
         assert case[-1] <= 1e-5, case
 
