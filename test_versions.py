@@ -25,7 +25,9 @@ def test_the_oldest_is_the_lower_bound_and_the_newest_is_the_pin():
 
 
 def test_a_pin_gives_way_to_what_torch_has_brought_along():
-    pins = versions.pins_beside(["torch==2.11.0", "setuptools==81.0.0", "typing_extensions==4.16.0"])
+    pins = versions.pins_beside(
+        ["torch==2.11.0", "setuptools==81.0.0", "typing_extensions==4.16.0"]
+    )
     names = [versions.name_of(pin) for pin in pins]
     assert "numpy" in names and "pyrwkv-tokenizer" in names
     assert "torch" not in names and "setuptools" not in names
@@ -43,3 +45,10 @@ def test_the_table_has_a_row_for_a_version_that_could_not_be_installed():
         "",
         "- 2.11.0, build: exit code 1: no such version",
     ]
+
+
+def test_a_failing_test_is_named_once_however_many_its_parameters(tmp_path):
+    log = tmp_path / "tests.log"
+    log.write_text("FAILED test_a.py::f[1] - x\nERROR test_a.py::f[2 b]\nFAILED test_a.py::g\n")
+    named = ["`test_a.py::f`: 2 failed", "`test_a.py::g`: 1 failed"]
+    assert versions.failed_tests(log) == named

@@ -12,6 +12,7 @@ change. A version that fails does not stop the next one. The exit code is 1 when
 """
 
 import argparse
+import collections
 import dataclasses
 import os
 import pathlib
@@ -160,7 +161,7 @@ def last_line(log: pathlib.Path) -> str:
 
 
 def run_tests(version: str, row: Row, tests: list[str]) -> None:
-    """Run the tests, all or those of the files given, and count them into the row."""
+    """Run the tests, all or those of the files given. What they say goes into the row."""
     log = log_of(version, "tests")
     command = [str(python_of(version)), "-m", "pytest", "-q", "-n", "2", "-rfE", *tests]
     variables = environment_of(version)
@@ -177,9 +178,14 @@ def run_tests(version: str, row: Row, tests: list[str]) -> None:
         counts[what] = int(number)
     failed = counts["failed"] + counts["error"]
     row.cells["tests"] = f"{counts['passed']} passed, {failed} failed, {counts['skipped']} skipped"
-    for line in log.read_text().splitlines():
-        if line.startswith(("FAILED ", "ERROR ")):
-            row.problems.append(f"`{line}`")
+    row.problems += failed_tests(log)
+
+
+def failed_tests(log: pathlib.Path) -> list[str]:
+    """Return the tests that failed by a log of pytest's, each function once, with its count."""
+    functions = re.findall(r"^(?:FAILED|ERROR) ([^\s\[]+)", log.read_text(), re.MULTILINE)
+    counts = collections.Counter(functions)
+    return [f"`{function}`: {count} failed" for function, count in counts.items()]
 
 
 def ask(version: str, step: str, call: str) -> str:
