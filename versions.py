@@ -247,8 +247,13 @@ def load_library(device: str) -> None:
 
     import compiled
     import wkv6  # noqa: F401 (declares the operators)
+    import wkv6_gpu
 
-    compiled.load(device)
+    if device == "cuda":
+        # `compiled.load` asks for the GPU that is there. nvcc alone is told the architectures.
+        wkv6_gpu.register(compiled._launch_of_nvcc(), "CUDA")
+    else:
+        compiled.load(device)
     for name in ("wkv6::forward", "wkv6::backward"):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper()):
             sys.exit(f"{name} has no kernel for {device}")
@@ -267,14 +272,17 @@ def fake_forward() -> None:
 
     import torch
 
+    import compiled
     import rwkv6
 
+    # Shapes need no kernels: say that those for a GPU are loaded.
+    compiled.LOADERS["cuda"] = lambda: None
     with tempfile.TemporaryDirectory() as folder:
         base = os.path.join(folder, "base.pth")
         torch.save(rwkv6.init_model(2, 128, 300).state_dict(), base)
         torch.set_autocast_enabled("cuda", True)
         torch.set_autocast_dtype("cuda", torch.bfloat16)
-        kinds = itertools.product(("bat", "bone"), ("none", "int8", "nf4"), ("auto", "chunked"))
+        kinds = itertools.product(("bat", "bone"), ("none", "int8", "nf4"), ("compiled", "chunked"))
         count = 0
         for mode, quant, form in kinds:
             print(f"mode {mode}, quant {quant}, WKV-6 {form}")
