@@ -2,13 +2,17 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test interop bench torture clean
+.PHONY: demo test test-versions interop bench torture clean
 
 demo: $(VENV)/ready
 	bash demo.sh $(BIN)/python
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q -n 2
+
+# The oldest PyTorch that requirements.txt admits, and the newest: tests, libraries, fake GPU tensors.
+test-versions:
+	$(PYTHON) versions.py
 
 # The programs that read what is written here: web-rwkv (Ai00) on a GPU that Mesa plays, the rwkv package (RWKV Runner), RWKV-PEFT's format.
 interop: $(VENV)/ready
@@ -30,4 +34,4 @@ $(VENV)/ready: requirements.txt requirements-dev.txt constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) .venv-versions demo
