@@ -10,7 +10,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q -n 2
 
-# The oldest PyTorch that requirements.txt admits, and the newest: tests, libraries, fake GPU tensors.
+# The oldest PyTorch that requirements.txt admits, to the newest: tests, libraries, fake GPU tensors.
 test-versions:
 	$(PYTHON) versions.py
 

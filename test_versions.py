@@ -19,7 +19,7 @@ def full(version):
 
 
 def test_the_oldest_is_the_lower_bound_and_the_newest_is_the_pin():
-    oldest, newest = versions.VERSIONS
+    oldest, *_, newest = versions.VERSIONS
     assert full(oldest) == full(version_in("requirements.txt", "torch>="))
     assert newest == version_in("constraints.txt", "torch==")
 

@@ -1,7 +1,7 @@
-"""Test the oldest and the newest PyTorch, each in an environment of its own. A tool, no product.
+"""Test PyTorch from the oldest to the newest, each in an environment of its own. A tool, no product.
 
     make test-versions
-    python versions.py 2.12.0 --tests test_wkv6.py test_bone.py
+    python versions.py 2.11.0 --tests test_wkv6.py test_bone.py
 
 Each version is installed with what the tests need. Then come four checks: the tests, the WKV-6
 library for the CPU, the one for the GPU, and a forward pass on a GPU that is not there. The table
@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 
 # The oldest is the lower bound in requirements.txt, the newest the one in constraints.txt.
-VERSIONS = ("2.12.0", "2.13.0")
+VERSIONS = ("2.11.0", "2.12.0", "2.13.0")
 
 # The GPU library is compiled for these architectures: an RTX 30, and an H100.
 ARCHITECTURES = "8.6;9.0"
