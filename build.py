@@ -54,7 +54,7 @@ def build_model(args, device):
         raise ValueError("--train_type infctx: head_qk looks at every earlier token, so that no state can stand for them; leave infctx out")
     for time_mix in model.modules():
         if args.fla and isinstance(time_mix, rwkv6.TimeMix):
-            time_mix.impl = "fla" if device.type == "cuda" and importlib.util.find_spec("fla") else "chunked"
+            time_mix.impl = "fla" if device.type != "cpu" and importlib.util.find_spec("fla") else "chunked"
     return model, trained, save_dtype
 
 

@@ -93,6 +93,19 @@ def generate_here(folder, flags, accelerator):
     return output.getvalue()
 
 
+def memory_here(folder, flags):
+    """Run train.py in this process; returns the bytes at its peak, and those expected, by part."""
+    import build
+    import train
+
+    os.chdir(folder)
+    _, parts = build.expected_memory(train.parse_args(flags.split()), torch.device("gpu"))
+    before = torch.accelerator.memory_allocated()
+    torch.accelerator.reset_peak_memory_stats()
+    train_here(folder, flags)
+    return torch.accelerator.max_memory_allocated() - before, parts
+
+
 def emulate_kernels_here(folder):
     """From here on, WKV-6 on this process's device is wkv6_cuda.cu, run by cuda_on_cpu.h."""
     import compiled
@@ -281,6 +294,19 @@ def test_what_is_not_finite_is_left_out_on_a_gpu(standin, folder):
     with pytest.raises(ValueError, match="not finite in each of 4 steps"):
         standin.submit(train_here, folder, line).result(timeout=300)
     assert not os.path.exists("out/rwkv-0.pth")
+
+
+@pytest.mark.parametrize("flags", ["--grad_cp 0", "--quant nf4 --accumulate_grad_batches 2"])
+def test_the_expected_memory_is_that_of_the_tensors_and_a_margin(standin, folder, flags):
+    torch.manual_seed(0)
+    model = rwkv6.init_model(4, 128, 2000)
+    torch.save({name: p.detach().bfloat16() for name, p in model.named_parameters()}, "base.pth")
+    data.write_binidx("x", counting([200] * 12))
+    line = f"{FLAGS} {BASE} --bone_r 32 --ctx_len 128 {flags} --accelerator gpu"
+    peak, parts = standin.submit(memory_here, folder, line).result(timeout=300)
+    margin = parts.pop("allocator") + parts.pop("program")
+    assert peak == pytest.approx(sum(parts.values()), rel=0.05)
+    assert margin > 0.3e9 + 0.01 * peak
 
 
 def test_generate_writes_the_same_text(standin, folder):
