@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import build
 import data
 import files
 import generate
@@ -339,6 +340,26 @@ def test_a_gradient_in_fp16_is_that_of_fp32():
         grads.append({name: p.grad / scaler.get_scale() for name, p in model.named_parameters() if p.requires_grad})
     for name, grad in grads[0].items():
         assert (grad - grads[1][name]).norm() <= 2e-2 * grad.norm(), name
+
+
+def test_sums_inside_a_product_of_16_bits_are_in_float32_on_a_gpu_too():
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True
+    train.precision(arguments(), torch.device("cpu"))
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+
+
+def test_a_card_that_only_emulates_bf16_is_told_so(monkeypatch, capsys):
+    run()
+    assert "no bfloat16 of its own" not in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert build.emulates_bf16(torch.device("cuda")) and not build.emulates_bf16(torch.device("cpu"))
+    monkeypatch.setattr(train, "emulates_bf16", lambda device: True)
+    run("--proj_dir other")
+    assert "--precision fp16 is faster here" in capsys.readouterr().out
+    run("--proj_dir third --precision fp16")
+    assert "--precision fp16 is faster here" not in capsys.readouterr().out
 
 
 def test_a_run_whose_every_step_overflows_is_no_success(monkeypatch, capsys):

@@ -74,6 +74,16 @@ def test_inputs_of_16_bits_are_accumulated_in_float32(impl, dtype, bound):
     check(inputs(2, 300, 2, 64), impl, dtype, bound)
 
 
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_autocast_has_no_say_in_it(impl):
+    """The products of the chunked form would be in bfloat16 else: 2e-3 off, where it is 1e-7."""
+    tensors = [x.to(torch.bfloat16 if i < 3 else torch.float32) for i, x in enumerate(inputs(1, 100, 2, 64))]
+    plain = wkv6.wkv6(*tensors, impl=impl)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = wkv6.wkv6(*tensors, impl=impl)
+    assert all(map(torch.equal, plain, inside))
+
+
 @pytest.mark.parametrize("old", [False, True])
 def test_fla_s_operator_is_called_by_its_definition(monkeypatch, old):
     """In its place stands the definition that flash-linear-attention documents: w is the log of the decay, scale a factor of r, and in
