@@ -32,7 +32,10 @@ SECONDS = 480  # for everything
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A table of the report. jobs: functions of bench_gpu_jobs.py, with arguments; limit: s of a job."""
+    """A table of the report.
+
+    jobs: functions of bench_gpu_jobs.py with their arguments; limit: seconds that one may take.
+    """
 
     title: str
     note: str
@@ -93,7 +96,7 @@ PARTS = (
 REHEARSED = {
     "step none": ("step none nf4",),
     "waits none": ("waits none",),
-    "peak 1.6B none": ("peak tiny none nf4", "peak_of_train none"),
+    "peak 1.6B none": ("peak tiny nf4", "peak_of_train none"),
 }
 
 

@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import platform
+import runpy
 import shutil
 import statistics
 import subprocess
@@ -91,7 +92,6 @@ class Setup:
 
     device: torch.device
     sizes: Sizes
-    standin: bool
 
 
 def say(*cells: object) -> None:
@@ -139,7 +139,7 @@ class Race:
     def ratio(self, a: str, b: str) -> str:
         """The median of the rounds' ratios."""
         if not {a, b} <= self.times[0].keys():
-            return self.problems.get(a) or self.problems.get(b) or "-"
+            return "-"
         return f"{statistics.median(t[a] / t[b] for t in self.times):.2f}"
 
 
@@ -189,7 +189,7 @@ def output_of(arguments: list[str]) -> str:
     if not shutil.which(arguments[0]):
         return ""
     ended = subprocess.run(arguments, capture_output=True, text=True)
-    return ended.stdout.partition("\n")[0]
+    return said.getvalue().partition("\n")[0]
 
 
 def compiler() -> str:
@@ -200,12 +200,13 @@ def compiler() -> str:
 
 
 def tests(_: Setup) -> None:
-    """Run the tests of the kernels that have the GPU in their name."""
+    """Run the tests of the kernels that are skipped where there is no GPU."""
     if not importlib.util.find_spec("pytest"):
         return say("", "left out: pytest is not installed (pip install pytest)")
     import pytest
 
-    options = ["-q", "-rf", "--tb=line", "-p", "no:cacheprovider", "-k", "GPU"]
+    # Their mark. (-k GPU would select by the names of folders, too.)
+    options = ["-q", "-rf", "--tb=line", "-p", "no:cacheprovider", "-m", "skipif"]
     with contextlib.redirect_stdout(io.StringIO()) as output:
         pytest.main([*options, str(HERE / "test_wkv6_cuda.py")])
     *lines, result = output.getvalue().rstrip().splitlines()
@@ -290,8 +291,11 @@ def step(setup: Setup, *kinds: str) -> None:
             functions = step_functions(model, optimizer, tokens) | lora(tokens)
             race = Race(functions, setup.sizes.rounds)
             speed = f"{tokens / race.seconds('bone'):,.0f}"
-            of_lora = lora_problem or race.ratio("bone", "lora")
-            ratios = race.ratio("built", "bone"), of_lora, race.ratio("products", "bone")
+            ratios = [
+                race.problems.get("built") or race.ratio("built", "bone"),
+                lora_problem or race.problems.get("lora") or race.ratio("bone", "lora"),
+                race.ratio("products", "bone"),
+            ]
             loss = functions["bone"]() if "bone" not in race.problems else math.nan
             say(kind, tokens, race.ms("bone"), speed, *ratios, loss)
 
@@ -333,7 +337,7 @@ def necessary_matrices(model: rwkv6.RWKV) -> list[tuple[torch.Tensor, int]]:
 def lora_step(
     model: rwkv6.RWKV, kind: str, r: int
 ) -> tuple[Callable[[int], dict[str, Callable]], str]:
-    """From tokens to {"lora": function} of a step with LoRA, on the same weights; or {}, and why."""
+    """From tokens to {"lora": function} of a step with LoRA, weights shared; or {}, and why."""
     if kind != "none":
         return lambda tokens: {}, "-"
     if not importlib.util.find_spec("peft"):
@@ -361,7 +365,7 @@ def waits(setup: Setup, *kinds: str) -> None:
     """Count how often a step of two blocks waits for the GPU."""
     set_mode = getattr(torch.get_device_module(setup.device), "set_sync_debug_mode", None)
     if not set_mode:
-        return say("", f"not available for {setup.device.type}")
+        return say("any", f"not available for {setup.device.type}")
     n_layer, n_embd = setup.sizes.models[setup.sizes.first()]
     for kind in kinds:
         config = rwkv6.sizes(min(n_layer, 4), n_embd, setup.sizes.vocab)
@@ -400,7 +404,7 @@ def peak(setup: Setup, name: str, *kinds: str) -> None:
     """Measure the peak of two steps of a model, over a base of each kind."""
     for kind in kinds:
         expected = expected_bytes(setup, name, kind, setup.sizes.peak_tokens)
-        figures = f"{expected / 1e9:.2f}", tutorial(name, kind)
+        figures = gb(expected), tutorial(name, kind)
         problem = too_large(setup, expected)
         if problem:
             say(f"{name} {kind}", problem, "", *figures)
@@ -419,7 +423,12 @@ def measured_peak(setup: Setup, name: str, kind: str) -> tuple[str, str]:
     for _ in range(2):
         bench.train_step(model, optimizer, setup.sizes.peak_tokens)
     allocated, reserved = memory.peak(setup.device), torch.accelerator.max_memory_reserved()
-    return f"{allocated / 1e9:.2f}", f"{reserved / 1e9:.2f}" if reserved else "?"
+    return gb(allocated), gb(reserved) if reserved else "?"
+
+
+def gb(size: float) -> str:
+    """Bytes in GB."""
+    return f"{size / 1e9:.3g}"
 
 
 def tutorial(name: str, kind: str) -> str:
@@ -431,7 +440,7 @@ def tutorial(name: str, kind: str) -> str:
 
 
 def peak_of_train(setup: Setup, kind: str) -> None:
-    """Measure the peak that train.py says at its end, of two steps, as a user would run it."""
+    """Measure the peak that train.py says at its end, of two steps: this process becomes a user's."""
     name = setup.sizes.first()
     config = setup.sizes.config(name)
     flags = bench.prepare_run(
@@ -439,21 +448,13 @@ def peak_of_train(setup: Setup, kind: str) -> None:
     )
     flags += ["--quant", kind, "--proj_dir", f"out-{kind}"]
     _, parts = build.expected_memory(train.parse_args(flags), setup.device)
-    script = [str(HERE / "train.py"), *flags]
-    if setup.standin:
-        start = "import gpu_standin, runpy, sys; sys.argv.pop(0); "
-        script = ["-c", f"{start}runpy.run_path(sys.argv[0], run_name='__main__')", *script]
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
-    ended = subprocess.run(
-        [sys.executable, *script], capture_output=True, text=True, env=environment
-    )
-    if ended.returncode:
-        last_line = ended.stderr.rstrip().rpartition("\n")[2]
-        raise RuntimeError(f"train.py: {last_line}")
-    expected = f"{sum(parts.values()) / 1e9:.2f}"
+    sys.argv = [str(HERE / "train.py"), *flags]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    expected = gb(sum(parts.values()))
     say(
         f"{name} {kind}, train.py",
-        bench.peak_said(ended.stdout),
+        bench.peak_said(said.getvalue()),
         "-",
         expected,
         tutorial(name, kind),
@@ -473,10 +474,14 @@ def run_in_this_process(arguments: list[str]) -> None:
         import gpu_standin  # noqa: F401 (makes the device)
     name, *rest = arguments[standin:]
     try:
-        JOBS[name](Setup(devices.find("gpu"), TINY if standin else FULL, standin), *rest)
+        JOBS[name](Setup(devices.find("gpu"), TINY if standin else FULL), *rest)
     except Exception as error:
         traceback.print_exc()
-        sys.exit(short(error))
+        print(short(error), file=sys.stderr, flush=True)
+        os._exit(1)
+    # At once: what it found is said, and the threads of a device can abort an interpreter's end.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
