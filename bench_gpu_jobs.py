@@ -189,7 +189,7 @@ def output_of(arguments: list[str]) -> str:
     if not shutil.which(arguments[0]):
         return ""
     ended = subprocess.run(arguments, capture_output=True, text=True)
-    return said.getvalue().partition("\n")[0]
+    return ended.stdout.partition("\n")[0]
 
 
 def compiler() -> str:
@@ -440,7 +440,7 @@ def tutorial(name: str, kind: str) -> str:
 
 
 def peak_of_train(setup: Setup, kind: str) -> None:
-    """Measure the peak that train.py says at its end, of two steps: this process becomes a user's."""
+    """Run train.py for two steps, in this process, and repeat the peak that it says at its end."""
     name = setup.sizes.first()
     config = setup.sizes.config(name)
     flags = bench.prepare_run(

@@ -1,9 +1,10 @@
-"""`python bench.py gpu` on a stand-in for a GPU, with a tiny model; and what it does when a part of it fails."""
+"""`python bench.py gpu` on a stand-in for a GPU, with a tiny model; and with parts that fail."""
 
 import os
 import pathlib
 import shutil
 import sys
+import time
 import warnings
 
 import pytest
@@ -98,16 +99,15 @@ def check_figures(found):
     peaks = {name: cells for name, *cells in found["Peak memory in GB"]}
     assert peaks.keys() == {"tiny nf4", "tiny none, train.py"}
     for allocated, _, expected, _ in peaks.values():
-        assert float(allocated) == pytest.approx(float(expected) - memory.PROGRAM / 1e9, abs=1e-3)
+        of_tensors = float(expected) - memory.PROGRAM / 1e9
+        assert float(allocated) == pytest.approx(of_tensors, abs=6e-3)  # train.py says 0.01 GB
 
 
 def test_a_job_that_raises_or_hangs_says_so_and_what_it_found_stays(folder, scripts):
     report = bench_gpu.Report()
-    deadline = bench_gpu.time.monotonic() + 60
-    for jobs in (part("raises", "hangs", limit=2),):
+    now = time.monotonic()
+    for jobs, deadline in ((part("raises", "hangs", limit=2), now + 60), (part("crashes"), now)):
         bench_gpu.run_part(report, jobs, str(folder), standin=True, deadline=deadline)
-    late = part("crashes")
-    bench_gpu.run_part(report, late, str(folder), standin=True, deadline=deadline - 60)
 
     found = tables(folder / "gpu-report-unknown.md")
     assert found["raises"] == [
@@ -121,7 +121,7 @@ def test_a_job_that_raises_or_hangs_says_so_and_what_it_found_stays(folder, scri
 
 def test_without_a_gpu_it_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="sees no GPU here; .*--standin"):
+    with pytest.raises(ValueError, match=r"sees no GPU here; .*--standin"):
         bench_gpu.main([])
     with pytest.raises(ValueError, match="takes no --fast"):
         bench_gpu.main(["--fast"])
