@@ -8,6 +8,7 @@ their median printed: a machine that is shared, or slows down, slows both sides.
 """
 
 import functools
+import os
 import re
 import statistics
 import subprocess
@@ -263,9 +264,10 @@ def random_checkpoint(n_layer, n_embd, vocab_size, path):
 
 
 def prepare_run(folder, config, ctx_len, *, r, steps=2, accelerator="cpu"):
-    """Write a base of random weights and data into `folder`. Return flags of train.py for them."""
+    """Write data, and a base of random weights if none is there. Return train.py's flags for them."""
     base, prefix = f"{folder}/base.pth", f"{folder}/x"
-    random_checkpoint(config.n_layer, config.n_embd, config.vocab_size, base)
+    if not os.path.exists(base):
+        random_checkpoint(config.n_layer, config.n_embd, config.vocab_size, base)
     data.write_binidx(prefix, torch.randint(1, config.vocab_size, (2, ctx_len + 1)).tolist())
     flags = f"--ctx_len {ctx_len} --epoch_steps {steps} --bone_r {r} --accelerator {accelerator}"
     paths = ["--load_model", base, "--data_file", prefix, "--proj_dir", f"{folder}/out"]

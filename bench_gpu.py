@@ -47,7 +47,9 @@ class Part:
 STEP = ", ms | tokens/s | W' / Bone | Bone / LoRA | products / Bone | loss"
 PARTS = (
     Part("The machine", "", "what | found", ("machine",), limit=200),
-    Part("Tests of the kernels", "", "test_wkv6_cuda.py on the GPU | result", ("tests",), 120),
+    Part(
+        "Tests of the kernels", "", "test_wkv6_cuda.py on the GPU | result", ("tests",), limit=120
+    ),
     Part(
         "WKV-6",
         "32 heads of 64, bfloat16, forward + backward. The copy moves the bytes that the operator "
@@ -91,6 +93,7 @@ PARTS = (
             *("peak 3B none", "peak 3B int8", "peak 3B nf4"),
             *("peak 7B none", "peak 7B int8", "peak 7B nf4"),
         ),
+        limit=120,
     ),
 )
 REHEARSED = {
@@ -179,7 +182,8 @@ def run_job(arguments: list[str], folder: str, seconds: float) -> Outcome:
         last = complaints.rstrip().rpartition("\n")[2].strip()
         problem = f"failed, exit code {code}: {last[:300]}"
     rows = [line.split("\t") for line in said.splitlines() if "\t" in line]
-    tail = complaints.splitlines()[-20:] if problem else []
+    shown = problem or "Traceback" in complaints
+    tail = complaints.splitlines()[-20:] if shown else []
     return Outcome(rows, problem, "\n".join(tail))
 
 
@@ -216,7 +220,7 @@ def run_part(report: Report, part: Part, folder: str, *, standin: bool, deadline
             report.row(cells)
         if outcome.problem:
             report.row([job, outcome.problem])
-            tails.append(outcome.tail)
+        tails.append(outcome.tail)
         report.save()
     report.add("", f"({time.monotonic() - began:.0f} s)")
     for tail in filter(None, tails):

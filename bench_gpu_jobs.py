@@ -149,6 +149,8 @@ def problem_of(function: Callable) -> str:
         function()
         torch.accelerator.synchronize()
     except Exception as error:
+        if not isinstance(error, torch.OutOfMemoryError):
+            traceback.print_exc()
         return short(error)
     return ""
 
@@ -217,7 +219,9 @@ def tests(_: Setup) -> None:
 
 def wkv(setup: Setup) -> None:
     """Time WKV-6 beside the other forms, and beside copying the necessary bytes."""
-    names = ["compiled", "chunked"]
+    names = ["chunked"]
+    if not kernel_problem(setup.device.type):
+        names.append("compiled")
     if importlib.util.find_spec("fla"):
         names.append("fla")
     for tokens in setup.sizes.wkv_tokens:
@@ -362,7 +366,7 @@ def same_weights(model: rwkv6.RWKV) -> rwkv6.RWKV:
 
 
 def waits(setup: Setup, *kinds: str) -> None:
-    """Count how often a step of two blocks waits for the GPU."""
+    """Count how often a step of a few blocks waits for the GPU."""
     set_mode = getattr(torch.get_device_module(setup.device), "set_sync_debug_mode", None)
     if not set_mode:
         return say("any", f"not available for {setup.device.type}")
