@@ -1,13 +1,14 @@
 """The figures that the README quotes: `python bench.py` for speed, or its parts alone: `python bench.py layer`, `step`, `quantized`,
 `infctx`, `loss`, `wkv`; and `python bench.py memory` (or `memory 1.6B nf4`, say), which trains models of the true sizes for an hour, and
-`memory long`, rows of 65,536 tokens, and `memory ranks`, several devices. `python bench.py launches` counts what a step asks of a GPU.
+`memory long`, rows of 65,536 tokens, and `memory ranks`, several devices. `python bench.py launches` counts what a step asks of a GPU,
+and `python bench.py gpu` (bench_gpu.py) measures on one all that a GPU changes, and writes a report.
 
 A figure of speed is a ratio. What is compared runs in turn, round after round, in one process; the ratio of each round is taken, and
 their median printed: a machine that is shared, or slows down, slows both sides. Times, medians too, are there for orientation.
 """
 
 import functools
-import importlib.util
+import os
 import re
 import statistics
 import subprocess
@@ -17,6 +18,7 @@ import timeit
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import build
 import data
@@ -25,8 +27,9 @@ import rwkv6
 import train
 from bone import BoneLinear, add_bone
 from files import run_cli, save_stream
+from loss import count_tokens
 from memory import reuse_freed
-from quant import quantize
+from quant import dense, quantize
 from wkv6 import kernel_problem, wkv6
 
 N_EMBD, DIM_FFN, R = 2048, 7168, 64        # RWKV-6 1.6B
@@ -50,52 +53,105 @@ class BuiltLinear(BoneLinear):
     """The straightforward way: build W' in every step, all in bfloat16."""
 
     def forward(self, x):
-        blocks = self.weight.unflatten(0, (-1, self.r)).unflatten(2, (-1, self.r)).transpose(1, 2)              # (a, b, r, r)
-        B = self.bone.to(self.weight.dtype)
-        delta = (blocks @ B + B).transpose(1, 2).reshape(self.weight.shape)
-        return F.linear(x.to(self.weight.dtype), self.weight + delta)
+        dtype = self.weight.dtype
+        weight = dense(self.weight, dtype)
+        blocks = weight.unflatten(0, (-1, self.r)).unflatten(2, (-1, self.r))
+        blocks = blocks.transpose(1, 2)  # (a, b, r, r)
+        B = self.bone.to(dtype)
+        delta = (blocks @ B + B).transpose(1, 2).reshape(weight.shape)
+        return F.linear(x.to(dtype), weight + delta)
+
+
+def layer_functions(in_features, out_features, tokens, *, r=R, device="cpu"):
+    """Return {name: function} of one layer, forward and backward: frozen, with Bone, building W'."""
+    weight = (0.02 * torch.randn(out_features, in_features, device=device)).bfloat16()
+    x = torch.randn(tokens, in_features, device=device).bfloat16().requires_grad_()
+    gy = torch.randn(tokens, out_features, device=device).bfloat16()
+    layers = {
+        "frozen": functools.partial(F.linear, weight=weight),
+        "bone": BoneLinear(weight, r),
+        "built": BuiltLinear(weight, r),
+    }
+    return {name: lambda layer=layer: layer(x).backward(gy) for name, layer in layers.items()}
 
 
 def layer():
     print(f"\none layer, bat r {R}, bfloat16, forward + backward")
     for out_features in (N_EMBD, DIM_FFN):
         for T in (512, 1024):
-            weight = (0.02 * torch.randn(out_features, N_EMBD)).bfloat16()
-            x, gy = torch.randn(T, N_EMBD).bfloat16().requires_grad_(), torch.randn(T, out_features).bfloat16()
-            layers = {"frozen": lambda x: F.linear(x, weight), "bone": BoneLinear(weight, R), "built": BuiltLinear(weight, R)}
-            times = in_turn(15, **{name: lambda f=f: f(x).backward(gy) for name, f in layers.items()})
+            times = in_turn(15, **layer_functions(N_EMBD, out_features, T))
             row(f"{N_EMBD} -> {out_features}, {T} tokens: Bone / the frozen layer", times, "bone", "frozen", "<=", 1.15)
             row(f"{N_EMBD} -> {out_features}, {T} tokens: building W' / Bone", times, "built", "bone", ">=", 1.5)
 
 
-def model_2_blocks(kind, quant=None):
-    """Two blocks of the 1.6B model with random weights, fine-tuned by `kind`: bone, built (W') or lora (peft)."""
-    model = rwkv6.RWKV(rwkv6.Config(2, N_EMBD, VOCAB, DIM_FFN))
-    for name, p in model.named_parameters():
-        p.data = (0.02 * torch.randn(p.shape)).to(rwkv6.storage_dtype(model, name, torch.bfloat16))
-    for name, module in list(model.named_modules()):
+def random_model(config, quant=None, device="cpu"):
+    """A bfloat16 model of random weights, made on its device one by one; quant: int8, nf4 or None."""
+    with torch.device("meta"):
+        model = rwkv6.RWKV(config)
+    for name, p in list(model.named_parameters()):
+        module_name, _, kind = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        dtype = rwkv6.storage_dtype(model, name, torch.bfloat16)
+        weight = torch.empty(p.shape, dtype=dtype, device=device).normal_(0, 0.02)
         if quant and name.startswith("blocks.") and isinstance(module, rwkv6.Linear):
-            model.set_submodule(name, quantize(module.weight, quant))
+            model.set_submodule(module_name, quantize(weight, quant))
+        else:
+            setattr(module, kind, nn.Parameter(weight))
+    return model
+
+
+def add_lora(model, r):
+    """Put peft's LoRA into the linear layers of the blocks, with as many parameters as bat has."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    ranks = {}
+    for name, module in model.named_modules():
+        if isinstance(module, rwkv6.Linear) and name.startswith("blocks."):
+            # in * r parameters of bat, rank * (in + out) of LoRA
+            ranks[name] = round(module.in_features * r / (module.in_features + module.out_features))
+    config = LoraConfig(target_modules=list(ranks), rank_pattern=ranks)
+    inject_adapter_in_model(config, model)
+
+
+def fine_tuned(model, kind, r=R):
+    """Make `model` one that is fine-tuned by `kind`: bone, built (W') or lora (peft). Returns it."""
     if kind == "lora":
-        from peft import LoraConfig, inject_adapter_in_model
-        ranks = {"ffn.key": 14, "ffn.value": 50}    # and 32: as many trained parameters as bat, in * r = rank * (in + out)
-        inject_adapter_in_model(LoraConfig(r=32, target_modules="receptance key value gate output".split(), rank_pattern=ranks), model)
+        add_lora(model, r)
     else:
-        add_bone(model, R)
-    for module in model.modules():
-        if kind == "built" and isinstance(module, BoneLinear):
-            module.__class__ = BuiltLinear
+        add_bone(model, r)
+    if kind == "built":
+        set_layers(model, BuiltLinear)
     for name, p in model.named_parameters():
         p.requires_grad_(any(part in name for part in ("time", "ln", "bone", "lora")))
     model.grad_cp = True
     return model
 
 
+def set_layers(model, layer_class):
+    """Make the layers with Bone BoneLinear or BuiltLinear, which compute the same."""
+    for module in model.modules():
+        if isinstance(module, BoneLinear):
+            module.__class__ = layer_class
+
+
+def model_2_blocks(kind, quant=None):
+    """Two blocks of the 1.6B model with random weights, fine-tuned by `kind`."""
+    config = rwkv6.Config(2, N_EMBD, VOCAB, DIM_FFN)
+    return fine_tuned(random_model(config, quant), kind)
+
+
 def train_step(model, optimizer, T):
-    """One whole optimizer step on T random tokens."""
-    idx, targets = torch.randint(VOCAB, (2, 1, T))
-    loss = train.step(model, [(idx, targets, torch.ones(1, T))], torch.autocast("cpu", torch.bfloat16))
-    train.update(optimizer, torch.amp.GradScaler("cpu", enabled=False), 1e-6, sum(loss))
+    """One whole optimizer step on T random tokens, as train.py takes it. Returns the loss."""
+    device = model.head.weight.device
+    idx, targets = torch.randint(model.config.vocab_size, (2, 1, T))
+    micro = [(idx, targets, torch.ones(1, T))]
+    counts = count_tokens(micro)
+    autocast = torch.autocast(device.type, torch.bfloat16)
+    losses = train.step(model, data.to_device(micro, device), autocast, counts=counts)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    norm, scale = train.update(optimizer, scaler, 1e-6, sum(losses))
+    [loss, *_] = torch.stack([*losses, norm, scale]).tolist()  # the only wait for a GPU
+    return loss
 
 
 def products(matrices, x):
@@ -180,26 +236,7 @@ def infctx():
         row(f"{quant or 'bfloat16'}: infctx --bptt 1 / rows of one chunk", times, "rows", "cut", ">=", 0.9)
 
 
-def wkv_on_gpu():
-    """Each time is of 20 runs. The copy moves the bytes that the operator cannot do without: r, k, v, w, y; and r, k, v, w, gy, gr, gk, gv, gw."""
-    print(f"\nWKV-6, 32 heads of 64, bfloat16, forward + backward, 20 times, on {torch.cuda.get_device_name()}")
-
-    def twenty_times(function):
-        for _ in range(20):
-            function()
-        torch.cuda.synchronize()
-    for T in (1024, 4096, 16384):
-        source = torch.empty(T * 32 * 64 * (12 + 22) // 2, dtype=torch.uint8, device="cuda")
-        functions = {impl: wkv_function(T, impl, device="cuda") for impl in ["compiled", "chunked"] + ["fla"] * bool(importlib.util.find_spec("fla"))}
-        times = in_turn(5, **{name: functools.partial(twenty_times, f) for name, f in functions.items()}, copy=lambda: twenty_times(source.clone))
-        for name in list(functions)[1:]:
-            row(f"{T} tokens: {name} / compiled", times, name, "compiled", ">=", 1)
-        row(f"{T} tokens: copying the necessary bytes / compiled", times, "copy", "compiled", ">=", 0.2)
-
-
 def wkv():
-    if torch.cuda.is_available() and not kernel_problem("cuda"):
-        wkv_on_gpu()
     print("\nWKV-6, 32 heads of 64, bfloat16, forward + backward")
     if kernel_problem():
         return
@@ -226,18 +263,31 @@ def random_checkpoint(n_layer, n_embd, vocab_size, path):
     save_stream(like, lambda name: shared[re.sub(r"^blocks.\d+.", "", name)], path)
 
 
+def prepare_run(folder, config, ctx_len, *, r, steps=2, accelerator="cpu"):
+    """Write data, and a base of random weights if none is there. Return train.py's flags for them."""
+    base, prefix = f"{folder}/base.pth", f"{folder}/x"
+    if not os.path.exists(base):
+        random_checkpoint(config.n_layer, config.n_embd, config.vocab_size, base)
+    data.write_binidx(prefix, torch.randint(1, config.vocab_size, (2, ctx_len + 1)).tolist())
+    flags = f"--ctx_len {ctx_len} --epoch_steps {steps} --bone_r {r} --accelerator {accelerator}"
+    paths = ["--load_model", base, "--data_file", prefix, "--proj_dir", f"{folder}/out"]
+    return [*paths, *flags.split()]
+
+
+def peak_said(output):
+    """Return the GB of the line that train.py says at its end."""
+    return float(re.search(r"peak memory ([\d.]+) GB", output)[1])
+
+
 def measure(folder, n_layer, n_embd, vocab_size, ctx_len, r, flags, steps=2):
     """GB at the peak of a training run of some steps on a model of random weights, less what importing PyTorch takes; {part: GB} expected."""
     with tempfile.TemporaryDirectory(dir=folder) as folder:
-        base, prefix = f"{folder}/base.pth", f"{folder}/x"
-        random_checkpoint(n_layer, n_embd, vocab_size, base)
-        data.write_binidx(prefix, torch.randint(1, vocab_size, (2, ctx_len + 1)).tolist())
-        flags = ["--load_model", base, "--data_file", prefix, "--proj_dir", f"{folder}/out", "--ctx_len", str(ctx_len), "--epoch_steps", str(steps),
-                 "--bone_r", str(r), "--accelerator", "cpu", *flags.split()]
+        config = rwkv6.sizes(n_layer, n_embd, vocab_size)
+        flags = [*prepare_run(folder, config, ctx_len, r=r, steps=steps), *flags.split()]
         expected = build.expected_memory(train.parse_args(flags), torch.device("cpu"))[1]
         imported = subprocess.check_output([sys.executable, "-c", "import torch, psutil; print(psutil.Process().memory_info().rss)"])
         said = subprocess.check_output([sys.executable, train.__file__, *flags], text=True)
-        return float(re.search(r"peak memory ([\d.]+) GB", said)[1]) - int(imported) / 1e9, {part: size / 1e9 for part, size in expected.items()}
+        return peak_said(said) - int(imported) / 1e9, {part: size / 1e9 for part, size in expected.items()}
 
 
 # n_layer, n_embd; and GB for bf16, int8 and nf4: what the tutorial of RWKV-PEFT names, and what is to be reached here
@@ -298,10 +348,13 @@ def main():
     parts = {"layer": layer, "step": step, "quantized": quantized, "infctx": infctx, "loss": loss, "wkv": wkv}
     if sys.argv[1:] == ["launches"]:
         return count_launches()
+    if sys.argv[1:2] == ["gpu"]:
+        import bench_gpu
+        return bench_gpu.main(sys.argv[2:])
     if sys.argv[1:2] == ["memory"]:
         return {"long": long, "ranks": ranks}[sys.argv[2]]() if sys.argv[2:] in (["long"], ["ranks"]) else memory(sys.argv[2:])
     if unknown := set(sys.argv[1:]) - set(parts):
-        raise ValueError(f"{unknown.pop()} is no part of the benchmark: {', '.join(parts)} launches and memory are")
+        raise ValueError(f"{unknown.pop()} is no part of the benchmark: {', '.join(parts)} launches, gpu and memory are")
     reuse_freed()
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for name in sys.argv[1:] or parts:

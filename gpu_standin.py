@@ -33,6 +33,7 @@ def _device_module():
     module.is_bf16_supported = lambda *_: True
     module.device_count = lambda: 1
     module.current_device = lambda: 0
+    module.get_device_name = lambda device=0: "a stand-in for a GPU"
     module._is_in_bad_fork = lambda: False
     module.manual_seed_all = lambda seed: None
     module.get_rng_state = lambda device=0: torch.get_rng_state()

@@ -1,0 +1,430 @@
+"""The jobs of `python bench.py gpu`: what bench_gpu.py has measured, each in a process of its own.
+
+One need not read this to understand Bone. `python bench_gpu_jobs.py [--standin] NAME ARGUMENTS`
+runs one function. It prints the cells of a row with tabs between them.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import io
+import math
+import os
+import pathlib
+import platform
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+
+import torch
+
+import bench
+import build
+import devices
+import memory
+import rwkv6
+import train
+from bench_gpu_race import Race, short
+from bone import BoneLinear
+from loss import loss_fn
+from wkv6 import kernel_problem
+
+HERE = pathlib.Path(__file__).parent
+
+
+# ---- what is measured, and on what -------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """models: {name: (n_layer, n_embd)}, of which the first is timed; tokens: in a step."""
+
+    models: dict[str, tuple[int, int]]
+    vocab: int
+    r: int
+    layers: tuple[tuple[int, int], ...]
+    tokens: tuple[int, ...]
+    wkv_tokens: tuple[int, ...]
+    peak_tokens: int
+    rounds: int
+    repeat: int  # how often something short runs within a round
+
+    def config(self, name: str) -> rwkv6.Config:
+        return rwkv6.sizes(*self.models[name], self.vocab)
+
+    def first(self) -> str:
+        return next(iter(self.models))
+
+
+FULL = Sizes(
+    models={name: (n_layer, n_embd) for name, (n_layer, n_embd, *_) in bench.MODELS.items()},
+    vocab=65536,
+    r=bench.R,
+    layers=((bench.N_EMBD, bench.N_EMBD), (bench.N_EMBD, bench.DIM_FFN)),
+    tokens=(512, 1024),
+    wkv_tokens=(1024, 4096, 16384),
+    peak_tokens=1024,
+    rounds=7,
+    repeat=20,
+)
+TINY = Sizes(
+    models={"tiny": (2, 64)},
+    vocab=256,
+    r=16,
+    layers=((64, 64),),
+    tokens=(16,),
+    wkv_tokens=(32,),
+    peak_tokens=32,
+    rounds=1,
+    repeat=1,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What every job is called with."""
+
+    device: torch.device
+    sizes: Sizes
+
+
+def say(*cells: object) -> None:
+    """Print a row of the table."""
+    words = [f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells]
+    print("\t".join(word.replace("\n", " ").replace("\t", " ") for word in words), flush=True)
+
+
+def machine(setup: Setup) -> None:
+    """Name the card, PyTorch and driver; compile the kernel, and say which way."""
+    module = torch.get_device_module(setup.device)
+    name_of = getattr(module, "get_device_name", None)
+    say("card", name_of() if name_of else setup.device.type)
+    say("PyTorch", torch.__version__)
+    say("CUDA, ROCm", f"{torch.version.cuda}, {torch.version.hip}")
+    if hasattr(module, "get_device_capability"):
+        say("compute capability", module.get_device_capability())
+    query = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
+    say("driver, power limit", output_of(query) or "?")
+    say("system", f"{platform.platform()}, Python {platform.python_version()}")
+    say("commit", output_of(["git", "-C", str(HERE), "describe", "--always", "--dirty"]) or "?")
+    with contextlib.suppress(RuntimeError, AttributeError, NotImplementedError):
+        free, total = (size / 1e9 for size in torch.accelerator.get_memory_info())
+        say("memory", f"{total:.2f} GB, of which {free:.2f} are free")
+    with contextlib.redirect_stderr(io.StringIO()) as notes:
+        began = time.monotonic()
+        problem = kernel_problem(setup.device.type)
+    say("WKV-6", problem or f"compiled by {compiler()}, in {time.monotonic() - began:.0f} s")
+    for note in notes.getvalue().splitlines():
+        say("", note)
+
+
+def output_of(arguments: list[str]) -> str:
+    """The first line that a program says; "" where it is not there, or fails."""
+    if not shutil.which(arguments[0]):
+        return ""
+    ended = subprocess.run(arguments, capture_output=True, text=True)
+    return ended.stdout.partition("\n")[0]
+
+
+def compiler() -> str:
+    """Which compiler's kernel is loaded."""
+    if not hasattr(torch.ops.wkv6, "launch"):
+        return "NVRTC"
+    return "hipcc" if torch.version.hip else "nvcc"
+
+
+def tests(_: Setup) -> None:
+    """Run the tests of the kernels that are skipped where there is no GPU."""
+    if not importlib.util.find_spec("pytest"):
+        return say("", "left out: pytest is not installed (pip install pytest)")
+    import pytest
+
+    # Their mark. (-k GPU would select by the names of folders, too.)
+    options = ["-q", "-rf", "--tb=line", "-p", "no:cacheprovider", "-m", "skipif"]
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        pytest.main([*options, str(HERE / "test_wkv6_cuda.py")])
+    *lines, result = output.getvalue().rstrip().splitlines()
+    for line in [line for line in lines if line.startswith("FAILED")][:10]:
+        say("", line)
+    return say("all", result)
+
+
+def wkv(setup: Setup) -> None:
+    """Time WKV-6 beside the other forms, and beside copying the necessary bytes."""
+    names = ["chunked"]
+    if not kernel_problem(setup.device.type):
+        names.append("compiled")
+    if importlib.util.find_spec("fla"):
+        names.append("fla")
+    for tokens in setup.sizes.wkv_tokens:
+        functions = {impl: bench.wkv_function(tokens, impl, device=setup.device) for impl in names}
+        # r, k, v, w, y; then r, k, v, w, gy, gr, gk, gv, gw; w and gw have 4 bytes. A copy reads
+        # and writes, so it takes half of them.
+        necessary = tokens * 32 * 64 * (12 + 22)
+        source = torch.empty(necessary // 2, dtype=torch.uint8, device=setup.device)
+        race = Race({**functions, "copy": source.clone}, setup.sizes.rounds, setup.sizes.repeat)
+        others = []
+        for name in ("chunked", "fla", "copy"):
+            others += [race.ms(name), race.ratio(name, "compiled")]
+        say(tokens, race.ms("compiled"), *others)
+
+
+def layer(setup: Setup) -> None:
+    """Time one layer: frozen, with Bone, building W'."""
+    sizes = setup.sizes
+    for in_features, out_features in sizes.layers:
+        for tokens in sizes.tokens:
+            functions = bench.layer_functions(
+                in_features, out_features, tokens, r=sizes.r, device=setup.device
+            )
+            race = Race(functions, sizes.rounds, sizes.repeat)
+            times = [race.ms(name) for name in functions]
+            ratios = race.ratio("bone", "frozen"), race.ratio("built", "bone")
+            say(f"{in_features} -> {out_features}", tokens, *times, *ratios)
+
+
+def quant_of(kind: str) -> str | None:
+    return None if kind == "none" else kind
+
+
+def bone_model(setup: Setup, name: str, kind: str, device: torch.device | str) -> rwkv6.RWKV:
+    model = bench.random_model(setup.sizes.config(name), quant_of(kind), device)
+    return bench.fine_tuned(model, "bone", setup.sizes.r)
+
+
+def expected_bytes(setup: Setup, name: str, kind: str, tokens: int) -> float:
+    """What --dry_run of train.py says of such a model, trained on rows of so many tokens."""
+
+    def outputs() -> list[torch.Tensor]:
+        idx = torch.zeros(1, tokens, dtype=torch.int64, device=setup.device)
+        mask = torch.ones(idx.shape, device=setup.device)
+        with torch.autocast(setup.device.type, torch.bfloat16):
+            return [loss_fn(model, idx, idx, mask, 1, idx.numel())]
+
+    model = bone_model(setup, name, kind, "meta")
+    return sum(memory.expected(model, outputs, setup.device).values())
+
+
+def too_large(setup: Setup, expected: float) -> str:
+    """Why a model that takes so many bytes is left out, as train.py would refuse it; or ""."""
+    free = memory.available(setup.device)
+    if expected <= free:
+        return ""
+    return f"left out: it would take {expected / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+
+
+def step(setup: Setup, *kinds: str) -> None:
+    """Time whole optimizer steps over a base of each kind: none, int8, nf4."""
+    name, longest = setup.sizes.first(), max(setup.sizes.tokens)
+    for kind in kinds:
+        if problem := too_large(setup, expected_bytes(setup, name, kind, longest)):
+            say(kind, longest, problem)
+            continue
+        model = bone_model(setup, name, kind, setup.device)
+        optimizer = train.make_optimizer(model, 1e-6)
+        lora, lora_problem = lora_step(model, kind, setup.sizes.r)
+        for tokens in setup.sizes.tokens:
+            functions = step_functions(model, optimizer, tokens) | lora(tokens)
+            race = Race(functions, setup.sizes.rounds)
+            speed = f"{tokens / race.seconds('bone'):,.0f}"
+            ratios = [
+                race.problems.get("built") or race.ratio("built", "bone"),
+                lora_problem or race.problems.get("lora") or race.ratio("bone", "lora"),
+                race.ratio("products", "bone"),
+            ]
+            loss = functions["bone"]() if "bone" not in race.problems else math.nan
+            say(kind, tokens, race.ms("bone"), speed, *ratios, loss)
+
+
+def step_functions(model: rwkv6.RWKV, optimizer, tokens: int) -> dict[str, Callable]:
+    """{name: function} of a step with Bone, the same that builds W', and its products alone."""
+
+    def step_of(layer_class: type[BoneLinear]) -> float:
+        bench.set_layers(model, layer_class)
+        return bench.train_step(model, optimizer, tokens)
+
+    matrices = necessary_matrices(model)
+    widths = {n for W, _ in matrices for n in W.shape}
+    x = {n: torch.randn(tokens, n, device=matrices[0][0].device).bfloat16() for n in widths}
+    return {
+        "bone": functools.partial(step_of, BoneLinear),
+        "built": functools.partial(step_of, bench.BuiltLinear),
+        "products": functools.partial(bench.products, matrices, x),
+    }
+
+
+def necessary_matrices(model: rwkv6.RWKV) -> list[tuple[torch.Tensor, int]]:
+    """What bench.products takes. For a quantized weight a random one of its shape stands in."""
+    stand_ins: dict[torch.Size, torch.Tensor] = {}
+    matrices = []
+    for module in model.modules():
+        if not isinstance(module, BoneLinear):
+            continue
+        weight = module.weight
+        if not isinstance(weight, torch.Tensor):
+            shape = weight.shape
+            if shape not in stand_ins:
+                stand_ins[shape] = torch.randn(shape, device=weight.device).bfloat16()
+            weight = stand_ins[shape]
+        matrices.append((weight, 2))
+    return [*matrices, (model.head.weight, 1)]
+
+
+def lora_step(
+    model: rwkv6.RWKV, kind: str, r: int
+) -> tuple[Callable[[int], dict[str, Callable]], str]:
+    """From tokens to {"lora": function} of a step with LoRA, weights shared; or {}, and why."""
+    if kind != "none":
+        return lambda tokens: {}, "-"
+    if not importlib.util.find_spec("peft"):
+        return lambda tokens: {}, "no peft"
+    try:
+        lora = bench.fine_tuned(same_weights(model), "lora", r)
+        optimizer = train.make_optimizer(lora, 1e-6)
+    except Exception as error:  # whatever a release of peft, or what it imports, has in store
+        return lambda tokens: {}, short(error)
+    return lambda tokens: {"lora": functools.partial(bench.train_step, lora, optimizer, tokens)}, ""
+
+
+def same_weights(model: rwkv6.RWKV) -> rwkv6.RWKV:
+    """A model without Bone that has the very parameters of `model`."""
+    with torch.device("meta"):
+        other = rwkv6.RWKV(model.config)
+    parameters = dict(model.named_parameters())
+    for name, _ in list(other.named_parameters()):
+        module, _, kind = name.rpartition(".")
+        setattr(other.get_submodule(module), kind, parameters[name])
+    return other
+
+
+def waits(setup: Setup, *kinds: str) -> None:
+    """Count how often a step of a few blocks waits for the GPU."""
+    set_mode = getattr(torch.get_device_module(setup.device), "set_sync_debug_mode", None)
+    if not set_mode:
+        return say("any", f"not available for {setup.device.type}")
+    n_layer, n_embd = setup.sizes.models[setup.sizes.first()]
+    for kind in kinds:
+        config = rwkv6.sizes(min(n_layer, 4), n_embd, setup.sizes.vocab)
+        model = bench.random_model(config, quant_of(kind), setup.device)
+        model = bench.fine_tuned(model, "bone", setup.sizes.r)
+        optimizer = train.make_optimizer(model, 1e-6)
+        run = functools.partial(bench.train_step, model, optimizer, setup.sizes.tokens[0])
+        run()
+        places = synchronizations(run, set_mode)
+        say(kind, len(places), ", ".join(places))
+    return None
+
+
+def synchronizations(run: Callable, set_mode: Callable[[str], None]) -> list[str]:
+    """The lines of Python at which `run` waits for the GPU, by PyTorch's warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        set_mode("warn")
+        try:
+            run()
+        finally:
+            set_mode("default")
+    found = [w for w in caught if "synchronizing" in str(w.message)]
+    return [f"{pathlib.Path(w.filename).name}:{w.lineno}" for w in found]
+
+
+def launches(setup: Setup) -> None:
+    """Count launches, and bytes that they move."""
+    from launches import table
+
+    for part, count in table(setup.device).items():
+        say(part, count.launches, count.moved / 1e9)
+
+
+def peak(setup: Setup, name: str, *kinds: str) -> None:
+    """Measure the peak of two steps of a model, over a base of each kind."""
+    for kind in kinds:
+        expected = expected_bytes(setup, name, kind, setup.sizes.peak_tokens)
+        figures = gb(expected), tutorial(name, kind)
+        problem = too_large(setup, expected)
+        if problem:
+            say(f"{name} {kind}", problem, "", *figures)
+            continue
+        try:
+            say(f"{name} {kind}", *measured_peak(setup, name, kind), *figures)
+        except torch.OutOfMemoryError as error:
+            say(f"{name} {kind}", short(error), "", *figures)
+
+
+def measured_peak(setup: Setup, name: str, kind: str) -> tuple[str, str]:
+    """GB that two steps had allocated and reserved at most."""
+    model = bone_model(setup, name, kind, setup.device)
+    optimizer = train.make_optimizer(model, 1e-6)
+    torch.accelerator.reset_peak_memory_stats()
+    for _ in range(2):
+        bench.train_step(model, optimizer, setup.sizes.peak_tokens)
+    allocated, reserved = memory.peak(setup.device), torch.accelerator.max_memory_reserved()
+    return gb(allocated), gb(reserved) if reserved else "?"
+
+
+def gb(size: float) -> str:
+    """Bytes in GB."""
+    return f"{size / 1e9:.3g}"
+
+
+def tutorial(name: str, kind: str) -> str:
+    """What RWKV-PEFT's tutorial says in GB."""
+    if name not in bench.MODELS:
+        return "-"
+    figures = dict(zip(("none", "int8", "nf4"), bench.MODELS[name][2:], strict=True))
+    return str(figures[kind][0])
+
+
+def peak_of_train(setup: Setup, kind: str) -> None:
+    """Run train.py for two steps, in this process, and repeat the peak that it says at its end."""
+    name = setup.sizes.first()
+    config = setup.sizes.config(name)
+    flags = bench.prepare_run(
+        ".", config, setup.sizes.peak_tokens, r=setup.sizes.r, accelerator="gpu"
+    )
+    flags += ["--quant", kind, "--proj_dir", f"out-{kind}"]
+    _, parts = build.expected_memory(train.parse_args(flags), setup.device)
+    sys.argv = [str(HERE / "train.py"), *flags]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    expected = gb(sum(parts.values()))
+    say(
+        f"{name} {kind}, train.py",
+        bench.peak_said(said.getvalue()),
+        "-",
+        expected,
+        tutorial(name, kind),
+    )
+
+
+JOBS: dict[str, Callable] = {
+    job.__name__: job
+    for job in (machine, tests, wkv, layer, step, waits, launches, peak, peak_of_train)
+}
+
+
+def run_in_this_process(arguments: list[str]) -> None:
+    """Run one job: [--standin] NAME ARGUMENTS."""
+    standin = arguments[0] == "--standin"
+    if standin:
+        import gpu_standin  # noqa: F401 (makes the device)
+    name, *rest = arguments[standin:]
+    try:
+        JOBS[name](Setup(devices.find("gpu"), TINY if standin else FULL), *rest)
+    except Exception as error:
+        traceback.print_exc()
+        print(short(error), file=sys.stderr, flush=True)
+        os._exit(1)
+    # At once: what it found is said, and the threads of a device can abort an interpreter's end.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    run_in_this_process(sys.argv[1:])
