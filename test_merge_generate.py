@@ -363,7 +363,8 @@ def test_a_chat_goes_on_until_an_empty_line():
 
 def test_a_chat_survives_bytes_that_are_not_utf8():
     end = command("generate.py world.pth --length 3", input="caf\udce9\nagain\n\n", errors="surrogateescape")  # \udce9: the byte e9
-    assert end.returncode == 0 and end.stdout.count("Assistant:") == 2 and end.stderr == ""
+    complaints = [line for line in end.stderr.splitlines() if "No CUDA runtime is found" not in line]     # of a CUDA build without a GPU
+    assert end.returncode == 0 and end.stdout.count("Assistant:") == 2 and not complaints
 
 
 def test_from_text_to_a_tuned_model_that_writes():
