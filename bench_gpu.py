@@ -77,8 +77,8 @@ PARTS = (
         ("waits none", "waits nf4"),
     ),
     Part(
-        "Launches in a step of 512 tokens, 1.6B",
-        "Counted by launches.py, without running them.",
+        "Launches for 512 tokens, 1.6B",
+        "Of forward, recomputation and backward, counted by launches.py without running them.",
         "part | launches | GB read and written",
         ("launches",),
     ),

@@ -208,7 +208,8 @@ def expected_bytes(setup: Setup, name: str, kind: str, tokens: int) -> float:
             return [loss_fn(model, idx, idx, mask, 1, idx.numel())]
 
     model = bone_model(setup, name, kind, "meta")
-    return sum(memory.expected(model, outputs, setup.device).values())
+    parts = memory.expected(model, outputs, setup.device)
+    return sum(parts.values()) + sum(memory.beside_tensors(parts, setup.device).values())
 
 
 def too_large(setup: Setup, expected: float) -> str:

@@ -176,7 +176,8 @@ def expected_memory(args, device, longest=None):
         chunks = -(-longest // at_once)
         together = min(args.bptt or chunks, chunks)     # and where there are several groups, the states before and after the group
         parts["states between chunks"] = (together - 2 + 2 * (together < chunks)) * built[0].state_bytes(args.micro_bsz)  # one more is in `outputs`
-    return built, devices.memory_of_one(parts, built[0], args.strategy, n)
+    parts = devices.memory_of_one(parts, built[0], args.strategy, n)
+    return built, parts | memory.beside_tensors(parts, device)
 
 
 def check_memory(args, device):

@@ -96,6 +96,8 @@ def _load_gpu() -> None:
 
 
 def _find_launch() -> wkv6_gpu.Launch:
+    if torch.version.hip and sys.platform == "win32":
+        raise RuntimeError("for AMD it is not built on Windows")
     if torch.version.hip:
         return _launch_of_nvcc()
     if sys.platform == "win32":
@@ -193,7 +195,12 @@ def _cubin(gpu: int) -> nvrtc.Cubin:
         os.replace(whole, path)
 
     _make_once(path, compile_and_save)
-    return nvrtc.Cubin.load(path)
+    try:
+        return nvrtc.Cubin.load(path)
+    except (ValueError, KeyError, TypeError):  # damaged: make it anew
+        path.unlink()
+        _make_once(path, compile_and_save)
+        return nvrtc.Cubin.load(path)
 
 
 # ---- C++ and nvcc -----------------------------------------------------------

@@ -343,7 +343,8 @@ def to_device(batches, device):
     if device.type == "cpu":
         return batches
     numbers = torch.cat([x.flatten().long() for batch in batches for x in batch])
-    numbers = numbers.pin_memory().to(device, non_blocking=True)
+    # (Apple's copy does not keep the pinned memory alive.)
+    numbers = numbers.pin_memory().to(device, non_blocking=device.type != "mps")
     pieces = iter(numbers.split([x.numel() for batch in batches for x in batch]))
     return [tuple(next(pieces).view(x.shape) for x in batch) for batch in batches]
 

@@ -361,13 +361,16 @@ def optimizer(groups, strategy, **options):
 
 
 def step_if_finite(optimizer, number):
-    """Take the optimizer's step if `number`, a tensor (), is finite on all ranks. Nobody waits for the device to know.
+    """Take the optimizer's step if `number`, a tensor (), is finite on all ranks, without waiting for the device.
 
-    The fused kernel of AdamW looks at `found_inf`, which is there for fp16: where it is 1, weights, moments and step counts keep their bits.
+    The fused kernel of AdamW looks at `found_inf`, which is there for fp16: where it is 1, weights,
+    moments and step counts keep their bits. (On CPUs and by CUDA; Apple's kernel does not look.)
     """
     found_inf = (~number.isfinite()).float()
     if size() > 1:
         dist.all_reduce(found_inf, dist.ReduceOp.MAX)
+    if found_inf.device.type == "mps" and found_inf.item():
+        return
     inner = getattr(optimizer, "optim", optimizer)      # ZeroRedundancyOptimizer's own
     inner.found_inf = found_inf.to(optimizer.param_groups[0]["params"][0].device)       # the CPU's, with offload
     optimizer.step()

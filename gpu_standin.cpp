@@ -23,6 +23,7 @@
 #include <atomic>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 
 namespace {
@@ -269,6 +270,23 @@ void check_device(const Tensor& x, const std::string& name) {
               " was given one of the CPU beside the GPU's");
 }
 
+// Whether the host has to know numbers of the device to make the result: its size depends on them.
+bool waits(const std::string& name, const torch::jit::Stack* stack, size_t arguments) {
+  static const std::set<std::string> always = {
+      "aten::nonzero",    "aten::masked_select", "aten::_unique",           "aten::_unique2",
+      "aten::unique_dim", "aten::unique_consecutive", "aten::repeat_interleave"};
+  if (always.count(name)) return true;
+  if (name != "aten::_index_put_impl_") return false;  // aten::index calls nonzero
+  for (size_t i = stack->size() - arguments; i < stack->size(); i++) {
+    if (!(*stack)[i].isList()) continue;
+    for (const c10::IValue& index : (*stack)[i].toListRef()) {
+      if (index.isTensor() && index.toTensor().defined() && index.toTensor().dtype() == at::kBool)
+        return true;
+    }
+  }
+  return false;
+}
+
 // Every other operator: the CPU's.
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto name = op.schema().operator_name().name;
@@ -283,7 +301,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
   count("launches");
   count(name);
-  if (name == "aten::nonzero" || name == "aten::masked_select") count("synchronizations");
+  if (waits(name, stack, arguments)) count("synchronizations");
   in_fallback = true;
   try {
     at::native::cpu_fallback(op, stack, /*error_on_views=*/true);

@@ -1,9 +1,9 @@
-"""What a training step asks of a GPU, counted: launches, and bytes that they move.
+"""What the loss and its gradient ask of a GPU, counted: launches, and bytes that they move.
 
 One need not read this to understand Bone. `python bench.py launches` prints the table, and
-test_launches.py holds it. The step is run on tensors that have shapes and no data (PyTorch's
-FakeTensorMode), so the counts are the same on every machine; there need be a device that is not
-the CPU, which gpu_standin.py can make.
+test_rehearsal.py holds it. Forward and backward pass are run on tensors that have shapes and no
+data (PyTorch's FakeTensorMode), so the counts are the same on every machine; there need be a device
+that is not the CPU, which gpu_standin.py can make. The optimizer is not counted.
 """
 
 import dataclasses

@@ -115,8 +115,10 @@ def loss_fn(model, idx, targets, mask, tokens=None, positions=None, state=None):
 def split(batch, chunk_ctx):
     """idx, targets and mask (B, T) as chunks of at most chunk_ctx tokens (0: as one); on each rank as many, if need be with some that count nothing."""
     chunks = [*zip(*(x.split(chunk_ctx or x.shape[1], 1) for x in batch))]
-    silent = data.silent(len(batch[0]), batch[0].device)
-    return chunks + [silent] * (int(devices.most([len(chunks)])[0]) - len(chunks))
+    missing = int(devices.most([len(chunks)])[0]) - len(chunks)
+    if missing == 0:
+        return chunks
+    return chunks + [data.silent(len(batch[0]), batch[0].device)] * missing
 
 
 def tensors(state):
@@ -165,7 +167,7 @@ def backward(model, compute, batch, tokens, positions, autocast, scaler=None, ch
 def count_tokens(micro):
     """Tokens that count in the loss, and positions that are no padding, in these micro batches of all ranks.
 
-    To be asked while the batches are on the CPU: the sums of a GPU's tensors would be waited for.
+    Call it while the batches are on the CPU: the sums of a GPU's tensors would have to be waited for.
     """
     tokens = sum(mask.sum().item() for _, _, mask in micro)
     positions = sum((targets >= 0).sum().item() for _, targets, _ in micro)
@@ -199,10 +201,14 @@ def val_loss(model, documents, micro_bsz, ctx_len, loss_mask, autocast, cut=True
         batch = data.collate(rows, ctx_len, loss_mask, cut) if rows else data.silent()
         tokens += batch[2].sum().item()
         [batch] = data.to_device([batch], device)
+        chunks = split(batch, chunk_ctx)
         state = model.empty_state()
-        for chunk in split(batch, chunk_ctx):
+        for chunk in chunks:
             with autocast:
-                value, state = loss_fn(model, *chunk, tokens=1, positions=1, state=state)
+                if len(chunks) > 1:
+                    value, state = loss_fn(model, *chunk, tokens=1, positions=1, state=state)
+                else:
+                    value = loss_fn(model, *chunk, tokens=1, positions=1)
             losses.append(value)
         check()
     total = sum(torch.stack(losses).tolist()) if losses else 0.0    # the only wait for the device

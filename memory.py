@@ -8,6 +8,7 @@ block by block, while gradients come, so that there the larger of the two counts
 
 import contextlib
 import ctypes
+import math
 import pathlib
 import re
 import sys
@@ -61,7 +62,7 @@ def tensors(model):
 
 
 def expected(model, outputs, device, accumulate=False, shares=1):
-    """Bytes at the peak of training `model`, which is on the meta device: {part: bytes}, to be added up.
+    """Bytes of tensors at the peak of training `model`, which is on the meta device: {part: bytes}, to be added up.
 
     outputs(): runs `model` on a batch that it makes, and returns what the backward pass begins from, loss and states; called with fake
     tensors, it may not look at a value. accumulate: whether the gradients of an earlier micro batch are there already; shares: ranks that have a part
@@ -96,20 +97,32 @@ def expected(model, outputs, device, accumulate=False, shares=1):
         activations -= accumulate * elsewhere * of_block
     more, larger = len(blocks) - 1, max(activations, of_block / shares)
     peak = max(forward + more * activations, backward + more * larger)
-    parts = {"weights": weights, "optimizer": 8 * trained, "activations, gradients": more * larger,
-             "workspace": peak - more * larger}
+    return {"weights": weights, "optimizer": 8 * trained, "activations, gradients": more * larger,
+            "workspace": peak - more * larger}
+
+
+def beside_tensors(parts: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Return the bytes that a run takes beside its tensors, {part: bytes}, from those that they take."""
     if device.type == "cpu":
-        return parts | {"program": PROGRAM}
-    allocator = ALLOCATOR_OF_WEIGHTS * (weights + 8 * trained) + ALLOCATOR_OF_REST * peak
-    return parts | {"allocator": allocator, "program": GPU_PROGRAM}
+        return {"program": PROGRAM}
+    weights = parts["weights"] + parts["optimizer"]
+    rest = sum(parts.values()) - weights
+    allocator = ALLOCATOR_OF_WEIGHTS * weights + ALLOCATOR_OF_REST * rest
+    return {"allocator": allocator, "program": GPU_PROGRAM}
 
 
 def available(device):
     """Bytes that are free on a device; on a CPU, what the system can give without swapping."""
     if device.type == "cpu":
         return psutil.virtual_memory().available
+    if device.type == "mps":            # which shares the host's memory, and has no other answer
+        return psutil.virtual_memory().available
     torch.empty(1, device=device)       # what the driver takes for this process is gone from here on
-    return torch.accelerator.get_memory_info()[0]
+    try:
+        return torch.accelerator.get_memory_info()[0]
+    except (NotImplementedError, RuntimeError):
+        print(f"note: PyTorch cannot say how much memory of this {device.type} is free, so nobody knows whether the run fits")
+        return math.inf
 
 
 def peak(device):

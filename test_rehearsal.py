@@ -22,12 +22,13 @@ import pytest
 import torch
 
 import data
+import memory
 import rwkv6
 import wkv6
 from test_train import counting
 
-if sys.platform == "win32" or not shutil.which(os.environ.get("CXX", "c++")):
-    pytest.skip("no C++ compiler to build the stand-in with", allow_module_level=True)
+if sys.platform != "linux" or not shutil.which(os.environ.get("CXX", "c++")):
+    pytest.skip("the stand-in is built on Linux, with a C++ compiler", allow_module_level=True)
 
 HERE = pathlib.Path(__file__).parent
 LR = 2e-3
@@ -245,7 +246,7 @@ def test_a_run_on_a_gpu_is_that_on_the_cpu_and_waits_once_a_step(
         )
         said, waits = standin.submit(train_here, folder, line).result(timeout=300)
         assert f" on {accelerator}\n" in said
-    assert len(waits) == 3 and max(waits) <= 3  # a copy there, one back; at first also nf4's table
+    assert waits == [2, 2, 2]  # a copy there, and one back
 
     check_same("gpu", "cpu", near)
 
@@ -265,7 +266,7 @@ def test_a_run_on_a_gpu_with_our_kernels_is_that_on_the_cpu(emulated, folder, fl
     for accelerator in ("cpu", "gpu"):
         line = f"{FLAGS} {BASE} {flags} --accelerator {accelerator} --proj_dir {accelerator}"
         _, waits = emulated.submit(train_here, folder, line).result(timeout=300)
-    assert max(waits) <= 3
+    assert waits == [2, 2, 2]
     assert emulated.submit(emulated_launches_here).result() > launched
     check_same("gpu", "cpu", near)
 
@@ -304,9 +305,11 @@ def test_the_expected_memory_is_that_of_the_tensors_and_a_margin(standin, folder
     data.write_binidx("x", counting([200] * 12))
     line = f"{FLAGS} {BASE} --bone_r 32 --ctx_len 128 {flags} --accelerator gpu"
     peak, parts = standin.submit(memory_here, folder, line).result(timeout=300)
-    margin = parts.pop("allocator") + parts.pop("program")
+    allocator, program = parts.pop("allocator"), parts.pop("program")
     assert peak == pytest.approx(sum(parts.values()), rel=0.05)
-    assert margin > 0.3e9 + 0.01 * peak
+    stays = parts["weights"] + parts["optimizer"]
+    assert program == memory.GPU_PROGRAM
+    assert allocator == pytest.approx(0.01 * stays + 0.2 * (sum(parts.values()) - stays))
 
 
 def test_generate_writes_the_same_text(standin, folder):
@@ -347,6 +350,29 @@ def test_a_gpu_refuses_tensors_of_the_cpu(standin):
         standin.submit(mix_devices).result(timeout=60)
 
 
+def hidden_waits():
+    """How often the host waits in operators that do not look like it."""
+    import gpu_standin
+
+    x, found = torch.arange(6.0, device="gpu"), []
+    for run in (
+        lambda: x[x > 2],
+        lambda: x.index_put_((x > 2,), x[0]),
+        lambda: x.unique(),
+        lambda: x.repeat_interleave(x.int()),
+        lambda: x.nonzero(),
+        lambda: x[x.int()] + x.index_select(0, x.int()),
+    ):
+        gpu_standin.clear()
+        run()
+        found.append(gpu_standin.counts().get("synchronizations", 0) > 0)
+    return found
+
+
+def test_waits_that_do_not_look_like_it_are_counted(standin):
+    assert standin.submit(hidden_waits).result(timeout=60) == [True] * 5 + [False]
+
+
 @pytest.fixture
 def mutate(folder, monkeypatch):
     """A function that changes the source of a module for processes that begin after it."""
@@ -382,9 +408,9 @@ def test_what_only_a_gpu_would_refuse_is_found(folder, mutate, module, old, new,
 
 
 def test_a_wait_too_many_is_found(folder, mutate):
-    mutate("loss", ("value.detach()", "value.item() + 0 * value.detach()"))
+    mutate("train", ("(optimizer, loss + norm)", "(optimizer, loss + norm + loss.item())"))
     write_base()
-    line = f"{FLAGS} {BASE} --accumulate_grad_batches 2 --accelerator gpu"
     with process() as executor:
+        line = f"{FLAGS} {BASE} --accelerator gpu"
         _, waits = executor.submit(train_here, folder, line).result(timeout=300)
-    assert min(waits) > 3
+    assert waits == [3, 3, 3]

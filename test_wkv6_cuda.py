@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
+import compiled
 import nvrtc
 import wkv6
 import wkv6_gpu
@@ -105,16 +106,21 @@ def emulator(tmp_path_factory):
     return Emulator(tmp_path_factory.mktemp("emulator"))
 
 
-@pytest.fixture(params=["emulated", pytest.param("on a GPU", marks=ON_GPU)])
+@pytest.fixture(params=["emulated", *(pytest.param(name, marks=ON_GPU) for name in ("on a GPU", "on a GPU, by NVRTC"))])
 def kernels(request):
     """A function of tensors and dtype: y, state and the gradients of every input."""
     if request.param == "emulated":
         emulator = request.getfixturevalue("emulator")
         emulator.set()
         return lambda tensors, dtype: emulator.run(converted(tensors, dtype))
-    if "(nvcc) found" in wkv6.kernel_problem("cuda"):
-        pytest.skip(wkv6.kernel_problem("cuda"))
+    wkv6_gpu.CHUNK = 64
     assert not wkv6.kernel_problem("cuda")
+    if request.param == "on a GPU, by NVRTC":
+        if torch.version.hip:
+            pytest.skip("NVRTC is NVIDIA's")
+        wkv6_gpu.register(compiled._launch_of_nvrtc(), "CUDA")
+    else:
+        wkv6_gpu.register(compiled._find_launch(), "CUDA")
     return lambda tensors, dtype: [x.cpu() for x in run([x.cuda() for x in tensors], "compiled", dtype)]
 
 

@@ -14,7 +14,7 @@ import time
 import types
 
 if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-    # PyTorch reads this when a GPU's first tensor is made. Without it, rows of ever other lengths
+    # PyTorch reads this when a GPU's first tensor is made. Without it, rows of changing lengths
     # leave holes in the GPU's memory in which the next ones find no room.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -106,9 +106,9 @@ def train(args):
         raise ValueError(f"WORLD_SIZE {started} is no number of processes; unset it, or start them by torchrun")
     if started and wanted > 1 and int(started) != wanted:
         raise ValueError(f"--devices {args.devices} --num_nodes {args.num_nodes}, but WORLD_SIZE says {started}; with torchrun leave both out, else unset WORLD_SIZE")
-    device = devices.find(args.accelerator)
     if not started and wanted > 1 and not args.dry_run:
         return devices.launch(args.devices, args.num_nodes)
+    device = devices.find(args.accelerator)
     if not (args.load_model or args.vocab_size) and (args.data_type or data.kind_of(args.data_file)) not in ("binidx", "jsonl"):
         args.vocab_size = open_documents(args)[0].vocab_size()
     with devices.world(device, args.strategy), contextlib.ExitStack() as held:
@@ -221,15 +221,15 @@ def run(args, device, built):
     with saver.rescue(), resume.unbroken() as check:
         for epoch in range((progress.step - bool(progress.losses)) // steps, epochs.stop):
             with tqdm(total=steps, initial=progress.step - epoch * steps, desc=f"epoch {epoch}", unit="step", dynamic_ncols=True, disable=devices.rank() > 0) as bar:
-                prepared = step_data(progress.step)
+                prepared = None
                 while (i := progress.step) < (epoch + 1) * steps:
                     started = time.perf_counter()
                     lr = learning_rate(i, first, args.epoch_count * steps, args.lr_init, args.lr_final, args.warmup_steps)
-                    micro, counts, tokens = prepared
+                    micro, counts, tokens = prepared or step_data(i)
                     losses = step(model, micro, autocast, scaler, chunk_ctx(args), args.bptt, compute=compute, counts=counts)
-                    # While a GPU is still at it, the host prepares the next step.
-                    if i + 1 < (epoch + 1) * steps:
-                        prepared = step_data(i + 1)
+                    # While a GPU is still at it, the host prepares the next step. (An error there
+                    # costs this step, too: the state that is saved then is the one before it.)
+                    prepared = step_data(i + 1) if i + 1 < (epoch + 1) * steps else None
 
                     with saver.changing():
                         norm, scale = update(optimizer, scaler, lr, sum(losses))

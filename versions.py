@@ -275,7 +275,7 @@ def fake_forward() -> None:
     import compiled
     import rwkv6
 
-    # Shapes need no kernels: say that those for a GPU are loaded.
+    # Shapes need no kernels: pretend that the GPU's are loaded.
     compiled.LOADERS["cuda"] = lambda: None
     with tempfile.TemporaryDirectory() as folder:
         base = os.path.join(folder, "base.pth")

@@ -47,7 +47,7 @@ def wkv6(r, k, v, w, u, state=None, impl="auto"):
         state = torch.zeros(B, H, N, N, device=r.device, dtype=torch.promote_types(r.dtype, torch.float32))
     if impl == "auto":
         head_size_fits = N in COMPILED_HEAD_SIZES.get(device, GPU_HEAD_SIZES)
-        fits = head_size_fits and r.dtype != torch.float64 and not r.is_meta
+        fits = head_size_fits and r.dtype != torch.float64
         impl = "compiled" if fits and not kernel_problem(device) else "chunked"
     if impl == "fla":
         from fla.ops.rwkv6 import chunk_rwkv6
