@@ -25,7 +25,7 @@ NO_LAUNCH = (
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
     *("_unsafe_view", "detach", "lift_fresh", "promote_types"),
 )
-TOKENS, VOCAB = 512, 65536
+TOKENS, VOCAB, N_LAYER = 512, 65536, 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +35,14 @@ class Count:
     launches: int
     moved: int
 
+    def __add__(self, other: "Count") -> "Count":
+        return Count(self.launches + other.launches, self.moved + other.moved)
+
     def __sub__(self, other: "Count") -> "Count":
         return Count(self.launches - other.launches, self.moved - other.moved)
+
+    def __mul__(self, times: int) -> "Count":
+        return Count(self.launches * times, self.moved * times)
 
     def __str__(self) -> str:
         return f"{self.launches:6} launches  {self.moved / 1e9:6.2f} GB"
@@ -80,8 +86,11 @@ def count(run: Callable[[], object]) -> Count:
     return Count(counter.launches, counter.moved)
 
 
-def model_1_6b(n_layer: int, quantization: str) -> rwkv6.RWKV:
-    """A bat r 64 model of 1.6B's widths on the meta device: bones, time and ln are trained."""
+def model_1_6b(n_layer: int, quantization: str, *, with_bone: bool = True) -> rwkv6.RWKV:
+    """A bat r 64 model of 1.6B's widths on the meta device: bones, time and ln are trained.
+
+    with_bone: False leaves the frozen layers as they are.
+    """
     with torch.device("meta"):
         model = rwkv6.RWKV(rwkv6.sizes(n_layer, 2048, VOCAB))
     for name, p in model.named_parameters():
@@ -93,16 +102,19 @@ def model_1_6b(n_layer: int, quantization: str) -> rwkv6.RWKV:
             and isinstance(module, rwkv6.Linear)
         ):
             model.set_submodule(name, quant.quantize(module.weight, quantization))
-    bone.add_bone(model, 64)
+    if with_bone:
+        bone.add_bone(model, 64)
     for name, p in model.named_parameters():
         p.requires_grad_(any(part in name for part in ("bone", "time", "ln")))
     model.grad_cp = True
     return model
 
 
-def training_step(n_layer: int, quantization: str, device: torch.device) -> Count:
+def training_step(
+    n_layer: int, quantization: str, device: torch.device, *, with_bone: bool = True
+) -> Count:
     """Count forward, recomputation and backward of one row of 512 tokens, WKV-6 as one launch."""
-    model = model_1_6b(n_layer, quantization)
+    model = model_1_6b(n_layer, quantization, with_bone=with_bone)
     for module in model.modules():
         if isinstance(module, rwkv6.TimeMix):
             module.impl = "compiled"
@@ -126,12 +138,17 @@ def training_step(n_layer: int, quantization: str, device: torch.device) -> Coun
 
 
 def table(device: torch.device) -> dict[str, Count]:
-    """Count what a block takes, more for a quantized one, and what is outside of the blocks."""
+    """Count a block, what a quantized one takes more, what is outside of the blocks, and all."""
     one, two = (training_step(n_layer, "none", device) for n_layer in (1, 2))
     block = two - one
-    rows = {"a block, bf16": block}
+    plain = [training_step(n_layer, "none", device, with_bone=False) for n_layer in (1, 2)]
+    rows = {"a block, bf16": block, "of these, Bone": block - (plain[1] - plain[0])}
     for quantization in ("nf4", "int8"):
         one_quantized, two_quantized = (training_step(n, quantization, device) for n in (1, 2))
         rows[f"the same, {quantization}: more"] = two_quantized - one_quantized - block
     rows["outside the blocks"] = one - block
+    all_blocks = block * N_LAYER
+    rows["all 24 blocks, bf16"] = rows["outside the blocks"] + all_blocks
+    more_for_nf4 = rows["the same, nf4: more"] * N_LAYER
+    rows["all 24 blocks, nf4"] = rows["all 24 blocks, bf16"] + more_for_nf4
     return rows
