@@ -253,6 +253,7 @@ def count_launches():
     print("\nforward, recomputation and backward of 512 tokens, 1.6B, bat r 64, WKV-6 as one launch; bytes read and written, caches not considered")
     for part, count in launches.table(devices.find("gpu")).items():
         print(f"{part:<24}{count}", flush=True)
+    os._exit(0)     # the threads of the stand-in can abort the interpreter's end
 
 
 def random_checkpoint(n_layer, n_embd, vocab_size, path):
@@ -354,7 +355,7 @@ def main():
     if sys.argv[1:2] == ["memory"]:
         return {"long": long, "ranks": ranks}[sys.argv[2]]() if sys.argv[2:] in (["long"], ["ranks"]) else memory(sys.argv[2:])
     if unknown := set(sys.argv[1:]) - set(parts):
-        raise ValueError(f"{unknown.pop()} is no part of the benchmark: {', '.join(parts)} launches, gpu and memory are")
+        raise ValueError(f"{unknown.pop()} is no part of the benchmark: {', '.join(parts)}, launches, gpu and memory are")
     reuse_freed()
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for name in sys.argv[1:] or parts:

@@ -15,6 +15,7 @@ import io
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -238,6 +239,9 @@ def main(arguments: list[str]) -> None:
             "PyTorch sees no GPU here; `python bench.py gpu --standin` rehearses the report on a "
             "stand-in for one, for which a C++ compiler is needed"
         )
+    compiler = os.environ.get("CXX", "c++")
+    if standin and not shutil.which(compiler):
+        raise ValueError(f"--standin needs a C++ compiler, and {compiler} was not found")
     report = Report()
     report.add("# Bone for RWKV-6 on a GPU" + ", rehearsed without one" * standin)
     deadline = time.monotonic() + SECONDS
@@ -245,4 +249,5 @@ def main(arguments: list[str]) -> None:
         for part in PARTS:
             part = rehearsal(part) if standin else part
             run_part(report, part, folder, standin=standin, deadline=deadline)
-    print(f"\nwrote {report.path()}; please send it to us")
+    what_next = "its figures mean nothing" if standin else "please send it to us"
+    print(f"\nwrote {report.path()}; {what_next}")

@@ -8,6 +8,7 @@ the same process must say so. One need not read this to understand Bone.
 import os
 import pathlib
 import re
+import shutil
 import types
 
 import ninja
@@ -19,6 +20,12 @@ BUSY = ("to the device", "from the device", "synchronizations")  # what the host
 
 
 def _load():
+    compiler = os.environ.get("CXX", "c++")
+    if not shutil.which(compiler):
+        raise ValueError(
+            f"the stand-in for a GPU needs a C++ compiler, and {compiler} was not found; install one, "
+            "or run this where a GPU is"
+        )
     os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{ninja.BIN_DIR}"
     name = "gpu_standin_" + re.sub(r"\W", "_", torch.__version__)  # each release needs its own
     return cpp_extension.load(name, [str(HERE / "gpu_standin.cpp")], extra_cflags=["-O1"])

@@ -152,6 +152,13 @@ def make_parser():
     return parser
 
 
+def why_no_gpu():
+    """The likeliest reason why PyTorch sees no GPU, in brackets."""
+    if torch.version.cuda or torch.version.hip:
+        return " (is its driver there?)"
+    return " (a build for CPUs: with a GPU, install another one, as the README says)"
+
+
 def parse_args(argv=None):
     """The arguments as a namespace. ValueError, in one line, for what cannot work whatever the files hold."""
     parser = make_parser()
@@ -179,7 +186,7 @@ def parse_args(argv=None):
         (not args.dry_run and args.accelerator != "cpu" and 0 < torch.accelerator.device_count() < args.devices,
          f"--devices {args.devices}, but PyTorch sees {torch.accelerator.device_count()} GPUs here"),
         (args.accelerator == "gpu" and not torch.accelerator.is_available(),
-         "--accelerator gpu, but PyTorch sees no GPU here; use --accelerator cpu or leave it out"),
+         f"--accelerator gpu, but PyTorch {torch.__version__} sees no GPU here{why_no_gpu()}; use --accelerator cpu or leave it out"),
         (args.wandb and not importlib.util.find_spec("wandb"), "--wandb: wandb is not installed; pip install wandb, or drop --wandb"),
     ):
         if wrong:
