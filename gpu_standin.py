@@ -23,8 +23,8 @@ def _load():
     compiler = os.environ.get("CXX", "c++")
     if not shutil.which(compiler):
         raise ValueError(
-            f"the stand-in for a GPU needs a C++ compiler, and {compiler} was not found; install one, "
-            "or run this where a GPU is"
+            f"the stand-in for a GPU needs a C++ compiler, and {compiler} was not found; "
+            "install one, or run this where a GPU is"
         )
     os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{ninja.BIN_DIR}"
     name = "gpu_standin_" + re.sub(r"\W", "_", torch.__version__)  # each release needs its own
