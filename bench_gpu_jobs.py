@@ -30,7 +30,7 @@ import devices
 import memory
 import rwkv6
 import train
-from bench_gpu_race import Race, short
+from bench_gpu_race import Race, as_graph, gpu_busy, short
 from bone import BoneLinear
 from loss import loss_fn
 from wkv6 import kernel_problem
@@ -96,8 +96,14 @@ class Setup:
 
 def say(*cells: object) -> None:
     """Print a row of the table."""
-    words = [f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells]
-    print("\t".join(word.replace("\n", " ").replace("\t", " ") for word in words), flush=True)
+    print("\t".join(map(word, cells)), flush=True)
+
+
+def word(cell: object) -> str:
+    """Write what stands in a cell: numbers with two decimals, "?" for NaN."""
+    if isinstance(cell, float):
+        return "?" if math.isnan(cell) else f"{cell:.2f}"
+    return str(cell).replace("\n", " ").replace("\t", " ")
 
 
 def machine(setup: Setup) -> None:
@@ -116,12 +122,23 @@ def machine(setup: Setup) -> None:
     with contextlib.suppress(RuntimeError, AttributeError, NotImplementedError):
         free, total = (size / 1e9 for size in torch.accelerator.get_memory_info())
         say("memory", f"{total:.2f} GB, of which {free:.2f} are free")
+    say("host's time for a launch", f"{1e6 * seconds_of_a_launch(setup):.1f} us")
     with contextlib.redirect_stderr(io.StringIO()) as notes:
         began = time.monotonic()
         problem = kernel_problem(setup.device.type)
     say("WKV-6", problem or f"compiled by {compiler()}, in {time.monotonic() - began:.0f} s")
     for note in notes.getvalue().splitlines():
         say("", note)
+
+
+def seconds_of_a_launch(setup: Setup) -> float:
+    """How long the host takes for the simplest of operators."""
+    x = torch.zeros(8, device=setup.device)
+    torch.accelerator.synchronize()
+    began = time.perf_counter()
+    for _ in range(1000):
+        x.add_(1)
+    return (time.perf_counter() - began) / 1000
 
 
 def output_of(arguments: list[str]) -> str:
@@ -156,23 +173,35 @@ def tests(_: Setup) -> None:
 
 
 def wkv(setup: Setup) -> None:
-    """Time WKV-6 beside the other forms, and beside copying the necessary bytes."""
-    names = ["chunked"]
-    if not kernel_problem(setup.device.type):
-        names.append("compiled")
-    if importlib.util.find_spec("fla"):
-        names.append("fla")
+    """Time WKV-6 beside the chunked form, and beside copying the necessary bytes."""
     for tokens in setup.sizes.wkv_tokens:
-        functions = {impl: bench.wkv_function(tokens, impl, device=setup.device) for impl in names}
+        functions = wkv_functions(setup, tokens, "chunked")
         # r, k, v, w, y; then r, k, v, w, gy, gr, gk, gv, gw; w and gw have 4 bytes. A copy reads
         # and writes, so it takes half of them.
         necessary = tokens * 32 * 64 * (12 + 22)
         source = torch.empty(necessary // 2, dtype=torch.uint8, device=setup.device)
         race = Race({**functions, "copy": source.clone}, setup.sizes.rounds, setup.sizes.repeat)
         others = []
-        for name in ("chunked", "fla", "copy"):
+        for name in ("chunked", "copy"):
             others += [race.ms(name), race.ratio(name, "compiled")]
         say(tokens, race.ms("compiled"), *others)
+
+
+def wkv_functions(setup: Setup, tokens: int, other: str) -> dict[str, Callable]:
+    """{name: function}: the compiled kernel, if there is one, and another form of WKV-6."""
+    names = [other]
+    if not kernel_problem(setup.device.type):
+        names.append("compiled")
+    return {name: bench.wkv_function(tokens, name, device=setup.device) for name in names}
+
+
+def wkv_fla(setup: Setup) -> None:
+    """Time WKV-6 beside fla's kernels, for one length: Triton compiles them for minutes."""
+    if not importlib.util.find_spec("fla"):
+        return say("", "left out: fla is not installed (pip install flash-linear-attention)")
+    tokens = setup.sizes.wkv_tokens[0]
+    race = Race(wkv_functions(setup, tokens, "fla"), setup.sizes.rounds, setup.sizes.repeat)
+    return say(tokens, race.ms("compiled"), race.ms("fla"), race.ratio("fla", "compiled"))
 
 
 def layer(setup: Setup) -> None:
@@ -183,10 +212,12 @@ def layer(setup: Setup) -> None:
             functions = bench.layer_functions(
                 in_features, out_features, tokens, r=sizes.r, device=setup.device
             )
-            race = Race(functions, sizes.rounds, sizes.repeat)
+            graphs = {name: as_graph(function) for name, function in functions.items()}
+            race = Race(graphs, sizes.rounds, sizes.repeat)
             times = [race.ms(name) for name in functions]
             ratios = race.ratio("bone", "frozen"), race.ratio("built", "bone")
-            say(f"{in_features} -> {out_features}", tokens, *times, *ratios)
+            with_host = Race({"bone": functions["bone"]}, sizes.rounds, sizes.repeat).ms("bone")
+            say(f"{in_features} -> {out_features}", tokens, *times, *ratios, with_host)
 
 
 def quant_of(kind: str) -> str | None:
@@ -234,13 +265,19 @@ def step(setup: Setup, *kinds: str) -> None:
             functions = step_functions(model, optimizer, tokens) | lora(tokens)
             race = Race(functions, setup.sizes.rounds)
             speed = f"{tokens / race.seconds('bone'):,.0f}"
+            busy = {
+                name: math.nan if name in race.problems else gpu_busy(function)
+                for name, function in functions.items()
+            }
             ratios = [
                 race.problems.get("built") or race.ratio("built", "bone"),
+                busy["built"] / busy["bone"],
                 lora_problem or race.problems.get("lora") or race.ratio("bone", "lora"),
-                race.ratio("products", "bone"),
+                busy["bone"] / busy.get("lora", math.nan),
+                busy["products"] / busy["bone"],
             ]
             loss = functions["bone"]() if "bone" not in race.problems else math.nan
-            say(kind, tokens, race.ms("bone"), speed, *ratios, loss)
+            say(kind, tokens, race.ms("bone"), speed, 1000 * busy["bone"], *ratios, loss)
 
 
 def step_functions(model: rwkv6.RWKV, optimizer, tokens: int) -> dict[str, Callable]:
@@ -331,7 +368,7 @@ def synchronizations(run: Callable, set_mode: Callable[[str], None]) -> list[str
             run()
         finally:
             set_mode("default")
-    found = [w for w in caught if "synchronizing" in str(w.message)]
+    found = [w for w in caught if "called a synchronizing" in str(w.message)]
     return [f"{pathlib.Path(w.filename).name}:{w.lineno}" for w in found]
 
 
@@ -350,28 +387,37 @@ def peak(setup: Setup, name: str, *kinds: str) -> None:
         figures = gb(expected), tutorial(name, kind)
         problem = too_large(setup, expected)
         if problem:
-            say(f"{name} {kind}", problem, "", *figures)
+            say(f"{name} {kind}", problem, "", "", *figures)
             continue
         try:
             say(f"{name} {kind}", *measured_peak(setup, name, kind), *figures)
         except torch.OutOfMemoryError as error:
-            say(f"{name} {kind}", short(error), "", *figures)
+            say(f"{name} {kind}", short(error), "", "", *figures)
 
 
-def measured_peak(setup: Setup, name: str, kind: str) -> tuple[str, str]:
-    """GB that two steps had allocated and reserved at most."""
+def measured_peak(setup: Setup, name: str, kind: str) -> tuple[str, str, str]:
+    """GB that two steps had allocated and reserved at most, and that the card then has in use."""
     model = bone_model(setup, name, kind, setup.device)
     optimizer = train.make_optimizer(model, 1e-6)
     torch.accelerator.reset_peak_memory_stats()
     for _ in range(2):
         bench.train_step(model, optimizer, setup.sizes.peak_tokens)
     allocated, reserved = memory.peak(setup.device), torch.accelerator.max_memory_reserved()
-    return gb(allocated), gb(reserved) if reserved else "?"
+    return gb(allocated), gb(reserved) if reserved else "?", gb(in_use())
+
+
+def in_use() -> float:
+    """Bytes of the device that all programs have, this one's libraries included."""
+    try:
+        free, total = torch.accelerator.get_memory_info()
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return math.nan
+    return total - free
 
 
 def gb(size: float) -> str:
     """Bytes in GB."""
-    return f"{size / 1e9:.3g}"
+    return "?" if math.isnan(size) else f"{size / 1e9:.3g}"
 
 
 def tutorial(name: str, kind: str) -> str:
@@ -398,7 +444,8 @@ def peak_of_train(setup: Setup, kind: str) -> None:
     say(
         f"{name} {kind}, train.py",
         bench.peak_said(said.getvalue()),
-        "-",
+        gb(torch.accelerator.max_memory_reserved()),
+        gb(in_use()),
         expected,
         tutorial(name, kind),
     )
@@ -406,7 +453,10 @@ def peak_of_train(setup: Setup, kind: str) -> None:
 
 JOBS: dict[str, Callable] = {
     job.__name__: job
-    for job in (machine, tests, wkv, layer, step, waits, launches, peak, peak_of_train)
+    for job in (
+        *(machine, tests, wkv, wkv_fla, layer),
+        *(step, waits, launches, peak, peak_of_train),
+    )
 }
 
 

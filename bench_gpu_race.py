@@ -1,4 +1,4 @@
-"""Time functions in turn on a GPU; used by bench_gpu_jobs.py.
+"""Time functions on a GPU, in turn; with the host's time, or without. Used by bench_gpu_jobs.py.
 
 One need not read this to understand Bone.
 """
@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Callable
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 import bench
 
@@ -74,3 +76,33 @@ def repeated(function: Callable, times: int) -> None:
     for _ in range(times):
         function()
     torch.accelerator.synchronize()
+
+
+def as_graph(function: Callable) -> Callable:
+    """Return a function that launches as one CUDA graph all that `function` would launch.
+
+    The host then has one launch to make, so that what is timed is the GPU. Without CUDA or ROCm,
+    returns the function itself.
+    """
+    if not torch.cuda.is_available():
+        return function
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        function()
+    return graph.replay
+
+
+def gpu_busy(function: Callable) -> float:
+    """The seconds that the GPU is at work, of a run of the function; NaN where none can tell."""
+    if not torch.cuda.is_available():
+        return math.nan
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        function()
+        torch.cuda.synchronize()
+    on_gpu = [event for event in profiled.events() if event.device_type == DeviceType.CUDA]
+    return sum(event.time_range.elapsed_us() for event in on_gpu) / 1e6
