@@ -262,5 +262,5 @@ def main(arguments: list[str]) -> None:
         for part in PARTS:
             part = rehearsal(part) if standin else part
             run_part(report, part, folder, standin=standin, deadline=deadline)
-    what_next = "its figures mean nothing" if standin else "please send it to us"
+    what_next = "its figures mean nothing" if standin else "please send it to us, as an issue"
     print(f"\nwrote {report.path()}; {what_next}")
