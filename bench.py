@@ -299,7 +299,7 @@ MODELS = {"1.6B": (24, 2048, (7.3, 4.8), (5.9, 3.5), (5.4, 2.9)), "3B": (32, 256
 def memory(only=()):
     kinds = {"bf16": "none", "int8": "int8", "nf4": "nf4"}
     if unknown := {*only} - MODELS.keys() - kinds.keys():
-        raise ValueError(f"{unknown.pop()} is no part of the memory table: {', '.join([*MODELS, *kinds])} are")
+        raise ValueError(f"{unknown.pop()} is no part of the memory table: {', '.join([*MODELS, *kinds, 'long', 'ranks'])} are")
     print(f"\nGB at the peak of `python train.py`, 2 steps, ctx_len 1024, micro_bsz 1, bat r {R}, on the CPU, beyond importing PyTorch")
     print(f"{'':<12}{'measured':>9}{'expected':>9}{'tutorial':>9}{'aim':>9}")
     with tempfile.TemporaryDirectory() as folder:
@@ -347,13 +347,17 @@ def long():
 
 def main():
     parts = {"layer": layer, "step": step, "quantized": quantized, "infctx": infctx, "loss": loss, "wkv": wkv}
-    if sys.argv[1:] == ["launches"]:
+    if sys.argv[1:2] == ["launches"]:
+        if sys.argv[2:]:
+            raise ValueError(f"bench.py launches takes nothing more; leave {' '.join(sys.argv[2:])} out")
         return count_launches()
     if sys.argv[1:2] == ["gpu"]:
         import bench_gpu
         return bench_gpu.main(sys.argv[2:])
     if sys.argv[1:2] == ["memory"]:
         return {"long": long, "ranks": ranks}[sys.argv[2]]() if sys.argv[2:] in (["long"], ["ranks"]) else memory(sys.argv[2:])
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        return print(__doc__)
     if unknown := set(sys.argv[1:]) - set(parts):
         raise ValueError(f"{unknown.pop()} is no part of the benchmark: {', '.join(parts)}, launches, gpu and memory are")
     reuse_freed()

@@ -6,8 +6,9 @@ data (PyTorch's FakeTensorMode), so the counts are the same on every machine; th
 that is not the CPU, which gpu_standin.py can make. The optimizer is not counted.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -86,6 +87,30 @@ def count(run: Callable[[], object]) -> Count:
     return Count(counter.launches, counter.moved)
 
 
+class NoMixture(torch.autograd.Function):
+    """In place of rwkv6.Mixture: makes tensors of the right shapes, and launches nothing."""
+
+    @staticmethod
+    def forward(ctx, x, previous, shares):
+        ctx.save_for_backward(x, previous, shares)
+        shape = torch.broadcast_shapes(x.shape, shares.shape)
+        return x.new_empty(shape)
+
+    @staticmethod
+    def backward(ctx, g):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
+
+
+@contextlib.contextmanager
+def without_mixtures() -> Iterator[None]:
+    """Leave the mixtures of tokens out of what is counted."""
+    plain, rwkv6.Mixture = rwkv6.Mixture, NoMixture
+    try:
+        yield
+    finally:
+        rwkv6.Mixture = plain
+
+
 def model_1_6b(n_layer: int, quantization: str, *, with_bone: bool = True) -> rwkv6.RWKV:
     """A bat r 64 model of 1.6B's widths on the meta device: bones, time and ln are trained.
 
@@ -142,7 +167,13 @@ def table(device: torch.device) -> dict[str, Count]:
     one, two = (training_step(n_layer, "none", device) for n_layer in (1, 2))
     block = two - one
     plain = [training_step(n_layer, "none", device, with_bone=False) for n_layer in (1, 2)]
-    rows = {"a block, bf16": block, "of these, Bone": block - (plain[1] - plain[0])}
+    with without_mixtures():
+        unmixed = [training_step(n_layer, "none", device) for n_layer in (1, 2)]
+    rows = {
+        "a block, bf16": block,
+        "of these, Bone": block - (plain[1] - plain[0]),
+        "of these, mixtures": block - (unmixed[1] - unmixed[0]),
+    }
     for quantization in ("nf4", "int8"):
         one_quantized, two_quantized = (training_step(n, quantization, device) for n in (1, 2))
         rows[f"the same, {quantization}: more"] = two_quantized - one_quantized - block

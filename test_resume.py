@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 
 import pytest
 import torch
@@ -93,6 +94,7 @@ def in_a_child(run_it):
             run_it()
             os._exit(0)
         except BaseException:
+            traceback.print_exc()
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 

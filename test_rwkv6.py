@@ -70,6 +70,23 @@ def test_merged_weights_are_the_reference_s(reference):
         assert (bone.merge_weight(fixture["base"][name].float(), b) - merged).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("shares", [(5, 2, 3, 4), (2, 1, 1, 4), (1, 1, 4)])
+def test_the_mixture_and_its_gradients_are_those_of_its_formula(shares):
+    torch.manual_seed(0)
+    x, previous = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True).unbind()
+    share = torch.randn(shares, dtype=torch.float64, requires_grad=True)
+    mixed = rwkv6.Mixture.apply(x, previous, share)
+    torch.testing.assert_close(mixed, x + (previous - x) * share)
+    assert torch.autograd.gradcheck(rwkv6.Mixture.apply, (x, previous, share))
+
+
+def test_the_squared_relu_and_its_gradient_are_those_of_its_formula():
+    torch.manual_seed(0)
+    x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(rwkv6.SquaredReLU.apply(x), torch.relu(x) ** 2)
+    assert torch.autograd.gradcheck(rwkv6.SquaredReLU.apply, (x,))
+
+
 def test_twenty_steps_of_training_are_the_reference_s(reference):
     folder, fixture = reference
     config, idx = fixture["config"], fixture["idx"]

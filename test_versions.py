@@ -3,6 +3,8 @@
 import pathlib
 import re
 
+import pytest
+
 import versions
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -15,7 +17,7 @@ def version_in(file, before):
 
 def full(version):
     """Return a version with all three of its numbers: 2.11 is 2.11.0."""
-    return (version.split(".") + ["0"])[:3]
+    return [*version.split("."), "0"][:3]
 
 
 def test_the_oldest_is_the_lower_bound_and_the_newest_is_the_pin():
@@ -52,3 +54,26 @@ def test_a_failing_test_is_named_once_however_many_its_parameters(tmp_path):
     log.write_text("FAILED test_a.py::f[1] - x\nERROR test_a.py::f[2 b]\nFAILED test_a.py::g\n")
     named = ["`test_a.py::f`: 2 failed", "`test_a.py::g`: 1 failed"]
     assert versions.failed_tests(log) == named
+
+
+def test_the_reason_is_pip_s_first_error(tmp_path):
+    log = tmp_path / "install.log"
+    log.write_text("Collecting torch\nERROR: no torch==9.9\nERROR: no matching torch\n[notice]\n")
+    assert versions.reason(log) == "ERROR: no torch==9.9"
+    log.write_text("Traceback\nOSError: no space\n\n")
+    assert versions.reason(log) == "OSError: no space"
+
+
+@pytest.mark.parametrize(
+    "arguments, problem",
+    [
+        (["2.x"], "2.x is not a version"),
+        (["--tests", "test_no.py"], "--tests test_no.py: there is"),
+    ],
+)
+def test_a_typo_is_refused_before_anything_is_installed(monkeypatch, capsys, arguments, problem):
+    monkeypatch.setattr("sys.argv", ["versions.py", *arguments])
+    monkeypatch.setattr(versions, "check", None)
+    with pytest.raises(SystemExit) as ended:
+        versions.main()
+    assert ended.value.code == 2 and problem in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""Test PyTorch from the oldest to the newest, each in an environment of its own. A tool, no product.
+"""Test PyTorch from the oldest to the newest, each in an environment of its own.
+
+One need not read this to understand Bone.
 
     make test-versions
     python versions.py 2.11.0 --tests test_wkv6.py test_bone.py
@@ -134,7 +136,7 @@ def run(
 ) -> str:
     """Run a command and return its standard output; both of its outputs go to the log, too.
 
-    CheckError where it fails or takes too long, with the last line that it wrote.
+    CheckError where it fails or takes too long, with the line that says why.
     """
     with log.open("a") as file, log.with_suffix(".out").open("w+") as out:
         try:
@@ -147,8 +149,14 @@ def run(
         output = out.read()
         file.write(output)
     if process.returncode != 0:
-        raise CheckError(f"exit code {process.returncode}: {last_line(log)}; {log}")
+        raise CheckError(f"exit code {process.returncode}: {reason(log)}; {log}")
     return output
+
+
+def reason(log: pathlib.Path) -> str:
+    """Return the first line of a log that pip calls an error, or else the last line."""
+    errors = re.findall(r"^ERROR: .*", log.read_text(), re.MULTILINE)
+    return errors[0] if errors else last_line(log)
 
 
 def last_line(log: pathlib.Path) -> str:
@@ -338,6 +346,12 @@ def main() -> None:
     parser.add_argument("versions", nargs="*", default=VERSIONS, metavar="VERSION")
     parser.add_argument("--tests", nargs="*", default=[], metavar="FILE", help="not all tests")
     args = parser.parse_args()
+    for version in args.versions:
+        if not re.fullmatch(r"\d+\.\d+\.\d+", version):
+            parser.error(f"{version} is not a version of PyTorch; give it as {VERSIONS[0]}")
+    for test in args.tests:
+        if not (HERE / test.partition("::")[0]).exists():
+            parser.error(f"--tests {test}: there is no such file in {HERE}")
     rows = [check(version, args.tests) for version in args.versions]
     print(table(rows))
     if any(row.problems for row in rows):
