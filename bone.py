@@ -50,7 +50,9 @@ class Bat(torch.autograd.Function):
         B = bone.to(dtype)
 
         # z_b = B_b x_b. The copy casts x and regroups it into segments at once.
-        x_b = torch.empty(bone.shape[0], len(x), r, dtype=dtype, device=x.device).copy_(segments(x, r))
+        x_b = torch.empty(bone.shape[0], len(x), r, dtype=dtype, device=x.device).copy_(
+            segments(x, r)
+        )
         z = torch.empty(x.shape, dtype=dtype, device=x.device)
         torch.bmm(x_b, B.transpose(1, 2), out=segments(z, r))
         s = z.view(len(x), -1, r).sum(1, dtype=dtype)
@@ -58,7 +60,9 @@ class Bat(torch.autograd.Function):
         # y = W (x + z) + tile(s). z meets x before x is rounded, and s meets y inside the product's
         # float32 sums: a bone too small to move a bfloat16 number by a step still counts, on average.
         # Added to rounded numbers, it would vanish.
-        y = product(lambda: s.repeat(1, weight.shape[0] // r).addmm_(z.add_(x), dense(weight, dtype).t()))
+        y = product(
+            lambda: s.repeat(1, weight.shape[0] // r).addmm_(z.add_(x), dense(weight, dtype).t())
+        )
         ctx.save_for_backward(x_b, B)
         ctx.weight, ctx.dtypes = weight, (x.dtype, bone.dtype)
         return y
@@ -79,7 +83,9 @@ class Bat(torch.autograd.Function):
 
 def weight_shapes(model):
     """{name: shape} of every parameter of a base model, the quantized ones included."""
-    quantized = {f"{name}.weight": m.shape for name, m in model.named_modules() if isinstance(m, Quantized)}
+    quantized = {
+        f"{name}.weight": m.shape for name, m in model.named_modules() if isinstance(m, Quantized)
+    }
     return {name: p.shape for name, p in model.named_parameters()} | quantized
 
 
@@ -98,13 +104,23 @@ class BoneLinear(nn.Module):
     def __init__(self, weight, r, mode="bat"):
         super().__init__()
         self.r, self.mode = r, mode
-        self.weight = weight if isinstance(weight, Quantized) else nn.Parameter(weight.detach(), requires_grad=False)
+        self.weight = (
+            weight
+            if isinstance(weight, Quantized)
+            else nn.Parameter(weight.detach(), requires_grad=False)
+        )
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.bone = nn.Parameter(torch.zeros(bone_shape(weight.shape, r, mode), dtype=dtype, device=weight.device))
+        self.bone = nn.Parameter(
+            torch.zeros(bone_shape(weight.shape, r, mode), dtype=dtype, device=weight.device)
+        )
 
     def forward(self, x):
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        dtype = (
+            torch.get_autocast_dtype(device)
+            if torch.is_autocast_enabled(device)
+            else self.weight.dtype
+        )
         # Every dtype below is chosen by hand; no device's own list of operators has a say in it.
         with torch.autocast(device, enabled=False):
             if self.mode == "bat":
@@ -122,16 +138,27 @@ def add_bone(model, r, mode="bat"):
     Only the bones require gradients afterwards. ValueError if r does not divide a layer (mode bat needs it to).
     """
     if mode not in ("bat", "bone"):
-        raise ValueError(f"bone mode {mode!r} is unknown: use bat (block affine) or bone (shard sharing)")
+        raise ValueError(
+            f"bone mode {mode!r} is unknown: use bat (block affine) or bone (shard sharing)"
+        )
     if r < 1:
         raise ValueError(f"bone_r {r} must be at least 1; 64 is the usual choice")
-    linears = {name: m if isinstance(m, Quantized) else m.weight for name, m in model.named_modules()
-               if isinstance(m, (nn.Linear, Quantized)) and "." in name}
+    linears = {
+        name: m if isinstance(m, Quantized) else m.weight
+        for name, m in model.named_modules()
+        if isinstance(m, (nn.Linear, Quantized)) and "." in name
+    }
     for name, weight in linears.items():
         out_features, in_features = weight.shape
         if mode == "bat" and (in_features % r or out_features % r):
-            fitting = [n for n in (8, 16, 32, 64, 128, 256) if all(s % n == 0 for w in linears.values() for s in w.shape)]
-            raise ValueError(f"bone_r {r} does not divide {name} ({out_features} x {in_features}); this model takes {fitting}, or any with mode bone")
+            fitting = [
+                n
+                for n in (8, 16, 32, 64, 128, 256)
+                if all(s % n == 0 for w in linears.values() for s in w.shape)
+            ]
+            raise ValueError(
+                f"bone_r {r} does not divide {name} ({out_features} x {in_features}); this model takes {fitting}, or any with mode bone"
+            )
     model.requires_grad_(False)
     for name, weight in linears.items():
         parent, _, child = name.rpartition(".")
@@ -144,12 +171,18 @@ def rank_and_mode(checkpoint, path):
     shapes = [tensor.shape for name, tensor in checkpoint.items() if name.endswith(".bone")]
     for shape in shapes:
         if len(shape) not in (2, 3) or len(shape) == 3 and shape[1] != shape[2]:
-            raise ValueError(f"{path}: a bone is {tuple(shape)}; (in/r, r, r) or (r, out) is needed, so it is damaged, or of another method")
+            raise ValueError(
+                f"{path}: a bone is {tuple(shape)}; (in/r, r, r) or (r, out) is needed, so it is damaged, or of another method"
+            )
     found = {(shape[-2], "bat" if len(shape) == 3 else "bone") for shape in shapes}
     if not found:
-        raise ValueError(f"{path}: holds no tensor named *.bone; it is not a Bone checkpoint (a base model, or another method's?)")
+        raise ValueError(
+            f"{path}: holds no tensor named *.bone; it is not a Bone checkpoint (a base model, or another method's?)"
+        )
     if len(found) > 1:
-        raise ValueError(f"{path}: mixes {' and '.join(f'{mode} r {r}' for r, mode in sorted(found))}; one rank and one mode are needed")
+        raise ValueError(
+            f"{path}: mixes {' and '.join(f'{mode} r {r}' for r, mode in sorted(found))}; one rank and one mode are needed"
+        )
     return found.pop()
 
 
@@ -172,17 +205,31 @@ def check_fits(checkpoint, shapes, path):
     """Rank and mode of a Bone checkpoint; ValueError unless its tensors are finite and fit the base model's {name: shape}."""
     r, mode = rank_and_mode(checkpoint, path)
     for name, tensor in checkpoint.items():
-        linear = shapes.get(name.removesuffix("bone") + "weight", ()) if name.endswith(".bone") and name.startswith("blocks.") else ()
+        linear = (
+            shapes.get(name.removesuffix("bone") + "weight", ())
+            if name.endswith(".bone") and name.startswith("blocks.")
+            else ()
+        )
         linear = linear if len(linear) == 2 else None
         expected = bone_shape(linear, r, mode) if linear else shapes.get(name)
         if expected is None:
-            raise ValueError(f"{path}: {name} has no counterpart in the base model; it was trained on another model")
+            raise ValueError(
+                f"{path}: {name} has no counterpart in the base model; it was trained on another model"
+            )
         if mode == "bat" and linear and any(n % r for n in linear):
-            raise ValueError(f"{path}: r {r} of {name} does not divide {tuple(linear)}; it was trained on another model")
-        if [n for n in tensor.shape if n != 1] != [n for n in expected if n != 1]:  # time_maa_*: (1, 1, C) and (C,) are both about
-            raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, but this base model needs {tuple(expected)}; it was trained on another model")
+            raise ValueError(
+                f"{path}: r {r} of {name} does not divide {tuple(linear)}; it was trained on another model"
+            )
+        if [n for n in tensor.shape if n != 1] != [
+            n for n in expected if n != 1
+        ]:  # time_maa_*: (1, 1, C) and (C,) are both about
+            raise ValueError(
+                f"{path}: {name} is {tuple(tensor.shape)}, but this base model needs {tuple(expected)}; it was trained on another model"
+            )
         if not all_finite(tensor):
-            raise ValueError(f"{path}: {name} holds NaN or infinite values; its training went wrong, use an earlier checkpoint")
+            raise ValueError(
+                f"{path}: {name} holds NaN or infinite values; its training went wrong, use an earlier checkpoint"
+            )
     return r, mode
 
 
@@ -197,10 +244,10 @@ def merge_weight(weight, bone):
     bone, r = bone.to(dtype), bone.shape[-2]
     if bone.ndim == 3:
         for w, w_merged in zip(weight.split(r), merged.split(r)):
-            w_b = segments(w.to(dtype), r)                              # W_ab for all b of one block row a: (b, r, r)
+            w_b = segments(w.to(dtype), r)  # W_ab for all b of one block row a: (b, r, r)
             segments(w_merged, r).copy_(torch.baddbmm(w_b + bone, w_b, bone))
     else:
         shards = -(-weight.shape[1] // r)
         for w, w_merged, b in zip(weight.split(64), merged.split(64), bone.t().split(64)):
-            w_merged.copy_(w.to(dtype) + b.repeat(1, shards)[:, :weight.shape[1]])
+            w_merged.copy_(w.to(dtype) + b.repeat(1, shards)[:, : weight.shape[1]])
     return merged

@@ -21,8 +21,13 @@ def dialogues():
     for path in sorted(folder.glob("english/*.yml")) + sorted(folder.glob("chinese/*.yml")):
         for turns in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
             if isinstance(turns, list):  # trivia.yml has one that is not
-                question, answer = (re.sub(r"\n\s*\n", "\n", turn.strip()) for turn in turns[:2])  # a blank line ends a turn
-                found.setdefault(re.sub(r"[\W_]+", "", question.casefold()), f"User: {question}\n\nAssistant: {answer}")
+                question, answer = (
+                    re.sub(r"\n\s*\n", "\n", turn.strip()) for turn in turns[:2]
+                )  # a blank line ends a turn
+                found.setdefault(
+                    re.sub(r"[\W_]+", "", question.casefold()),
+                    f"User: {question}\n\nAssistant: {answer}",
+                )
     return list(found.values())
 
 
@@ -33,7 +38,10 @@ def main(folder):
     folder.mkdir(parents=True, exist_ok=True)
     for name, texts in {"docs": topics.values(), "chat": chat[n:], "chat_val": chat[:n]}.items():
         path = folder / f"{name}.jsonl"
-        path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts),
+            encoding="utf-8",
+        )
         print(f"{path}: {len(texts):,} documents, {sum(map(len, texts)):,} characters")
 
 

@@ -33,19 +33,28 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from files import STOPPING, in_words
-from quant import Quantized     # PyTorch's engines are imported where they are used: that takes seconds, which one process need not wait
+from quant import (
+    Quantized,
+)  # PyTorch's engines are imported where they are used: that takes seconds, which one process need not wait
 
-ENGINES = {"auto": "DDP", "ddp": "DDP", "deepspeed_stage_1": "DDP, Adam's moments shared out (ZeroRedundancyOptimizer)",
-           "deepspeed_stage_2": "FSDP2, what is trained shared out", "deepspeed_stage_3": "FSDP2, all weights shared out"}
+ENGINES = {
+    "auto": "DDP",
+    "ddp": "DDP",
+    "deepspeed_stage_1": "DDP, Adam's moments shared out (ZeroRedundancyOptimizer)",
+    "deepspeed_stage_2": "FSDP2, what is trained shared out",
+    "deepspeed_stage_3": "FSDP2, all weights shared out",
+}
 
 
 def engine(strategy):
     """What a --strategy is here, in words."""
-    return ENGINES[strategy.removesuffix("_offload")] + ", kept in the memory of the CPU" * strategy.endswith("_offload")
+    return ENGINES[
+        strategy.removesuffix("_offload")
+    ] + ", kept in the memory of the CPU" * strategy.endswith("_offload")
 
 
 def size():
-    started = os.environ.get("WORLD_SIZE", "")      # `train` refuses what is no number
+    started = os.environ.get("WORLD_SIZE", "")  # `train` refuses what is no number
     return max(1, int(started)) if started.isdecimal() else 1
 
 
@@ -67,14 +76,20 @@ def shares(strategy, n=None):
 def memory_of_one(parts, model, strategy, n):
     """What one of n ranks takes, from {part: bytes} of a single process. A block is gathered into one piece, then cut into its weights, while the
     piece is there; those outside of the blocks, embedding and head, are there from the beginning to the end of a step."""
+
     def bytes_of(module):
-        return sum(t.nbytes for t in (*module.parameters(), *module.buffers()) if base or t.requires_grad)
+        return sum(
+            t.nbytes for t in (*module.parameters(), *module.buffers()) if base or t.requires_grad
+        )
+
     moments, trained, base = shares(strategy, n)
     if moments:
         parts["optimizer"] /= n
     if trained:
         everything, blocks = bytes_of(model), [bytes_of(block) for block in model.blocks]
-        parts["gathered weights"] = everything - sum(blocks) + (2 * max(blocks) if base else sum(blocks) + max(blocks))
+        parts["gathered weights"] = (
+            everything - sum(blocks) + (2 * max(blocks) if base else sum(blocks) + max(blocks))
+        )
         parts["weights"] -= everything * (1 - 1 / n)
     return parts
 
@@ -93,6 +108,7 @@ def find(accelerator: str = "auto") -> torch.device:
 
 # ---- processes ----------------------------------------------------------------------------------------------------------------
 
+
 class Agreed(ValueError):
     """An error that all ranks come to at the same place, so that the first of each machine says it, and all can still save."""
 
@@ -102,13 +118,25 @@ def launch(devices, num_nodes):
     NODE_RANK say where the first one is, and which one this is. Signals are passed on. When a rank fails the others are asked to end, too; after
     a minute, or 5 s after a second Ctrl-C, they are made to. (torchrun, which does the same, leaves them half a minute for saving, too.)"""
     with socket.socket() as s:
-        s.bind(("", 0))         # a free port
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])} if num_nodes == 1 else {"MASTER_PORT": "29500"} | os.environ
-    node, ranks, asked, since, deadline = int(os.environ["NODE_RANK"]) if num_nodes > 1 else 0, [], [], 0, math.inf
+        s.bind(("", 0))  # a free port
+        where = (
+            {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+            if num_nodes == 1
+            else {"MASTER_PORT": "29500"} | os.environ
+        )
+    node, ranks, asked, since, deadline = (
+        int(os.environ["NODE_RANK"]) if num_nodes > 1 else 0,
+        [],
+        [],
+        0,
+        math.inf,
+    )
 
     def pass_on(number, _):
         nonlocal deadline, since
-        if asked and number == signal.SIGINT and time.monotonic() - since > 0.2:    # see `unbroken` in resume.py
+        if (
+            asked and number == signal.SIGINT and time.monotonic() - since > 0.2
+        ):  # see `unbroken` in resume.py
             deadline = time.monotonic() + 5
         since = since if asked else time.monotonic()
         asked.append(number)
@@ -119,12 +147,23 @@ def launch(devices, num_nodes):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, pass_on)
     if num_nodes > 1:
-        print(f"machine {node} of {num_nodes}, counted from 0: waits until all are at {where['MASTER_ADDR']}:{where['MASTER_PORT']}, the first machine's", flush=True)
+        print(
+            f"machine {node} of {num_nodes}, counted from 0: waits until all are at {where['MASTER_ADDR']}:{where['MASTER_PORT']}, the first machine's",
+            flush=True,
+        )
     for local in range(devices):
-        numbers = {"WORLD_SIZE": devices * num_nodes, "RANK": node * devices + local, "LOCAL_WORLD_SIZE": devices, "LOCAL_RANK": local, "LAUNCHER": os.getpid()}
+        numbers = {
+            "WORLD_SIZE": devices * num_nodes,
+            "RANK": node * devices + local,
+            "LOCAL_WORLD_SIZE": devices,
+            "LOCAL_RANK": local,
+            "LAUNCHER": os.getpid(),
+        }
         environment = os.environ | where | {name: str(n) for name, n in numbers.items()}
         # A session of its own, or a terminal's Ctrl-C would reach a rank twice.
-        ranks.append(subprocess.Popen([sys.executable, *sys.argv], env=environment, start_new_session=True))
+        ranks.append(
+            subprocess.Popen([sys.executable, *sys.argv], env=environment, start_new_session=True)
+        )
         if asked:
             ranks[-1].send_signal(asked[0])
     failed = None
@@ -140,9 +179,20 @@ def launch(devices, num_nodes):
                 process.kill()
     failed = failed or next((process for process in ranks if process.poll()), None)
     if failed and failed.returncode < 0 and not asked:
-        print(f"\nerror: rank {node * devices + ranks.index(failed)} of {devices * num_nodes} was ended by {signal.Signals(-failed.returncode).name}, and the "
-              "others with it; where nobody did that, and nothing is said above, memory was too small", file=sys.stderr)
-    sys.exit(0 if not failed else failed.returncode if failed.returncode > 0 else 128 + asked[0] if asked else 2)
+        print(
+            f"\nerror: rank {node * devices + ranks.index(failed)} of {devices * num_nodes} was ended by {signal.Signals(-failed.returncode).name}, and the "
+            "others with it; where nobody did that, and nothing is said above, memory was too small",
+            file=sys.stderr,
+        )
+    sys.exit(
+        0
+        if not failed
+        else failed.returncode
+        if failed.returncode > 0
+        else 128 + asked[0]
+        if asked
+        else 2
+    )
 
 
 @contextlib.contextmanager
@@ -151,45 +201,70 @@ def world(device, strategy):
     if size() == 1:
         yield
         return
-    local, on_this_machine = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size()))
+    local, on_this_machine = (
+        int(os.environ.get("LOCAL_RANK", 0)),
+        int(os.environ.get("LOCAL_WORLD_SIZE", size())),
+    )
     if device.type != "cpu":
         if local >= torch.accelerator.device_count():
-            raise ValueError(f"rank {rank()}: {on_this_machine} processes were started here, but PyTorch sees {torch.accelerator.device_count()} GPUs")
+            raise ValueError(
+                f"rank {rank()}: {on_this_machine} processes were started here, but PyTorch sees {torch.accelerator.device_count()} GPUs"
+            )
         torch.accelerator.set_device_index(local)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // on_this_machine))
     if "LAUNCHER" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG: when the launcher is killed, nobody would be left to end this
+        ctypes.CDLL(None).prctl(
+            1, signal.SIGTERM
+        )  # PR_SET_PDEATHSIG: when the launcher is killed, nobody would be left to end this
     handlers = {number: signal.getsignal(number) for number in STOPPING}
     try:
-        for number in STOPPING:         # nothing is to be saved yet, and a handler would wait until the others are there
+        for number in (
+            STOPPING
+        ):  # nothing is to be saved yet, and a handler would wait until the others are there
             if callable(handlers[number]):
                 signal.signal(number, signal.SIG_DFL)
-        engine = f",{device.type}:{dist.get_default_backend_for_device(device)}" if device.type != "cpu" else ""
+        engine = (
+            f",{device.type}:{dist.get_default_backend_for_device(device)}"
+            if device.type != "cpu"
+            else ""
+        )
         dist.init_process_group(f"cpu:gloo{engine}", timeout=datetime.timedelta(hours=2))
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        with contextlib.redirect_stdout(open(os.devnull, "w")) if rank() else contextlib.nullcontext():
+        with (
+            contextlib.redirect_stdout(open(os.devnull, "w"))
+            if rank()
+            else contextlib.nullcontext()
+        ):
             yield
-        most([0])       # none goes while another one still speaks
+        most([0])  # none goes while another one still speaks
         dist.destroy_process_group()
     except Agreed:
-        if rank() == 0 or local == 0:       # once on each machine
+        if rank() == 0 or local == 0:  # once on each machine
             raise
         sys.exit(2)
     except RuntimeError as error:
         if "EADDRINUSE" in str(error):
-            raise ValueError(f"port {os.environ['MASTER_PORT']} is taken on this machine; set another MASTER_PORT, the same on all machines") from error
-        if not isinstance(error, dist.DistError) and not re.search("gloo|nccl|process group", str(error), re.IGNORECASE):
+            raise ValueError(
+                f"port {os.environ['MASTER_PORT']} is taken on this machine; set another MASTER_PORT, the same on all machines"
+            ) from error
+        if not isinstance(error, dist.DistError) and not re.search(
+            "gloo|nccl|process group", str(error), re.IGNORECASE
+        ):
             raise
         if started_here():
-            time.sleep(1)   # so that the launcher sees the other one's end first, and says it
+            time.sleep(1)  # so that the launcher sees the other one's end first, and says it
             sys.exit(2)
-        time.sleep(10)      # torchrun ends this one meanwhile, and says why the other ended
-        raise ValueError(f"rank {rank()}: the connection to another rank was lost, which has ended, or cannot be reached") from error
+        time.sleep(10)  # torchrun ends this one meanwhile, and says why the other ended
+        raise ValueError(
+            f"rank {rank()}: the connection to another rank was lost, which has ended, or cannot be reached"
+        ) from error
     except ValueError as error:
         if "env://" in str(error):
-            raise ValueError("WORLD_SIZE is set, but not all of RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; unset it, or start the ranks by torchrun") from error
+            raise ValueError(
+                "WORLD_SIZE is set, but not all of RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; unset it, or start the ranks by torchrun"
+            ) from error
         if rank() == 0:
             raise
         raise ValueError(f"rank {rank()}: {error}") from error
@@ -237,10 +312,13 @@ def check_same(what):
     """Agreed, unless {name: value} is the same on all ranks."""
     for n, other in enumerate(of_all(what) if size() > 1 else ()):
         for name in [name for name in what if other[name] != what[name]]:
-            raise Agreed(f"{name} differs: {what[name]} on rank {rank()}, {other[name]} on rank {n}; all need the same")
+            raise Agreed(
+                f"{name} differs: {what[name]} on rank {rank()}, {other[name]} on rank {n}; all need the same"
+            )
 
 
 # ---- numbers ------------------------------------------------------------------------------------------------------------------
+
 
 def reduced(numbers, operation):
     if size() == 1:
@@ -277,6 +355,7 @@ def in_turn(numbers):
 
 # ---- engines ------------------------------------------------------------------------------------------------------------------
 
+
 class Loss(nn.Module):
     """DDP adds up the gradients of a module when its forward was called: here that is loss_fn."""
 
@@ -292,13 +371,24 @@ def wrap(model, loss_fn, strategy):
     """loss_fn(model, ...) as a function of the rest, whose backward pass adds up the gradients of all ranks. Outside `quiet`, that is."""
     if size() == 1 or shares(strategy)[1]:
         return lambda *batch: loss_fn(model, *batch)
-    with warnings.catch_warnings(action="ignore"):      # of another name for broadcast_buffers, in some releases
-        return DistributedDataParallel(Loss(model, loss_fn), broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # of another name for broadcast_buffers, in some releases
+        return DistributedDataParallel(
+            Loss(model, loss_fn),
+            broadcast_buffers=False,
+            init_sync=False,
+            gradient_as_bucket_view=True,
+        )
 
 
 def quiet(compute):
     """The forward and backward passes within only add to this rank's gradients."""
-    return compute.no_sync() if isinstance(compute, DistributedDataParallel) else contextlib.nullcontext()
+    return (
+        compute.no_sync()
+        if isinstance(compute, DistributedDataParallel)
+        else contextlib.nullcontext()
+    )
 
 
 def shares_out_integers():
@@ -310,27 +400,45 @@ def shares_out_integers():
 def shard(model, strategy, device):
     """Share out the weights of `model`, or those that are trained: each rank will hold an N-th of every tensor, along its first dimension."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     _, _, base = shares(strategy)
-    if base and not shares_out_integers() and any(isinstance(module, Quantized) for module in model.modules()):
-        raise ValueError(f"--strategy {strategy} shares out a quantized base with PyTorch 2.12 or newer, and this is {torch.__version__}; "
-                         "use deepspeed_stage_2, or --quant none, or install a newer one")
+    if (
+        base
+        and not shares_out_integers()
+        and any(isinstance(module, Quantized) for module in model.modules())
+    ):
+        raise ValueError(
+            f"--strategy {strategy} shares out a quantized base with PyTorch 2.12 or newer, and this is {torch.__version__}; "
+            "use deepspeed_stage_2, or --quant none, or install a newer one"
+        )
     for module in model.modules() if base else ():
-        if isinstance(module, Quantized):   # only parameters are shared out
+        if isinstance(module, Quantized):  # only parameters are shared out
             for name, buffer in list(module.named_buffers(recurse=False)):
                 delattr(module, name)
                 module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
-    options = {"mesh": init_device_mesh(device.type, (size(),)), "ignored_params": set() if base else {p for p in model.parameters() if not p.requires_grad},
-               "offload_policy": CPUOffloadPolicy() if strategy.endswith("_offload") and device.type != "cpu" else OffloadPolicy()}
+    options = {
+        "mesh": init_device_mesh(device.type, (size(),)),
+        "ignored_params": set() if base else {p for p in model.parameters() if not p.requires_grad},
+        "offload_policy": CPUOffloadPolicy()
+        if strategy.endswith("_offload") and device.type != "cpu"
+        else OffloadPolicy(),
+    }
     for block in model.blocks:
-        fully_shard(block, reshard_after_forward=base, **options)      # what is trained is small, and stays from the forward to the backward pass
+        fully_shard(
+            block, reshard_after_forward=base, **options
+        )  # what is trained is small, and stays from the forward to the backward pass
     fully_shard(model, reshard_after_forward=False, **options)
     register_fsdp_forward_method(model, "hidden")
 
 
 def is_shared(tensor):
-    return hasattr(tensor, "full_tensor")       # a DTensor
+    return hasattr(tensor, "full_tensor")  # a DTensor
 
 
 def part(tensor, parameter):
@@ -338,7 +446,10 @@ def part(tensor, parameter):
     if not is_shared(parameter):
         return tensor
     from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+    return distribute_tensor(
+        tensor, parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
 
 
 def whole(tensor):
@@ -356,6 +467,7 @@ def optimizer(groups, strategy, **options):
     """AdamW; with deepspeed_stage_1 each rank has the moments of its share of the parameters, and sends these out after a step."""
     if shares(strategy) == (True, False, False):
         from torch.distributed.optim import ZeroRedundancyOptimizer
+
         return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
     return torch.optim.AdamW(groups, **options)
 
@@ -371,7 +483,9 @@ def step_if_finite(optimizer, number):
         dist.all_reduce(found_inf, dist.ReduceOp.MAX)
     if found_inf.device.type == "mps" and found_inf.item():
         return
-    inner = getattr(optimizer, "optim", optimizer)      # ZeroRedundancyOptimizer's own
-    inner.found_inf = found_inf.to(optimizer.param_groups[0]["params"][0].device)       # the CPU's, with offload
+    inner = getattr(optimizer, "optim", optimizer)  # ZeroRedundancyOptimizer's own
+    inner.found_inf = found_inf.to(
+        optimizer.param_groups[0]["params"][0].device
+    )  # the CPU's, with offload
     optimizer.step()
     del inner.found_inf

@@ -31,12 +31,19 @@ def stream(model, state, tokens, length, temperature, top_p, generator, stop="",
     the document, or the text `stop`, which is not shown. The last `unread` are the tokens that the last state has yet to read for
     the text to end in a blank line. vocabulary: what the tokens are, RWKV World's in data, or a data.Vocabulary."""
     device = model.emb.weight.device
-    decoder, held = codecs.getincrementaldecoder("utf-8")("replace"), ""  # these hold back part of a character, and part of `stop`
+    decoder, held = (
+        codecs.getincrementaldecoder("utf-8")("replace"),
+        "",
+    )  # these hold back part of a character, and part of `stop`
     for _ in range(length):
-        with torch.autocast(device.type, torch.bfloat16, enabled=model.head.weight.dtype == torch.bfloat16):
+        with torch.autocast(
+            device.type, torch.bfloat16, enabled=model.head.weight.dtype == torch.bfloat16
+        ):
             logits, state = model(torch.tensor([tokens], device=device), state)
         if not (logits := logits[0, -1].float().cpu()).isfinite().all():
-            raise ValueError("what the model computes is not finite: its training went wrong, or a file is damaged; use an earlier checkpoint")
+            raise ValueError(
+                "what the model computes is not finite: its training went wrong, or a file is damaged; use an earlier checkpoint"
+            )
         token = sample(logits, temperature, top_p, generator)
         tokens = [token] if token != vocabulary.END else []
         if not tokens:
@@ -48,22 +55,52 @@ def stream(model, state, tokens, length, temperature, top_p, generator, stop="",
         shown = len(held) - max(n for n in range(len(stop) + 1) if held.endswith(stop[:n]))
         yield held[:shown], state, tokens
         held = held[shown:]
-    yield held + decoder.decode(b"", final=True), state, tokens + (data.encode("\n\n") if vocabulary is data else [])
+    yield (
+        held + decoder.decode(b"", final=True),
+        state,
+        tokens + (data.encode("\n\n") if vocabulary is data else []),
+    )
 
 
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument("model", help="a complete model (.pth): a base, or one that merge.py wrote")
-    parser.add_argument("--bone", metavar="CKPT", help="a Bone checkpoint to use on it without merging")
-    parser.add_argument("--quant", choices=("none", *FORMATS), help="keep the matrices in few bits (default: as args.json beside CKPT says)")
-    parser.add_argument("--prompt", help="text to go on from (\\n is a line break); without it, chat")
-    parser.add_argument("--length", type=int, default=200, help="at most this many tokens (default: 200)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token; 1: as the model has it (default: 1.0)")
-    parser.add_argument("--top_p", type=float, default=0.7, help="sample from the likeliest tokens of this probability (default: 0.7)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same text (default: 0)")
+    parser.add_argument(
+        "--bone", metavar="CKPT", help="a Bone checkpoint to use on it without merging"
+    )
+    parser.add_argument(
+        "--quant",
+        choices=("none", *FORMATS),
+        help="keep the matrices in few bits (default: as args.json beside CKPT says)",
+    )
+    parser.add_argument(
+        "--prompt", help="text to go on from (\\n is a line break); without it, chat"
+    )
+    parser.add_argument(
+        "--length", type=int, default=200, help="at most this many tokens (default: 200)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="0: always the likeliest token; 1: as the model has it (default: 1.0)",
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=0.7,
+        help="sample from the likeliest tokens of this probability (default: 0.7)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the same seed writes the same text (default: 0)"
+    )
     args = parser.parse_args()
-    for flag, fits, need in (("temperature", 0 <= args.temperature < float("inf"), "at least 0"), ("length", args.length > 0, "at least 1"),
-                             ("top_p", 0 < args.top_p <= 1, "above 0, at most 1"), ("seed", -2**63 <= args.seed < 2**64, "of 64 bits")):
+    for flag, fits, need in (
+        ("temperature", 0 <= args.temperature < float("inf"), "at least 0"),
+        ("length", args.length > 0, "at least 1"),
+        ("top_p", 0 < args.top_p <= 1, "above 0, at most 1"),
+        ("seed", -(2**63) <= args.seed < 2**64, "of 64 bits"),
+    ):
         if not fits:
             raise ValueError(f"--{flag} {getattr(args, flag)} must be {need}")
 
@@ -74,7 +111,9 @@ def main():
     vocabulary, characters = data, os.path.join(os.path.dirname(args.model), "vocab.json")
     if model.config.vocab_size < 65530:
         if not os.path.exists(characters):
-            raise ValueError(f"{args.model}: its vocabulary of {model.config.vocab_size} is not that of RWKV World, and no {characters} says what it is")
+            raise ValueError(
+                f"{args.model}: its vocabulary of {model.config.vocab_size} is not that of RWKV World, and no {characters} says what it is"
+            )
         if args.prompt is None:
             raise ValueError(f"{args.model}: a model of characters cannot chat; use --prompt")
         vocabulary = data.read_vocabulary(characters, model.config.vocab_size)

@@ -21,21 +21,39 @@ class Log:
         """Nothing is written yet; but wandb, with whom something may be wrong, is asked now, before the base is loaded. It is told
         arguments and losses, no code, no git remote, no output. wandb_id: of the run that goes on."""
         self.args, self.vocabulary, self.wandb = args, vocabulary, None
-        self.text, self.curve = (os.path.join(args.proj_dir, name) for name in ("train_log.txt", "loss.csv"))
+        self.text, self.curve = (
+            os.path.join(args.proj_dir, name) for name in ("train_log.txt", "loss.csv")
+        )
         self.unwritten = {self.text: "", self.curve: ""}
         if args.wandb and not devices.rank():
             import wandb
+
             settings = wandb.Settings(disable_git=True, save_code=False, console="off")
             try:
-                self.wandb = wandb.init(project=args.wandb, config=vars(args), dir=os.path.abspath(args.proj_dir), settings=settings, id=wandb_id, resume="allow")
+                self.wandb = wandb.init(
+                    project=args.wandb,
+                    config=vars(args),
+                    dir=os.path.abspath(args.proj_dir),
+                    settings=settings,
+                    id=wandb_id,
+                    resume="allow",
+                )
             except wandb.errors.Error as error:
-                raise ValueError(f"--wandb {args.wandb}: {error}".replace("\n", " ") + " Or keep it here: WANDB_MODE=offline") from error
+                raise ValueError(
+                    f"--wandb {args.wandb}: {error}".replace("\n", " ")
+                    + " Or keep it here: WANDB_MODE=offline"
+                ) from error
 
     def describe(self):
         """Write what others need to know of the checkpoints: args.json, vocab.json."""
-        contents = {"args.json": vars(self.args)} | ({"vocab.json": dict(enumerate(self.vocabulary))} if self.vocabulary else {})
+        contents = {"args.json": vars(self.args)} | (
+            {"vocab.json": dict(enumerate(self.vocabulary))} if self.vocabulary else {}
+        )
         for name, content in contents.items():
-            with atomic_path(os.path.join(self.args.proj_dir, name)) as path, open(path, "w", encoding="utf-8") as f:
+            with (
+                atomic_path(os.path.join(self.args.proj_dir, name)) as path,
+                open(path, "w", encoding="utf-8") as f,
+            ):
                 json.dump(content, f, indent=1, ensure_ascii=False)
 
     def open(self, progress, resumed):
@@ -44,14 +62,22 @@ class Log:
             return
         self.describe()
         if self.args.resume and os.path.exists(self.curve):
+
             def known(row):
-                step, val_loss = (re.fullmatch(r"(\d+),[^,]*,[^,]*,([^,]*)\n", row) or re.match("()()", "")).groups()
-                return step and int(step) < progress.step + bool(resumed and val_loss and not progress.losses)
+                step, val_loss = (
+                    re.fullmatch(r"(\d+),[^,]*,[^,]*,([^,]*)\n", row) or re.match("()()", "")
+                ).groups()
+                return step and int(step) < progress.step + bool(
+                    resumed and val_loss and not progress.losses
+                )
+
             with open(self.curve, encoding="utf-8") as f:
                 header, *rows = f.readlines() or [""]
             with atomic_path(self.curve) as path, open(path, "w", encoding="utf-8") as f:
                 f.writelines([header, *filter(known, rows)])
-        self.write(self.text, f"{'RESUMED' if resumed else 'NEW RUN'} {json.dumps(vars(self.args))}\n")
+        self.write(
+            self.text, f"{'RESUMED' if resumed else 'NEW RUN'} {json.dumps(vars(self.args))}\n"
+        )
 
     def write(self, path, text):
         """Append to a file. Where that fails, as on a full disk, the text is kept, and comes with the next one."""
@@ -83,7 +109,14 @@ class Log:
     def point(self, step, loss="", lr="", val_loss=""):
         self.write(self.curve, f"{step},{loss},{lr},{val_loss}\n")
         if self.wandb and step >= self.wandb.step:  # what a resumed run does again, it has already
-            self.wandb.log({name: value for name, value in (("loss", loss), ("lr", lr), ("val_loss", val_loss)) if value != ""}, step=step)
+            self.wandb.log(
+                {
+                    name: value
+                    for name, value in (("loss", loss), ("lr", lr), ("val_loss", val_loss))
+                    if value != ""
+                },
+                step=step,
+            )
         return val_loss
 
     def close(self):
@@ -102,11 +135,16 @@ def draw(folder):
         from matplotlib.figure import Figure
     except ImportError:
         return ""
-    axes = (figure := Figure(figsize=(8, 4.5))).add_subplot(xlabel="step", ylabel="loss (nats per token)")
+    axes = (figure := Figure(figsize=(8, 4.5))).add_subplot(
+        xlabel="step", ylabel="loss (nats per token)"
+    )
     try:
         with open(curve, encoding="utf-8") as f:
             rows = list(csv.DictReader(f))
-        for column, label, style in (("loss", "training loss", "-"), ("val_loss", "held-out loss", "o-")):
+        for column, label, style in (
+            ("loss", "training loss", "-"),
+            ("val_loss", "held-out loss", "o-"),
+        ):
             if points := [(int(row["step"]), float(row[column])) for row in rows if row[column]]:
                 axes.plot(*zip(*points), style, label=label, linewidth=1)
         axes.legend()

@@ -25,7 +25,7 @@ import data
 import devices
 
 
-LOGITS = 1 << 24    # how many the head makes at once
+LOGITS = 1 << 24  # how many the head makes at once
 
 
 def tokens_per_softmax(tokens_per_product, device):
@@ -58,19 +58,28 @@ class HeadLoss(torch.autograd.Function):
         gx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         ghead = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        many = max(1, LOGITS // len(head))  # tokens in a product: with fewer, reading W would take longer than multiplying by it
-        few = tokens_per_softmax(many, x.device)   # and in what is done in float32
+        many = max(
+            1, LOGITS // len(head)
+        )  # tokens in a product: with fewer, reading W would take longer than multiplying by it
+        few = tokens_per_softmax(many, x.device)  # and in what is done in float32
         for start in range(0, len(x), many):
             rows = slice(start, start + many)
             x_rows = x[rows].to(dtype)
-            g_rows = x_rows @ W.t()            # the logits, and soon, in their place, the gradient
-            for g, t, wt, l2_t in zip(*(a.split(few) for a in (g_rows, targets[rows, None], weight[rows, None], l2[rows, None]))):
+            g_rows = x_rows @ W.t()  # the logits, and soon, in their place, the gradient
+            for g, t, wt, l2_t in zip(
+                *(
+                    a.split(few)
+                    for a in (g_rows, targets[rows, None], weight[rows, None], l2[rows, None])
+                )
+            ):
                 largest, at = largest_of_rows(g)
                 largest, logits_of_targets = largest.to(loss.dtype), g.gather(-1, t)
                 e = (g - largest).exp_()
                 total = e.sum(-1, keepdim=True)
                 loss += (wt * (total.log() + largest - logits_of_targets)).sum()
-                g.copy_(e.mul_(wt / total).scatter_add_(-1, t, -wt).scatter_add_(-1, at, largest * l2_t))  # softmax - target + L2 wrap
+                g.copy_(
+                    e.mul_(wt / total).scatter_add_(-1, t, -wt).scatter_add_(-1, at, largest * l2_t)
+                )  # softmax - target + L2 wrap
             if gx is not None:
                 gx[rows] = g_rows @ W
             if ghead is not None:
@@ -100,15 +109,35 @@ def loss_fn(model, idx, targets, mask, tokens=None, positions=None, state=None):
             logits, state = logits
         logits = logits.flatten(0, 1).float()
         wrap = 0.5e-4 / positions * (logits.amax(-1).square() * real).sum()
-        loss = (F.cross_entropy(logits, targets.clamp(min=0), reduction="none") * mask).sum() / tokens + wrap - wrap.detach()
+        loss = (
+            (F.cross_entropy(logits, targets.clamp(min=0), reduction="none") * mask).sum() / tokens
+            + wrap
+            - wrap.detach()
+        )
     else:
         x, new_state = model.hidden(idx, state)
         state = None if state is None else new_state
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.head.weight.dtype
-        l2 = real.to(x.dtype) * (1e-4 * tokens / positions)     # the sum is divided only below, so that fp16 can hold its gradient
-        with torch.autocast(device, enabled=False):     # HeadLoss chooses its dtypes itself
-            loss = HeadLoss.apply(x.flatten(0, 1), model.head.weight, targets.clamp(min=0), mask.to(x.dtype), l2, dtype) / tokens
+        dtype = (
+            torch.get_autocast_dtype(device)
+            if torch.is_autocast_enabled(device)
+            else model.head.weight.dtype
+        )
+        l2 = real.to(x.dtype) * (
+            1e-4 * tokens / positions
+        )  # the sum is divided only below, so that fp16 can hold its gradient
+        with torch.autocast(device, enabled=False):  # HeadLoss chooses its dtypes itself
+            loss = (
+                HeadLoss.apply(
+                    x.flatten(0, 1),
+                    model.head.weight,
+                    targets.clamp(min=0),
+                    mask.to(x.dtype),
+                    l2,
+                    dtype,
+                )
+                / tokens
+            )
     return loss if state is None else (loss, state)
 
 
@@ -127,10 +156,14 @@ def tensors(state):
 
 def apart(state, requires_grad=False):
     """The same state, apart from the graph that it came from."""
-    return tree_map(lambda x: None if x is None else x.detach().requires_grad_(requires_grad), state)
+    return tree_map(
+        lambda x: None if x is None else x.detach().requires_grad_(requires_grad), state
+    )
 
 
-def backward(model, compute, batch, tokens, positions, autocast, scaler=None, chunk_ctx=0, bptt=0, last=True):
+def backward(
+    model, compute, batch, tokens, positions, autocast, scaler=None, chunk_ctx=0, bptt=0, last=True
+):
     """Forward and backward of a micro batch, as the head of this file describes it; gradients are added to those of the parameters. Returns its
     loss, as loss_fn counts it. compute: loss_fn of the model, perhaps by an engine that adds up the gradients of all ranks (devices.py), which
     happens in the `last` micro batch; scaler: of fp16; chunk_ctx: tokens in a chunk, 0: all; bptt: chunks the gradient flows through, 0: all.
@@ -138,7 +171,7 @@ def backward(model, compute, batch, tokens, positions, autocast, scaler=None, ch
     chunks, state, loss = split(batch, chunk_ctx), model.empty_state(), 0.0
     bptt = bptt or len(chunks)
     for first in range(0, len(chunks), bptt):
-        group, states, gradients = chunks[first:first + bptt], [state], None
+        group, states, gradients = chunks[first : first + bptt], [state], None
         for idx, _, _ in group[:-1]:
             with torch.no_grad(), autocast:
                 states.append(model.hidden(idx, states[-1])[1])
@@ -149,15 +182,18 @@ def backward(model, compute, batch, tokens, positions, autocast, scaler=None, ch
                 with autocast:
                     if len(chunks) > 1:
                         value, after = compute(*chunk, tokens, positions, before)
-                    else:               # a row that is whole needs no states
+                    else:  # a row that is whole needs no states
                         value, after = compute(*chunk, tokens, positions), []
-                if gradients is None:   # no chunk of the group comes after this one
+                if gradients is None:  # no chunk of the group comes after this one
                     state, gradients = apart(after) if first + bptt < len(chunks) else None, []
                 # (Not all: the shift of the first block depends on nothing that is trained, where neither ln nor emb is.)
                 ends = [(x, g) for x, g in zip(tensors(after), gradients) if x.requires_grad]
-                del after               # what is not needed, here and below, would be there at the peak
-                scaled = value * devices.size()     # the engines take the mean over ranks
-                torch.autograd.backward([scaler.scale(scaled) if scaler else scaled, *(x for x, _ in ends)], [None, *(g for _, g in ends)])
+                del after  # what is not needed, here and below, would be there at the peak
+                scaled = value * devices.size()  # the engines take the mean over ranks
+                torch.autograd.backward(
+                    [scaler.scale(scaled) if scaler else scaled, *(x for x, _ in ends)],
+                    [None, *(g for _, g in ends)],
+                )
             gradients = [x.grad for x in tensors(before)]
             loss = loss + value.detach()
             del before, value, scaled, ends
@@ -187,12 +223,27 @@ def step(model, micro, autocast, scaler=None, chunk_ctx=0, bptt=0, *, compute=No
     losses = []
     for number, batch in enumerate(micro, 1):
         last = number == len(micro)
-        losses.append(backward(model, compute, batch, tokens, positions, autocast, scaler, chunk_ctx, bptt, last))
+        losses.append(
+            backward(
+                model, compute, batch, tokens, positions, autocast, scaler, chunk_ctx, bptt, last
+            )
+        )
     return losses
 
 
 @torch.no_grad()
-def val_loss(model, documents, micro_bsz, ctx_len, loss_mask, autocast, cut=True, chunk_ctx=0, device=torch.device("cpu"), check=lambda: None):
+def val_loss(
+    model,
+    documents,
+    micro_bsz,
+    ctx_len,
+    loss_mask,
+    autocast,
+    cut=True,
+    chunk_ctx=0,
+    device=torch.device("cpu"),
+    check=lambda: None,
+):
     """Mean loss over the counting tokens of all documents, each seen once, by one of the ranks. check: called after each micro batch."""
     losses, tokens = [], 0.0
     for start in range(0, len(documents), micro_bsz * devices.size()):
@@ -211,6 +262,6 @@ def val_loss(model, documents, micro_bsz, ctx_len, loss_mask, autocast, cut=True
                     value = loss_fn(model, *chunk, tokens=1, positions=1)
             losses.append(value)
         check()
-    total = sum(torch.stack(losses).tolist()) if losses else 0.0    # the only wait for the device
+    total = sum(torch.stack(losses).tolist()) if losses else 0.0  # the only wait for the device
     total, tokens = devices.total([total, tokens])
     return total / max(tokens, 1.0)

@@ -49,7 +49,9 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.seen:
                 self.seen.add(tensor.untyped_storage())
                 self.count(tensor.untyped_storage().nbytes())
-                weakref.finalize(tensor.untyped_storage(), self.count, -tensor.untyped_storage().nbytes())
+                weakref.finalize(
+                    tensor.untyped_storage(), self.count, -tensor.untyped_storage().nbytes()
+                )
         return result
 
     def count(self, n):
@@ -68,6 +70,7 @@ def expected(model, outputs, device, accumulate=False, shares=1):
     tensors, it may not look at a value. accumulate: whether the gradients of an earlier micro batch are there already; shares: ranks that have a part
     of each gradient.
     """
+
     def backward(outputs):
         outputs = [x for x in outputs if x.requires_grad]
         torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
@@ -90,15 +93,27 @@ def expected(model, outputs, device, accumulate=False, shares=1):
             model.zero_grad()
     model.blocks = blocks
     (forward, activations, backward, gradients), (_, both_activations, _, both_gradients) = runs
-    activations, of_block = both_activations - activations, both_gradients - gradients     # of one block; with `accumulate` the first holds the second
-    if shares > 1:      # the others have their parts of the gradients; a block's new ones are there whole, and again in the piece that is sent
+    activations, of_block = (
+        both_activations - activations,
+        both_gradients - gradients,
+    )  # of one block; with `accumulate` the first holds the second
+    if (
+        shares > 1
+    ):  # the others have their parts of the gradients; a block's new ones are there whole, and again in the piece that is sent
         elsewhere = 1 - 1 / shares
-        forward, backward = forward - accumulate * elsewhere * gradients, backward - elsewhere * gradients + 2 * of_block
+        forward, backward = (
+            forward - accumulate * elsewhere * gradients,
+            backward - elsewhere * gradients + 2 * of_block,
+        )
         activations -= accumulate * elsewhere * of_block
     more, larger = len(blocks) - 1, max(activations, of_block / shares)
     peak = max(forward + more * activations, backward + more * larger)
-    return {"weights": weights, "optimizer": 8 * trained, "activations, gradients": more * larger,
-            "workspace": peak - more * larger}
+    return {
+        "weights": weights,
+        "optimizer": 8 * trained,
+        "activations, gradients": more * larger,
+        "workspace": peak - more * larger,
+    }
 
 
 def beside_tensors(parts: dict[str, float], device: torch.device) -> dict[str, float]:
@@ -115,13 +130,15 @@ def available(device):
     """Bytes that are free on a device; on a CPU, what the system can give without swapping."""
     if device.type == "cpu":
         return psutil.virtual_memory().available
-    if device.type == "mps":            # which shares the host's memory, and has no other answer
+    if device.type == "mps":  # which shares the host's memory, and has no other answer
         return psutil.virtual_memory().available
-    torch.empty(1, device=device)       # what the driver takes for this process is gone from here on
+    torch.empty(1, device=device)  # what the driver takes for this process is gone from here on
     try:
         return torch.accelerator.get_memory_info()[0]
     except (NotImplementedError, RuntimeError):
-        print(f"note: PyTorch cannot say how much memory of this {device.type} is free, so nobody knows whether the run fits")
+        print(
+            f"note: PyTorch cannot say how much memory of this {device.type} is free, so nobody knows whether the run fits"
+        )
         return math.inf
 
 
@@ -130,11 +147,14 @@ def peak(device):
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated()
     if sys.platform == "linux":
-        status = pathlib.Path("/proc/self/status").read_text()     # getrusage, below, would count the program that started this one too
+        status = pathlib.Path(
+            "/proc/self/status"
+        ).read_text()  # getrusage, below, would count the program that started this one too
         return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -142,7 +162,7 @@ def give_back_freed():
     """Have the C library give back the memory of a tensor when it is freed. For what comes and goes in pieces of ever other sizes, as FSDP's gathered
     weights do: in the holes that one leaves the next finds no room. Only where that is glibc; slower, as new memory comes page by page."""
     with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(-3, 1 << 16)      # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
 
 
 def reuse_freed():

@@ -22,11 +22,27 @@ import torch
 from torch import nn
 
 BLOCK = 64
-NF4 = torch.tensor([
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495,
-    0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-    0.7229568362236023, 1.0])
-PIECE = 1 << 20     # numbers handled at once on a CPU: what is temporary stays in the cache
+NF4 = torch.tensor(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ]
+)
+PIECE = 1 << 20  # numbers handled at once on a CPU: what is temporary stays in the cache
 GPU_PIECE = 1 << 24  # on a GPU, where a launch costs more than that: most matrices are one piece
 
 
@@ -34,20 +50,28 @@ def quantize_int8(w):
     """w: (blocks, 64) float32 -> codes (blocks, 64) int8, scale (blocks) bfloat16."""
     exact = w.abs().amax(1) / 127
     scale = exact.bfloat16()
-    scale = torch.where(scale < exact, torch.nextafter(scale, torch.full_like(scale, torch.inf)), scale)    # else 127.4 could be needed
+    scale = torch.where(
+        scale < exact, torch.nextafter(scale, torch.full_like(scale, torch.inf)), scale
+    )  # else 127.4 could be needed
     codes = (w / scale.float().clamp(min=1e-38)[:, None]).round().to(torch.int8)
     return codes, scale
 
 
 def dequantize_int8(codes, scale, out):
-    out.copy_(codes).mul_(scale.to(torch.float32 if out.dtype == torch.float16 else out.dtype)[:, None])  # float16 has no room for a 127th
+    out.copy_(codes).mul_(
+        scale.to(torch.float32 if out.dtype == torch.float16 else out.dtype)[:, None]
+    )  # float16 has no room for a 127th
 
 
 def quantize_nf4(w):
     """w: (blocks, 64) float32 -> codes (blocks, 32) uint8, scale (blocks) float32."""
     scale = w.abs().amax(1)
-    between = ((NF4[1:] + NF4[:-1]) / 2).to(w.device)                   # a number takes the value on its side of these
-    codes = torch.bucketize((w * (1 / scale.clamp(min=1e-38))[:, None]).clamp(-1, 1), between, out_int32=True).to(torch.uint8)
+    between = ((NF4[1:] + NF4[:-1]) / 2).to(
+        w.device
+    )  # a number takes the value on its side of these
+    codes = torch.bucketize(
+        (w * (1 / scale.clamp(min=1e-38))[:, None]).clamp(-1, 1), between, out_int32=True
+    ).to(torch.uint8)
     return codes[:, ::2] << 4 | codes[:, 1::2], scale
 
 
@@ -63,7 +87,7 @@ def nf4_pairs(device, dtype):
         return _pairs[device, dtype]
     two_values = torch.cartesian_prod(NF4, NF4).to(device, dtype)
     pairs = two_values.view({2: torch.int32, 4: torch.int64}[dtype.itemsize])[:, 0]
-    if type(pairs) is torch.Tensor:     # not one of those without data that memory.py counts with
+    if type(pairs) is torch.Tensor:  # not one of those without data that memory.py counts with
         _pairs[device, dtype] = pairs
     return pairs
 
@@ -105,7 +129,9 @@ class Quantized(nn.Module):
 
     def forward(self, x):
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype
+        dtype = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype
+        )
         with torch.autocast(device, enabled=False):
             return FrozenLinear.apply(x.to(dtype), self)
 
@@ -125,7 +151,7 @@ class FrozenLinear(torch.autograd.Function):
 
 # Of a block that is recomputed in the backward pass (gradient checkpointing) the products with frozen weights are most of the work, and what they
 # gave is the smaller part of its activations. With them kept, recomputing it costs little, and no weight is dequantized for it.
-_kept = None    # while such a block runs: (what its products gave so far, whether this is the second time)
+_kept = None  # while such a block runs: (what its products gave so far, whether this is the second time)
 
 
 @contextlib.contextmanager
@@ -151,7 +177,9 @@ def product(make):
         return outputs.popleft()
     y = make()
     if outputs is not None:
-        outputs.append(y.detach())      # y will have the graph at its back, which would then hold itself
+        outputs.append(
+            y.detach()
+        )  # y will have the graph at its back, which would then hold itself
     return y
 
 
@@ -169,11 +197,17 @@ def quantize(weight, kind, dtype=None):
     if kind not in FORMATS:
         raise ValueError(f"quantization {kind!r} is unknown: int8 and nf4 are there")
     if weight.numel() % BLOCK:
-        raise ValueError(f"a weight of {weight.shape[0]} x {weight.shape[1]} is no multiple of {BLOCK} numbers, the block of {kind}")
+        raise ValueError(
+            f"a weight of {weight.shape[0]} x {weight.shape[1]} is no multiple of {BLOCK} numbers, the block of {kind}"
+        )
     piece = weight.numel() if weight.is_meta else PIECE
     pieces = [FORMATS[kind][0](w.float()) for w in weight.reshape(-1, BLOCK).split(piece // BLOCK)]
     codes, scale = (torch.cat(parts) for parts in zip(*pieces))
     if not weight.is_meta and not scale.isfinite().all():
-        raise ValueError("a weight that holds NaN or infinite values cannot be quantized; the file is damaged")
+        raise ValueError(
+            "a weight that holds NaN or infinite values cannot be quantized; the file is damaged"
+        )
     dtype = dtype or weight.dtype
-    return Quantized(codes, scale, kind, weight.shape, torch.float32 if dtype == torch.float64 else dtype)  # what it holds is no finer
+    return Quantized(
+        codes, scale, kind, weight.shape, torch.float32 if dtype == torch.float64 else dtype
+    )  # what it holds is no finer

@@ -37,16 +37,18 @@ class Config:
     vocab_size: int
     dim_ffn: int
     head_size: int = 64
-    mix_rank: int = 32      # low-rank width of the five data-dependent mixtures
-    decay_rank: int = 64    # and of the data-dependent decay
+    mix_rank: int = 32  # low-rank width of the five data-dependent mixtures
+    decay_rank: int = 64  # and of the data-dependent decay
     version: str = "x060"
-    pre_ffn: bool = False   # a channel mix in place of the first block's time mix
-    head_qk: int = 0        # width of an attention that adds to the logits of earlier tokens
+    pre_ffn: bool = False  # a channel mix in place of the first block's time mix
+    head_qk: int = 0  # width of an attention that adds to the logits of earlier tokens
 
     def __str__(self):
         extras = ", pre_ffn" * self.pre_ffn + f", head_qk {self.head_qk}" * bool(self.head_qk)
-        return (f"RWKV-{self.version[2]} {self.version}: n_layer {self.n_layer}, n_embd {self.n_embd}, vocab_size {self.vocab_size}, "
-                f"head size {self.head_size}{extras}")
+        return (
+            f"RWKV-{self.version[2]} {self.version}: n_layer {self.n_layer}, n_embd {self.n_embd}, vocab_size {self.vocab_size}, "
+            f"head size {self.head_size}{extras}"
+        )
 
 
 class Linear(nn.Linear):
@@ -65,7 +67,11 @@ def parameter(*shape):
 
 def previous(x, last):
     """x (B, T, C) moved on by one token; `last` (B, C) or None for zeros comes first."""
-    return F.pad(x, (0, 0, 1, -1)) if last is None else torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
+    return (
+        F.pad(x, (0, 0, 1, -1))
+        if last is None
+        else torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
+    )
 
 
 class Mix(nn.Module):
@@ -75,7 +81,11 @@ class Mix(nn.Module):
         super().__init__()
         self.version, self.mixtures = c.version, mixtures
         for name in mixtures:
-            setattr(self, f"time_{'maa' if c.version == 'x060' else 'mix'}_{name}", parameter(1, 1, c.n_embd))
+            setattr(
+                self,
+                f"time_{'maa' if c.version == 'x060' else 'mix'}_{name}",
+                parameter(1, 1, c.n_embd),
+            )
 
     def shares(self):
         """The constant shares of all mixtures, (mixtures, 1, 1, C)."""
@@ -127,7 +137,9 @@ class TimeMix(Mix):
     impl = "auto"  # form of WKV-6, see wkv6.py
 
     def __init__(self, c):
-        super().__init__(c, "wkvrg" if c.version == "x060" else "kvrg")  # in the order in which time_maa_w1 and time_maa_w2 hold them
+        super().__init__(
+            c, "wkvrg" if c.version == "x060" else "kvrg"
+        )  # in the order in which time_maa_w1 and time_maa_w2 hold them
         C, H = c.n_embd, c.n_embd // c.head_size
         self.head_size = c.head_size
         if c.version == "x060":
@@ -138,25 +150,37 @@ class TimeMix(Mix):
             self.time_decay_w2 = parameter(c.decay_rank, C)
         self.time_decay = parameter(*((1, 1, C) if c.version == "x060" else (H, c.head_size)))
         self.time_faaaa = parameter(H, c.head_size)
-        self.receptance, self.key, self.value, self.output, self.gate = (Linear(C, C) for _ in range(5))
+        self.receptance, self.key, self.value, self.output, self.gate = (
+            Linear(C, C) for _ in range(5)
+        )
         self.ln_x = nn.GroupNorm(H, C, eps=64e-5)
 
     def forward(self, x, last, wkv_state):
         B, T, C = x.shape
         before = previous(x, last)
         shares = self.shares()
-        if self.version == "x060":                                                      # a part that depends on the token
-            low = torch.tanh(Mixture.apply(x, before, self.time_maa_x) @ self.time_maa_w1)        # (B, T, 5 * rank)
-            mix = low.view(B * T, len(shares), -1).transpose(0, 1) @ self.time_maa_w2             # (5, B * T, C)
+        if self.version == "x060":  # a part that depends on the token
+            low = torch.tanh(
+                Mixture.apply(x, before, self.time_maa_x) @ self.time_maa_w1
+            )  # (B, T, 5 * rank)
+            mix = (
+                low.view(B * T, len(shares), -1).transpose(0, 1) @ self.time_maa_w2
+            )  # (5, B * T, C)
             shares = shares + mix.view(-1, B, T, C)
         *xw, xk, xv, xr, xg = Mixture.apply(x, before, shares)
 
         r, k, v, g = self.receptance(xr), self.key(xk), self.value(xv), self.gate(xg)
-        w = self.time_decay.view(1, 1, C)                                                         # log(-log(decay)), float32
-        w = w + torch.tanh(xw[0] @ self.time_decay_w1) @ self.time_decay_w2 if xw else w.expand(B, T, C)
+        w = self.time_decay.view(1, 1, C)  # log(-log(decay)), float32
+        w = (
+            w + torch.tanh(xw[0] @ self.time_decay_w1) @ self.time_decay_w2
+            if xw
+            else w.expand(B, T, C)
+        )
         r, k, v, w = (a.view(B, T, -1, self.head_size) for a in (r, k, v, w))
         y, wkv_state = wkv6(r, k, v, w, self.time_faaaa, wkv_state, self.impl)
-        y = F.layer_norm(y.to(x.dtype), (self.head_size,), eps=self.ln_x.eps).reshape(B, T, C)    # = self.ln_x, in half the time
+        y = F.layer_norm(y.to(x.dtype), (self.head_size,), eps=self.ln_x.eps).reshape(
+            B, T, C
+        )  # = self.ln_x, in half the time
         y = torch.addcmul(self.ln_x.bias, y, self.ln_x.weight)
         return self.output(y * F.silu(g)), x[:, -1], wkv_state
 
@@ -181,9 +205,13 @@ class Block(nn.Module):
         self.ln1 = nn.LayerNorm(c.n_embd)
         self.ln2 = nn.LayerNorm(c.n_embd)
         if first:
-            self.ln0 = nn.LayerNorm(c.n_embd)  # after the embedding; the published checkpoints keep it in block 0
+            self.ln0 = nn.LayerNorm(
+                c.n_embd
+            )  # after the embedding; the published checkpoints keep it in block 0
         if first and c.pre_ffn:
-            self.ffnPre = ChannelMix(dataclasses.replace(c, version="x052"))  # as RWKV-PEFT has it, in x060 too
+            self.ffnPre = ChannelMix(
+                dataclasses.replace(c, version="x052")
+            )  # as RWKV-PEFT has it, in x060 too
         else:
             self.att = TimeMix(c)
         self.ffn = ChannelMix(c)
@@ -232,7 +260,9 @@ class RWKV(nn.Module):
         """WKV-6's state before the first token of x (B, T, C): zeros (B, H, N, N)."""
         B, _, C = x.shape
         N = self.config.head_size
-        return torch.zeros(B, C // N, N, N, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        return torch.zeros(
+            B, C // N, N, N, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
+        )
 
     def state_bytes(self, B):
         """Size of the state of B rows: per block two shifts and WKV-6's matrices, in float32."""
@@ -243,60 +273,98 @@ class RWKV(nn.Module):
         x = self.emb(idx).to(self.ln_out.weight.dtype)
         new_state = []
         if state is None:
-            empty = None, self.empty_wkv_state(x), None     # one for all blocks
+            empty = None, self.empty_wkv_state(x), None  # one for all blocks
             states = [empty] * self.config.n_layer
         else:
             states = state
         for block, s in zip(self.blocks, states):
             if self.grad_cp and torch.is_grad_enabled():
                 keep = {"context_fn": keep_products} if self.keep_products else {}
-                x, s = checkpoint(block, x, s, use_reentrant=False, preserve_rng_state=False, **keep)
+                x, s = checkpoint(
+                    block, x, s, use_reentrant=False, preserve_rng_state=False, **keep
+                )
             else:
                 x, s = block(x, s)
             if state is not None:
                 new_state.append(own(s))
         x = self.ln_out(x)
         if self.config.head_qk:
-            seen = self.head_k(x), idx                                   # keys and ids of all tokens so far
-            new_state.append(tuple(torch.cat(pair, 1) for pair in zip(state[-1], seen)) if state and state[-1] else seen)
+            seen = self.head_k(x), idx  # keys and ids of all tokens so far
+            new_state.append(
+                tuple(torch.cat(pair, 1) for pair in zip(state[-1], seen))
+                if state and state[-1]
+                else seen
+            )
         return x, new_state
 
     def forward(self, idx, state=None):
         x, new_state = self.hidden(idx, state)
         logits = self.head(x)
-        if self.config.head_qk:                                          # as in RWKV-LM: the logit of a token seen before grows by q k^T
+        if self.config.head_qk:  # as in RWKV-LM: the logit of a token seen before grows by q k^T
             keys, tokens = new_state[-1]
-            c = (self.head_q(x) @ keys.mT / self.config.head_qk).tril(keys.shape[1] - x.shape[1])     # (B, T, S), causal
+            c = (self.head_q(x) @ keys.mT / self.config.head_qk).tril(
+                keys.shape[1] - x.shape[1]
+            )  # (B, T, S), causal
             logits = logits.scatter_add(2, tokens[:, None].expand_as(c), c)
         return logits if state is None else (logits, new_state)
 
 
 # ---- checkpoints --------------------------------------------------------------------------------------------------------------
 
+
 def config_of(checkpoint, path):
     """Read version and sizes off a checkpoint's tensors. ValueError, naming the version, for anything but x060 and x052."""
     names = checkpoint.keys()
     if any(name.endswith(".bone") for name in names):
         raise ValueError(f"{path}: a Bone checkpoint, not a base model; give the base here")
-    n_layer = 1 + max((int(match[1]) for name in names if (match := re.match(r"blocks\.([0-9]{1,9})\.", name))), default=0)
+    n_layer = 1 + max(
+        (int(match[1]) for name in names if (match := re.match(r"blocks\.([0-9]{1,9})\.", name))),
+        default=0,
+    )
     if n_layer > len(names):
-        raise ValueError(f"{path}: {len(names)} tensors cannot be {n_layer} blocks; not an RWKV-6 or RWKV-5 checkpoint")
-    att = f"blocks.{n_layer - 1}.att."                             # the first block may have pre_ffn instead
+        raise ValueError(
+            f"{path}: {len(names)} tensors cannot be {n_layer} blocks; not an RWKV-6 or RWKV-5 checkpoint"
+        )
+    att = f"blocks.{n_layer - 1}.att."  # the first block may have pre_ffn instead
     version = {f"{att}time_maa_x": "x060", f"{att}time_mix_g": "x052"}
     version = next((version[name] for name in version if name in names), "")
-    if not version or version == "x052" and checkpoint.get(f"{att}time_decay", checkpoint[f"{att}time_mix_g"]).ndim == 1:
+    if (
+        not version
+        or version == "x052"
+        and checkpoint.get(f"{att}time_decay", checkpoint[f"{att}time_mix_g"]).ndim == 1
+    ):
         kinds = {"r_k": "7", "x_r": "7", "ln_x.weight": "5.0 or 5.1", "time_mix_k": "4"}
-        kind = next((f"an RWKV-{kinds[name]} checkpoint" for name in kinds if att + name in names), "not an RWKV-6 or RWKV-5 checkpoint")
-        raise ValueError(f"{path}: {kind}; only RWKV-6 (x060) and RWKV-5.2 (x052) are supported here")
+        kind = next(
+            (f"an RWKV-{kinds[name]} checkpoint" for name in kinds if att + name in names),
+            "not an RWKV-6 or RWKV-5 checkpoint",
+        )
+        raise ValueError(
+            f"{path}: {kind}; only RWKV-6 (x060) and RWKV-5.2 (x052) are supported here"
+        )
     try:
         vocab_size, n_embd = checkpoint["emb.weight"].shape
-        ranks = {"mix_rank": checkpoint[f"{att}time_maa_w2"].shape[1], "decay_rank": checkpoint[f"{att}time_decay_w1"].shape[1]} if version == "x060" else {}
+        ranks = (
+            {
+                "mix_rank": checkpoint[f"{att}time_maa_w2"].shape[1],
+                "decay_rank": checkpoint[f"{att}time_decay_w1"].shape[1],
+            }
+            if version == "x060"
+            else {}
+        )
         head_size = checkpoint[f"{att}time_faaaa"].shape[1]
         if n_embd % head_size:
             raise ValueError(f"a width of {n_embd} is no multiple of the head size {head_size}")
-        return Config(n_layer, n_embd, vocab_size, dim_ffn=checkpoint["blocks.0.ffn.key.weight"].shape[0], head_size=head_size, **ranks,
-                      version=version, pre_ffn="blocks.0.ffnPre.key.weight" in names,
-                      head_qk=checkpoint["head_q.weight"].shape[0] if "head_q.weight" in names else 0)
+        return Config(
+            n_layer,
+            n_embd,
+            vocab_size,
+            dim_ffn=checkpoint["blocks.0.ffn.key.weight"].shape[0],
+            head_size=head_size,
+            **ranks,
+            version=version,
+            pre_ffn="blocks.0.ffnPre.key.weight" in names,
+            head_qk=checkpoint["head_q.weight"].shape[0] if "head_q.weight" in names else 0,
+        )
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(f"{path}: not a complete {version} checkpoint ({error})") from error
 
@@ -321,24 +389,38 @@ def load_model(path, dtype=None, device="cpu", quant="none"):
 def stream(path, config, dtype=None, device="cpu", quant="none"):
     """What `load_model` puts into a model, one by one: (name, tensor), or (name, Quantized) for a weight that is to be kept so."""
     checkpoint = read_checkpoint(path, verify=torch.device(device).type != "meta")
-    checkpoint.pop("copy_mask", None)  # of a model with head_qk that RWKV-PEFT wrote: what `tril` does
+    checkpoint.pop(
+        "copy_mask", None
+    )  # of a model with head_qk that RWKV-PEFT wrote: what `tril` does
     with torch.device("meta"):
         model = RWKV(config)
     expected = dict(model.named_parameters())
     for name in expected.keys() ^ checkpoint.keys():
-        raise ValueError(f"{path}: {name} is {'missing' if name in expected else f'not part of RWKV {config.version}'}")
+        raise ValueError(
+            f"{path}: {name} is {'missing' if name in expected else f'not part of RWKV {config.version}'}"
+        )
     for name, meta in expected.items():
         tensor = checkpoint.pop(name)
         if tensor.shape != meta.shape and tensor.squeeze().shape != meta.squeeze().shape:
-            raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, but the other tensors ask for {tuple(meta.shape)}")
+            raise ValueError(
+                f"{path}: {name} is {tuple(tensor.shape)}, but the other tensors ask for {tuple(meta.shape)}"
+            )
         module, kept = name.rpartition(".")[0], storage_dtype(model, name, dtype or tensor.dtype)
         if torch.device(device).type != "meta":
             for piece in tensor.flatten().split(PIECE):
                 if not all_finite(piece):
-                    raise ValueError(f"{path}: {name} holds NaN or infinite values; the file is damaged or its training went wrong")
+                    raise ValueError(
+                        f"{path}: {name} holds NaN or infinite values; the file is damaged or its training went wrong"
+                    )
                 if kept == torch.float16 and not all_finite(piece.half()):
-                    raise ValueError(f"{path}: {name} reaches {piece.abs().max().item():g}, but float16 ends at 65504; use --precision bf16")
-        if quant != "none" and name.startswith("blocks.") and isinstance(model.get_submodule(module), nn.Linear):
+                    raise ValueError(
+                        f"{path}: {name} reaches {piece.abs().max().item():g}, but float16 ends at 65504; use --precision bf16"
+                    )
+        if (
+            quant != "none"
+            and name.startswith("blocks.")
+            and isinstance(model.get_submodule(module), nn.Linear)
+        ):
             try:
                 yield name, quantize(tensor.to(device), quant, kept)
             except ValueError as error:
@@ -351,32 +433,67 @@ def stream(path, config, dtype=None, device="cpu", quant="none"):
 def storage_dtype(model, name, dtype):
     """`dtype` for the matrices of the embedding, the head and the linear layers; at least float32 for the small rest."""
     module = model.get_submodule(name.rpartition(".")[0])
-    return dtype if isinstance(module, (nn.Linear, nn.Embedding)) else torch.promote_types(dtype, torch.float32)
+    return (
+        dtype
+        if isinstance(module, (nn.Linear, nn.Embedding))
+        else torch.promote_types(dtype, torch.float32)
+    )
 
 
 def sizes(n_layer, n_embd, vocab_size, head_size=64, **options):
     """The Config that the published models of this depth and width have. options: version, pre_ffn, head_qk."""
     big = n_embd >= 4096
-    return Config(n_layer, n_embd, vocab_size, int(3.5 * n_embd) // 32 * 32, head_size, 64 if big else 32, 128 if big else 64, **options)
+    return Config(
+        n_layer,
+        n_embd,
+        vocab_size,
+        int(3.5 * n_embd) // 32 * 32,
+        head_size,
+        64 if big else 32,
+        128 if big else 64,
+        **options,
+    )
 
 
 @torch.no_grad()
 def init_model(n_layer, n_embd, vocab_size, head_size=64, device="cpu", **options):
     """A new float32 model, initialized as the comments and code of RWKV-LM have it. ValueError for sizes that do not fit."""
     config = sizes(n_layer, n_embd, vocab_size, head_size, **options)
-    if not 1 <= min(n_layer, n_embd, vocab_size) <= max(n_layer, n_embd, vocab_size) < 2**31 or n_embd % head_size:
-        raise ValueError(f"n_embd {n_embd} must be a multiple of the head size {head_size}, and n_layer {n_layer} and vocab_size {vocab_size} from 1 to 2^31")
+    if (
+        not 1 <= min(n_layer, n_embd, vocab_size) <= max(n_layer, n_embd, vocab_size) < 2**31
+        or n_embd % head_size
+    ):
+        raise ValueError(
+            f"n_embd {n_embd} must be a multiple of the head size {head_size}, and n_layer {n_layer} and vocab_size {vocab_size} from 1 to 2^31"
+        )
     if config.pre_ffn and n_layer < 2:
-        raise ValueError("pre_ffn takes the place of the first block's time mix; n_layer must be at least 2")
+        raise ValueError(
+            "pre_ffn takes the place of the first block's time mix; n_layer must be at least 2"
+        )
     model = RWKV(config)
-    channel = torch.arange(n_embd) / n_embd                      # 0 .. 1 over the channels
-    last = torch.arange(n_embd) / max(1, n_embd - 1)             # the same, with 1 included
-    gains = {"att.key": 0.1, "att.gate": 0.1, "head": 0.5 * math.sqrt(max(1, vocab_size / n_embd)), "head_k": 0.1}
-    zeros = ("att.output", "ffn.value", "ffn.receptance", "ffnPre.value", "ffnPre.receptance", "head_q")  # a new block changes nothing at first
+    channel = torch.arange(n_embd) / n_embd  # 0 .. 1 over the channels
+    last = torch.arange(n_embd) / max(1, n_embd - 1)  # the same, with 1 included
+    gains = {
+        "att.key": 0.1,
+        "att.gate": 0.1,
+        "head": 0.5 * math.sqrt(max(1, vocab_size / n_embd)),
+        "head_k": 0.1,
+    }
+    zeros = (
+        "att.output",
+        "ffn.value",
+        "ffn.receptance",
+        "ffnPre.value",
+        "ffnPre.receptance",
+        "head_q",
+    )  # a new block changes nothing at first
     for name, p in model.named_parameters():
         layer, kind = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+?)(?:\.weight)?", name).groups()
         i = int(layer or 0)
-        up, down = i / max(1, n_layer - 1), 1 - i / n_layer      # 0 .. 1 and 1 .. almost 0 over the layers
+        up, down = (
+            i / max(1, n_layer - 1),
+            1 - i / n_layer,
+        )  # 0 .. 1 and 1 .. almost 0 over the layers
         if kind.endswith("_w1") or kind in zeros:
             nn.init.zeros_(p)
         elif kind.endswith("_w2"):
@@ -388,13 +505,17 @@ def init_model(n_layer, n_embd, vocab_size, head_size=64, device="cpu", **option
             kept = channel**power + (0.3 * up if mixture[2] == "v" else 0)
             p.copy_(kept if mixture[1] == "mix" else 1 - kept)
         elif kind == "att.time_decay":
-            p.copy_((-6 + 5 * last ** (0.7 + 1.3 * up)).view_as(p))  # from slow to fast forgetting over the channels
+            p.copy_(
+                (-6 + 5 * last ** (0.7 + 1.3 * up)).view_as(p)
+            )  # from slow to fast forgetting over the channels
         elif kind == "att.time_faaaa":
             p.copy_((up * (1 - last) + ((torch.arange(n_embd) + 1) % 3 - 1) * 0.1).view_as(p))
         elif kind == "att.ln_x":
             nn.init.constant_(p, ((1 + i) / n_layer) ** 0.7)
         elif kind == "emb":
-            nn.init.uniform_(p, -1e-4, 1e-4)                     # ln0 follows and makes it large; small steps matter early
+            nn.init.uniform_(
+                p, -1e-4, 1e-4
+            )  # ln0 follows and makes it large; small steps matter early
         elif p.ndim == 2:
             nn.init.orthogonal_(p, gain=gains.get(kind, 1))
     return model.to(device)

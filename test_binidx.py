@@ -16,17 +16,30 @@ FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
 # ---- binidx ------------------------------------------------------------------------------------------------------------------
 
+
 def test_files_are_byte_for_byte_those_of_the_reference_tool():
     jsonl_to_binidx(FIXTURES / "sample.jsonl", "sample", dtype=np.int32)
     for end in (".bin", ".idx"):
-        assert pathlib.Path("sample" + end).read_bytes() == (FIXTURES / ("sample_text_document" + end)).read_bytes()
+        assert (
+            pathlib.Path("sample" + end).read_bytes()
+            == (FIXTURES / ("sample_text_document" + end)).read_bytes()
+        )
 
 
 def test_the_files_of_the_reference_tool_are_read():
     documents = Binidx(FIXTURES / "sample_text_document")
-    texts = [json.loads(line)["text"] for line in (FIXTURES / "sample.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [decode_bytes(document).decode() for document in documents] == [text for text in texts if text]
-    assert all(document[-1] == 0 for document in documents) and len(documents) == 5 and len(documents.tokens) == 83
+    texts = [
+        json.loads(line)["text"]
+        for line in (FIXTURES / "sample.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert [decode_bytes(document).decode() for document in documents] == [
+        text for text in texts if text
+    ]
+    assert (
+        all(document[-1] == 0 for document in documents)
+        and len(documents) == 5
+        and len(documents.tokens) == 83
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.int64])
@@ -36,7 +49,11 @@ def test_what_is_written_is_read_again(dtype, name):
     assert write_binidx(name, iter(written), dtype) == (4, 6)
     documents = Binidx(name)
     assert [document.tolist() for document in documents] == [[1, 2, 127], [], [0], [5, 0]]
-    assert documents.tokens.dtype == dtype and documents.sizes.tolist() == [3, 0, 1, 2] and documents.sizes.dtype == np.int32
+    assert (
+        documents.tokens.dtype == dtype
+        and documents.sizes.tolist() == [3, 0, 1, 2]
+        and documents.sizes.dtype == np.int32
+    )
     assert documents[0].dtype == np.int64 and documents[-1].tolist() == [5, 0]
     documents[0][:] = 9  # a copy: the file is not touched
     assert documents[0].tolist() == [1, 2, 127]
@@ -46,10 +63,12 @@ def test_what_is_written_is_read_again(dtype, name):
 def test_a_new_bin_is_never_beside_an_old_idx(monkeypatch):
     """Of as many tokens, the two would pass for a pair."""
     write_binidx("x", [[1, 2, 3], [4, 0]])
+
     def replace(old, new, plain=os.replace):
         if new.endswith(".idx"):
-            raise KeyboardInterrupt                     # killed between the two
+            raise KeyboardInterrupt  # killed between the two
         plain(old, new)
+
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(KeyboardInterrupt):
         write_binidx("x", [[5, 6], [7, 8, 0]])
@@ -60,13 +79,21 @@ def test_nothing_is_left_when_writing_fails():
     def documents():
         yield [1, 2, 3]
         raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         write_binidx("x", documents())
-    with pytest.raises(ValueError, match="^x.bin: document 1 holds a token that uint16 cannot hold; write int32$"):
+    with pytest.raises(
+        ValueError, match="^x.bin: document 1 holds a token that uint16 cannot hold; write int32$"
+    ):
         write_binidx("x", [[1], [2, 70000]])
-    with pytest.raises(ValueError, match="^x.bin: document 0 holds a token that uint16 cannot hold"):
+    with pytest.raises(
+        ValueError, match="^x.bin: document 0 holds a token that uint16 cannot hold"
+    ):
         write_binidx("x", [[-1]])
-    with pytest.raises(ValueError, match="^missing/x.idx: cannot be written, as there is no folder missing/; mend that, or write elsewhere$"):
+    with pytest.raises(
+        ValueError,
+        match="^missing/x.idx: cannot be written, as there is no folder missing/; mend that, or write elsewhere$",
+    ):
         write_binidx("missing/x", [[1]])
     assert os.listdir() == []
 
@@ -76,36 +103,81 @@ def header(magic=b"MMIDIDX\0\0", version=1, code=8, n=3, doc_count=4):
 
 
 def patched(offset, form, value):
-    return lambda idx: idx[:offset] + struct.pack(form, value) + idx[offset + struct.calcsize(form):]
+    return lambda idx: (
+        idx[:offset] + struct.pack(form, value) + idx[offset + struct.calcsize(form) :]
+    )
 
 
 def index(found):
     return rf"x.idx: not a whole binidx index of version 1 with integers \({found}\); copy or convert it again$"
 
 
-@pytest.mark.parametrize("end, damage, message", [
-    (".bin", lambda b: b[:8], r"x.bin: 8 bytes, but the index needs 12; copy or convert both again$"),
-    (".bin", lambda b: b"", r"x.bin: 0 bytes, but the index needs 12; copy or convert both again$"),
-    (".bin", lambda b: b + b"\0", r"x.bin: 13 bytes, but the index needs 12; copy or convert both again$"),
-    (".bin", None, r"x: no x.bin, and no x.jsonl; give a .jsonl, or the prefix of a .bin and .idx .a text: --data_type utf-8; bare tokens: uint16.$"),
-    (".idx", None, r"x: no x.idx, and no x.jsonl; give a .jsonl, or the prefix of a .bin and .idx .a text: --data_type utf-8; bare tokens: uint16.$"),
-    (".idx", lambda b: b[:-1], index("version 1, type 8, 101 of 102 bytes")),
-    (".idx", lambda b: b[:20], index("version 1, type 8, 20 of 70 bytes")),
-    (".idx", lambda b: b"", index("version 0, type 0, 0 of 34 bytes")),
-    (".idx", lambda b: b + b"\0" * 8, index("version 1, type 8, 110 of 102 bytes")),
-    (".idx", header(magic=b"PK\3\4     "), index("version 1, type 8, 102 of 102 bytes")),
-    (".idx", header(version=2), index("version 2, type 8, 102 of 102 bytes")),
-    (".idx", header(code=6), index("version 1, type 6, 102 of 102 bytes")),
-    (".idx", header(code=99), index("version 1, type 99, 102 of 102 bytes")),
-    (".idx", header(n=2**60), index(r"version 1, type 8, 102 of \d{20} bytes")),
-    (".idx", header(n=2**64 - 1, doc_count=2**64 - 1), index(r"version 1, type 8, 102 of \d{21} bytes")),
-    (".idx", lambda b: header(n=0, doc_count=1)(b)[:42], r"x.idx: holds no tokens; convert a .jsonl that has some$"),
-    (".idx", patched(34, "<i", -3), r"x.idx: document 0 cannot have size -3 and pointer 0; convert it again$"),
-    (".idx", patched(46, "<q", 2), r"x.idx: document 0 cannot have size 3 and pointer 2"),
-    (".idx", patched(54, "<q", -6), r"x.idx: document 1 cannot have size 1 and pointer -6"),
-    (".idx", patched(62, "<q", 10**15), r"x.idx: document 2 cannot have size 2 and pointer 1000000000000000"),
-    (".idx", patched(42, "<i", 2**31 - 1), r"x.bin: 12 bytes, but the index needs 4294967302; copy"),
-])
+@pytest.mark.parametrize(
+    "end, damage, message",
+    [
+        (
+            ".bin",
+            lambda b: b[:8],
+            r"x.bin: 8 bytes, but the index needs 12; copy or convert both again$",
+        ),
+        (
+            ".bin",
+            lambda b: b"",
+            r"x.bin: 0 bytes, but the index needs 12; copy or convert both again$",
+        ),
+        (
+            ".bin",
+            lambda b: b + b"\0",
+            r"x.bin: 13 bytes, but the index needs 12; copy or convert both again$",
+        ),
+        (
+            ".bin",
+            None,
+            r"x: no x.bin, and no x.jsonl; give a .jsonl, or the prefix of a .bin and .idx .a text: --data_type utf-8; bare tokens: uint16.$",
+        ),
+        (
+            ".idx",
+            None,
+            r"x: no x.idx, and no x.jsonl; give a .jsonl, or the prefix of a .bin and .idx .a text: --data_type utf-8; bare tokens: uint16.$",
+        ),
+        (".idx", lambda b: b[:-1], index("version 1, type 8, 101 of 102 bytes")),
+        (".idx", lambda b: b[:20], index("version 1, type 8, 20 of 70 bytes")),
+        (".idx", lambda b: b"", index("version 0, type 0, 0 of 34 bytes")),
+        (".idx", lambda b: b + b"\0" * 8, index("version 1, type 8, 110 of 102 bytes")),
+        (".idx", header(magic=b"PK\3\4     "), index("version 1, type 8, 102 of 102 bytes")),
+        (".idx", header(version=2), index("version 2, type 8, 102 of 102 bytes")),
+        (".idx", header(code=6), index("version 1, type 6, 102 of 102 bytes")),
+        (".idx", header(code=99), index("version 1, type 99, 102 of 102 bytes")),
+        (".idx", header(n=2**60), index(r"version 1, type 8, 102 of \d{20} bytes")),
+        (
+            ".idx",
+            header(n=2**64 - 1, doc_count=2**64 - 1),
+            index(r"version 1, type 8, 102 of \d{21} bytes"),
+        ),
+        (
+            ".idx",
+            lambda b: header(n=0, doc_count=1)(b)[:42],
+            r"x.idx: holds no tokens; convert a .jsonl that has some$",
+        ),
+        (
+            ".idx",
+            patched(34, "<i", -3),
+            r"x.idx: document 0 cannot have size -3 and pointer 0; convert it again$",
+        ),
+        (".idx", patched(46, "<q", 2), r"x.idx: document 0 cannot have size 3 and pointer 2"),
+        (".idx", patched(54, "<q", -6), r"x.idx: document 1 cannot have size 1 and pointer -6"),
+        (
+            ".idx",
+            patched(62, "<q", 10**15),
+            r"x.idx: document 2 cannot have size 2 and pointer 1000000000000000",
+        ),
+        (
+            ".idx",
+            patched(42, "<i", 2**31 - 1),
+            r"x.bin: 12 bytes, but the index needs 4294967302; copy",
+        ),
+    ],
+)
 def test_a_damaged_pair_is_refused_in_one_line_that_names_the_file(end, damage, message):
     make([1, 2, 3], [4], [5, 0])
     path = pathlib.Path("x" + end)
@@ -119,11 +191,14 @@ def test_a_damaged_pair_is_refused_in_one_line_that_names_the_file(end, damage, 
 
 
 def test_a_pair_without_a_token_is_refused():
-    with pytest.raises(ValueError, match="^x.idx: holds no tokens; convert a .jsonl that has some$"):
+    with pytest.raises(
+        ValueError, match="^x.idx: holds no tokens; convert a .jsonl that has some$"
+    ):
         make([], [])
 
 
 # ---- opening -----------------------------------------------------------------------------------------------------------------
+
 
 def test_a_jsonl_is_converted_beside_itself_once_and_again_when_it_changes():
     write_jsonl("a.jsonl", "one")
@@ -155,21 +230,33 @@ def test_a_name_without_ending_stands_for_the_pair_or_else_for_the_jsonl():
     assert decode_bytes(open_data("a")[0]) == b"one"
 
 
-@pytest.mark.parametrize("path, message", [
-    ("d/x", "d/x: no d/x.bin and d/x.idx, and no d/x.jsonl; give a .jsonl, or the prefix of a .bin and .idx"),
-    ("d/x.jsonl", "d/x.jsonl: no d/x.jsonl.bin and d/x.jsonl.idx, and no d/x.jsonl; give"),
-    ("x.bin", "x.bin: no x.bin and x.idx, and no x.jsonl; give"),
-])
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        (
+            "d/x",
+            "d/x: no d/x.bin and d/x.idx, and no d/x.jsonl; give a .jsonl, or the prefix of a .bin and .idx",
+        ),
+        ("d/x.jsonl", "d/x.jsonl: no d/x.jsonl.bin and d/x.jsonl.idx, and no d/x.jsonl; give"),
+        ("x.bin", "x.bin: no x.bin and x.idx, and no x.jsonl; give"),
+    ],
+)
 def test_a_missing_path_says_what_was_looked_for(path, message):
     with pytest.raises(FileNotFoundError) as error:
         open_data(path)
     assert str(error.value).startswith(message)
 
 
-@pytest.mark.parametrize("token, dtype", [(70000, np.int32), (65536, np.int32), (-1, np.int32), (-7, np.int64), (-1, np.int16)])
+@pytest.mark.parametrize(
+    "token, dtype",
+    [(70000, np.int32), (65536, np.int32), (-1, np.int32), (-7, np.int64), (-1, np.int16)],
+)
 def test_a_token_outside_the_vocabulary_is_refused_with_its_document(token, dtype):
     make([1, 2], [3], [], [token, 5], [6], dtype=dtype)
-    with pytest.raises(ValueError, match=f"^x: document 3 holds token {token}, but the model's vocabulary is 65536$"):
+    with pytest.raises(
+        ValueError,
+        match=f"^x: document 3 holds token {token}, but the model's vocabulary is 65536$",
+    ):
         open_data("x", vocab_size=65536)
     assert len(open_data("x")) == 5
 
@@ -177,5 +264,7 @@ def test_a_token_outside_the_vocabulary_is_refused_with_its_document(token, dtyp
 def test_the_last_token_of_the_vocabulary_is_accepted_and_the_next_is_not():
     make([1, 99, 0])
     assert len(open_data("x", vocab_size=100)) == 1
-    with pytest.raises(ValueError, match="^x: document 0 holds token 99, but the model's vocabulary is 99$"):
+    with pytest.raises(
+        ValueError, match="^x: document 0 holds token 99, but the model's vocabulary is 99$"
+    ):
         open_data("x", vocab_size=99)

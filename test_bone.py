@@ -15,8 +15,8 @@ def naive_weight(weight, b):
         r = b.shape[1]
         for i in range(0, weight.shape[0], r):
             for j in range(0, weight.shape[1], r):
-                block, B = weight[i:i + r, j:j + r], b[j // r]
-                merged[i:i + r, j:j + r] = block + block @ B + B
+                block, B = weight[i : i + r, j : j + r], b[j // r]
+                merged[i : i + r, j : j + r] = block + block @ B + B
     else:
         for j in range(weight.shape[1]):
             merged[:, j] += b[j % len(b)]
@@ -30,7 +30,13 @@ def layer(mode, out_features=24, in_features=32, r=8, dtype=torch.float64):
     return linear
 
 
-CASES = [("bat", 24, 32, 8), ("bat", 64, 16, 16), ("bone", 24, 32, 8), ("bone", 10, 30, 8), ("bone", 10, 7, 16)]
+CASES = [
+    ("bat", 24, 32, 8),
+    ("bat", 64, 16, 16),
+    ("bone", 24, 32, 8),
+    ("bone", 10, 30, 8),
+    ("bone", 10, 7, 16),
+]
 
 
 @pytest.mark.parametrize("mode, out_features, in_features, r", CASES)
@@ -42,7 +48,9 @@ def test_output_and_gradients_are_those_of_the_merged_weight(mode, out_features,
     b = linear.bone.detach().requires_grad_()
     theirs = F.linear(x, naive_weight(linear.weight.detach(), b))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    for a, e in zip(torch.autograd.grad(ours, [x, linear.bone], gy), torch.autograd.grad(theirs, [x, b], gy)):
+    for a, e in zip(
+        torch.autograd.grad(ours, [x, linear.bone], gy), torch.autograd.grad(theirs, [x, b], gy)
+    ):
         torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
 
 
@@ -50,11 +58,13 @@ def test_output_and_gradients_are_those_of_the_merged_weight(mode, out_features,
 def test_merging_writes_the_weight_of_the_formula(mode, out_features, in_features, r):
     linear = layer(mode, out_features, in_features, r)
     weight, b = linear.weight.detach(), linear.bone.detach()
-    torch.testing.assert_close(merge_weight(weight, b), naive_weight(weight, b), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(
+        merge_weight(weight, b), naive_weight(weight, b), rtol=1e-13, atol=1e-13
+    )
 
 
 def test_merging_in_pieces_is_merging_whole():
-    weight, b = torch.randn(4096, 2048), torch.randn(32, 64, 64) * 0.02      # larger than one piece
+    weight, b = torch.randn(4096, 2048), torch.randn(32, 64, 64) * 0.02  # larger than one piece
     w = weight.view(64, 64, 32, 64)
     whole = weight + (torch.einsum("aibj,bjk->aibk", w, b) + b.transpose(0, 1)).reshape(4096, 2048)
     torch.testing.assert_close(merge_weight(weight, b), whole, rtol=1e-5, atol=1e-5)
@@ -64,7 +74,9 @@ def test_merging_rounds_once_to_the_dtype_of_the_base():
     weight, b = torch.randn(64, 64).bfloat16(), (torch.randn(4, 16, 16) * 0.01).bfloat16()
     exact = naive_weight(weight.double(), b.double())
     assert merge_weight(weight, b).dtype == torch.bfloat16
-    assert (merge_weight(weight, b) == exact.to(torch.bfloat16)).float().mean() > 0.999   # float32 meets a tie of bfloat16 once in a while
+    assert (
+        merge_weight(weight, b) == exact.to(torch.bfloat16)
+    ).float().mean() > 0.999  # float32 meets a tie of bfloat16 once in a while
 
 
 def test_a_new_bone_changes_nothing():
@@ -73,7 +85,9 @@ def test_a_new_bone_changes_nothing():
     torch.testing.assert_close(linear(x), F.linear(x, linear.weight))
 
 
-@pytest.mark.parametrize("size", [1, 0.02], ids=["most of it through W", "most of it through the tile"])
+@pytest.mark.parametrize(
+    "size", [1, 0.02], ids=["most of it through W", "most of it through the tile"]
+)
 def test_a_bone_far_below_one_step_of_bfloat16_still_counts(size):
     """The change W' x - W x comes out whole on average, though it is a tenth of a bfloat16 step of x and of y."""
     torch.manual_seed(0)
@@ -96,15 +110,23 @@ def test_autocast_computes_in_bfloat16_and_trains_in_float32(mode):
     with torch.autocast("cpu", torch.bfloat16):
         y = linear(x)
     y.float().square().mean().backward()
-    assert y.dtype == torch.bfloat16 and linear.bone.grad.dtype == torch.float32 and x.grad.dtype == torch.float32
-    exact = F.linear(x.double(), naive_weight(linear.weight.double(), linear.bone.detach().double()))
+    assert (
+        y.dtype == torch.bfloat16
+        and linear.bone.grad.dtype == torch.float32
+        and x.grad.dtype == torch.float32
+    )
+    exact = F.linear(
+        x.double(), naive_weight(linear.weight.double(), linear.bone.detach().double())
+    )
     assert ((y.double() - exact).norm() / exact.norm()).item() < 0.01
 
 
 class Tiny(nn.Module):
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList([nn.ModuleDict({"key": nn.Linear(32, 64, bias=False), "ln": nn.LayerNorm(32)})])
+        self.blocks = nn.ModuleList(
+            [nn.ModuleDict({"key": nn.Linear(32, 64, bias=False), "ln": nn.LayerNorm(32)})]
+        )
         self.head = nn.Linear(32, 100, bias=False)
 
 
@@ -116,7 +138,10 @@ def test_add_bone_adapts_the_layers_of_the_blocks_and_freezes_the_rest():
     assert add_bone(Tiny(), 16, "bone").blocks[0]["key"].bone.shape == (16, 64)
 
 
-@pytest.mark.parametrize("r, mode, words", [(24, "bat", "does not divide blocks.0.key"), (0, "bat", "at least 1"), (8, "lora", "unknown")])
+@pytest.mark.parametrize(
+    "r, mode, words",
+    [(24, "bat", "does not divide blocks.0.key"), (0, "bat", "at least 1"), (8, "lora", "unknown")],
+)
 def test_a_rank_or_mode_that_cannot_be_is_refused(r, mode, words):
     model = Tiny()
     with pytest.raises(ValueError, match=words):
@@ -129,22 +154,35 @@ def test_a_checkpoint_brings_its_rank_mode_and_trained_parts(tmp_path):
         model = add_bone(Tiny(), 8, mode)
         nn.init.normal_(model.blocks[0]["key"].bone)
         nn.init.normal_(model.blocks[0]["ln"].weight)
-        saved = {n: p.detach() for n, p in model.named_parameters() if n.endswith("bone") or ".ln." in n}
+        saved = {
+            n: p.detach() for n, p in model.named_parameters() if n.endswith("bone") or ".ln." in n
+        }
         torch.save(saved, tmp_path / "ckpt.pth")
         loaded = dict(load_bone(Tiny(), tmp_path / "ckpt.pth").named_parameters())
         assert all(torch.equal(loaded[n], t) for n, t in saved.items())
 
 
-@pytest.mark.parametrize("checkpoint, words", [
-    ({"blocks.0.ln.weight": torch.ones(32)}, "no tensor named"),
-    ({"blocks.0.key.bone": torch.ones(4, 8, 8), "blocks.9.key.bone": torch.ones(4, 8, 8)}, "blocks.9.key.bone has no counterpart"),
-    ({"blocks.0.key.bone": torch.ones(5, 8, 8)}, "needs"),
-    ({"blocks.0.key.bone": torch.ones(8, 65)}, "needs"),
-    ({"blocks.0.key.bone": torch.ones(1, 24, 24)}, "does not divide"),
-    ({"blocks.0.key.bone": torch.ones(4, 8, 8), "blocks.0.ln.weight": torch.ones(33)}, "needs"),
-    ({"blocks.0.key.bone": torch.ones(4, 8, 8), "blocks.0.ffn.bone": torch.ones(8, 64)}, "mixes"),
-])
-def test_a_checkpoint_of_another_model_is_refused_and_the_model_left_alone(tmp_path, checkpoint, words):
+@pytest.mark.parametrize(
+    "checkpoint, words",
+    [
+        ({"blocks.0.ln.weight": torch.ones(32)}, "no tensor named"),
+        (
+            {"blocks.0.key.bone": torch.ones(4, 8, 8), "blocks.9.key.bone": torch.ones(4, 8, 8)},
+            "blocks.9.key.bone has no counterpart",
+        ),
+        ({"blocks.0.key.bone": torch.ones(5, 8, 8)}, "needs"),
+        ({"blocks.0.key.bone": torch.ones(8, 65)}, "needs"),
+        ({"blocks.0.key.bone": torch.ones(1, 24, 24)}, "does not divide"),
+        ({"blocks.0.key.bone": torch.ones(4, 8, 8), "blocks.0.ln.weight": torch.ones(33)}, "needs"),
+        (
+            {"blocks.0.key.bone": torch.ones(4, 8, 8), "blocks.0.ffn.bone": torch.ones(8, 64)},
+            "mixes",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_and_the_model_left_alone(
+    tmp_path, checkpoint, words
+):
     torch.save(checkpoint, tmp_path / "ckpt.pth")
     model = Tiny()
     with pytest.raises(ValueError, match=words):
@@ -154,7 +192,10 @@ def test_a_checkpoint_of_another_model_is_refused_and_the_model_left_alone(tmp_p
 
 def test_no_tensor_of_the_size_of_the_weight_is_made():
     """Forward and backward allocate activations, never (out, in): with few tokens every tensor stays far smaller than W."""
-    linear, x = layer("bat", 1024, 1024, 64, torch.float32), torch.randn(2, 1024, requires_grad=True)
+    linear, x = (
+        layer("bat", 1024, 1024, 64, torch.float32),
+        torch.randn(2, 1024, requires_grad=True),
+    )
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -162,7 +203,10 @@ def test_no_tensor_of_the_size_of_the_weight_is_made():
             nonlocal largest
             out = func(*args, **(kwargs or {}))
             for t in torch.utils._pytree.tree_leaves(out):
-                if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() != linear.weight.untyped_storage().data_ptr():
+                if (
+                    isinstance(t, torch.Tensor)
+                    and t.untyped_storage().data_ptr() != linear.weight.untyped_storage().data_ptr()
+                ):
                     largest = max(largest, t.numel())
             return out
 

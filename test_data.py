@@ -11,7 +11,19 @@ import pytest
 import torch
 
 import data
-from data import Binidx, batch, check_mask, collate, decode_bytes, encode, jsonl_to_binidx, qa_mask, run_cli, token_bytes, write_binidx
+from data import (
+    Binidx,
+    batch,
+    check_mask,
+    collate,
+    decode_bytes,
+    encode,
+    jsonl_to_binidx,
+    qa_mask,
+    run_cli,
+    token_bytes,
+    write_binidx,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +32,9 @@ def in_tmp_path(tmp_path, monkeypatch):
 
 
 def write_jsonl(path, *texts):
-    pathlib.Path(path).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    pathlib.Path(path).write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8"
+    )
     return path
 
 
@@ -37,7 +51,11 @@ def counting(text, extra=()):
 
 # ---- tokens ------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text", ["", "Hello\r\n  World\t", "你好,有什么可以帮你?", "🙂 é \u2028 \x85 \x00 \ufeff", "-" * 200])
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "Hello\r\n  World\t", "你好,有什么可以帮你?", "🙂 é \u2028 \x85 \x00 \ufeff", "-" * 200],
+)
 def test_tokens_decode_to_the_bytes_of_their_text(text):
     assert decode_bytes(encode(text)) == text.encode()
 
@@ -45,7 +63,11 @@ def test_tokens_decode_to_the_bytes_of_their_text(text):
 def test_every_byte_is_a_token_and_every_token_is_its_own_entry():
     table = token_bytes()
     assert [table[i + 1] for i in range(256)] == [bytes([i]) for i in range(256)]
-    assert list(table) == list(range(1, 65530)) and len(set(table.values())) == 65529 and all(table.values())
+    assert (
+        list(table) == list(range(1, 65530))
+        and len(set(table.values())) == 65529
+        and all(table.values())
+    )
 
 
 def test_decoding_survives_cut_characters_and_unknown_ids():
@@ -55,12 +77,18 @@ def test_decoding_survives_cut_characters_and_unknown_ids():
 
 # ---- jsonl -------------------------------------------------------------------------------------------------------------------
 
+
 def test_blank_lines_and_empty_texts_are_skipped_and_counted_and_marks_of_byte_order_dropped():
     lines = b'\xef\xbb\xbf{"text": "Hi"}\r\n\n   \n{"text": ""}\n{"id": 1, "text": "Hello World, this is long"}'
     pathlib.Path("a.jsonl").write_bytes(lines)
     long = len(encode("Hello World, this is long")) + 1
-    assert jsonl_to_binidx("a.jsonl", "a") == dict(documents=2, tokens=2 + long, longest=long, skipped=3, too_long=None)
-    assert [decode_bytes(document) for document in Binidx("a")] == [b"Hi", b"Hello World, this is long"]
+    assert jsonl_to_binidx("a.jsonl", "a") == dict(
+        documents=2, tokens=2 + long, longest=long, skipped=3, too_long=None
+    )
+    assert [decode_bytes(document) for document in Binidx("a")] == [
+        b"Hi",
+        b"Hello World, this is long",
+    ]
 
 
 def test_a_document_is_too_long_when_training_would_cut_it():
@@ -72,20 +100,38 @@ def test_a_document_is_too_long_when_training_would_cut_it():
         assert (targets[0, -1] != 0) == too_long
 
 
-@pytest.mark.parametrize("line, message", [
-    (b'{"text": "a"', "not JSON in UTF-8 (Expecting ',' delimiter: column 13 (char 12)); each line must look like {\"text\": \"...\"}"),
-    (b"just words", "not JSON in UTF-8 (Expecting value: column 1 (char 0)); each line must look like"),
-    (b"[" * 100000, "not JSON in UTF-8 (maximum recursion depth exceeded"),
-    (b'{"text": ' + b"9" * 5000 + b"}", "not JSON in UTF-8 (Exceeds the limit"),
-    (b'{"prompt": "a"}', 'has no "text" that is a string; each line must look like {"text": "..."}'),
-    (b'{"text": 5}', 'has no "text" that is a string'),
-    (b'{"text": null}', 'has no "text" that is a string'),
-    (b'{"text": []}', 'has no "text" that is a string'),
-    (b'["text"]', 'has no "text" that is a string'),
-    (b'"text"', 'has no "text" that is a string'),
-    (b'{"text": "caf\xe9"}', "not JSON in UTF-8 ('utf-8' codec can't decode byte 0xe9 in position 13: invalid continuation byte); each"),
-    (b'{"text": "\\ud83d"}', "not JSON in UTF-8 ('utf-8' codec can't encode character '\\ud83d' in position 0: surrogates not allowed)"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (
+            b'{"text": "a"',
+            'not JSON in UTF-8 (Expecting \',\' delimiter: column 13 (char 12)); each line must look like {"text": "..."}',
+        ),
+        (
+            b"just words",
+            "not JSON in UTF-8 (Expecting value: column 1 (char 0)); each line must look like",
+        ),
+        (b"[" * 100000, "not JSON in UTF-8 (maximum recursion depth exceeded"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "not JSON in UTF-8 (Exceeds the limit"),
+        (
+            b'{"prompt": "a"}',
+            'has no "text" that is a string; each line must look like {"text": "..."}',
+        ),
+        (b'{"text": 5}', 'has no "text" that is a string'),
+        (b'{"text": null}', 'has no "text" that is a string'),
+        (b'{"text": []}', 'has no "text" that is a string'),
+        (b'["text"]', 'has no "text" that is a string'),
+        (b'"text"', 'has no "text" that is a string'),
+        (
+            b'{"text": "caf\xe9"}',
+            "not JSON in UTF-8 ('utf-8' codec can't decode byte 0xe9 in position 13: invalid continuation byte); each",
+        ),
+        (
+            b'{"text": "\\ud83d"}',
+            "not JSON in UTF-8 ('utf-8' codec can't encode character '\\ud83d' in position 0: surrogates not allowed)",
+        ),
+    ],
+)
 def test_a_bad_line_is_named_by_its_number_and_leaves_nothing_behind(line, message, capsys):
     pathlib.Path("data.jsonl").write_bytes(b'{"text": "good"}\n\n' + line + b'\n{"text": "good"}\n')
     assert run(["data.jsonl"], capsys).startswith(f"error: data.jsonl, line 3: {message}")
@@ -95,11 +141,15 @@ def test_a_bad_line_is_named_by_its_number_and_leaves_nothing_behind(line, messa
 @pytest.mark.parametrize("content", ["", "\n\n", '{"text": ""}\n'])
 def test_a_jsonl_without_a_document_is_refused(content, capsys):
     pathlib.Path("data.jsonl").write_text(content)
-    assert run(["data.jsonl"], capsys) == 'error: data.jsonl: holds no document; each line must look like {"text": "..."}\n'
+    assert (
+        run(["data.jsonl"], capsys)
+        == 'error: data.jsonl: holds no document; each line must look like {"text": "..."}\n'
+    )
     assert os.listdir() == ["data.jsonl"]
 
 
 # ---- batches -----------------------------------------------------------------------------------------------------------------
+
 
 def numbered(n, length=4):
     """Documents of which each names itself in its first token."""
@@ -107,7 +157,11 @@ def numbered(n, length=4):
 
 
 def order(documents, steps, micro_bsz, seed=0):
-    return [i for step in steps for i in (batch(documents, step, micro_bsz, 8, seed=seed)[0][:, 0] - 1).tolist()]
+    return [
+        i
+        for step in steps
+        for i in (batch(documents, step, micro_bsz, 8, seed=seed)[0][:, 0] - 1).tolist()
+    ]
 
 
 @pytest.mark.parametrize("dataload, micro_bsz", [("pad", 3), ("only", 1), ("get", 3)])
@@ -115,7 +169,10 @@ def test_a_batch_is_a_function_of_seed_and_step(dataload, micro_bsz):
     documents = make(*np.random.default_rng(0).integers(1, 999, (50, 9)))
 
     def batches(steps, seed):
-        return {step: [x.tolist() for x in batch(documents, step, micro_bsz, 8, dataload, seed=seed)] for step in steps}
+        return {
+            step: [x.tolist() for x in batch(documents, step, micro_bsz, 8, dataload, seed=seed)]
+            for step in steps
+        }
 
     steps = [0, 1, 2, 30, 31]
     once = batches(steps, seed=0)
@@ -129,7 +186,7 @@ def test_a_batch_is_a_function_of_seed_and_step(dataload, micro_bsz):
 @pytest.mark.parametrize("n, micro_bsz", [(12, 1), (12, 4), (12, 5), (2, 7), (1, 3)])
 def test_each_epoch_sees_every_document_exactly_once(n, micro_bsz):
     seen = order(numbered(n), range(5 * n), micro_bsz)
-    epochs = [seen[start:start + n] for start in range(0, len(seen), n)]
+    epochs = [seen[start : start + n] for start in range(0, len(seen), n)]
     assert len(epochs) == 5 * micro_bsz and all(sorted(epoch) == list(range(n)) for epoch in epochs)
     if n == 12:
         assert len({tuple(epoch) for epoch in epochs}) == len(epochs)  # each in its own order
@@ -137,7 +194,11 @@ def test_each_epoch_sees_every_document_exactly_once(n, micro_bsz):
 
 def test_the_order_of_documents_does_not_depend_on_the_batch_size():
     documents = numbered(12)
-    assert order(documents, range(24), 1) == order(documents, range(6), 4) == order(documents, range(3), 8)
+    assert (
+        order(documents, range(24), 1)
+        == order(documents, range(6), 4)
+        == order(documents, range(3), 8)
+    )
     assert order(documents, range(24), 1, seed=1) != order(documents, range(24), 1)
 
 
@@ -148,12 +209,20 @@ def test_rows_are_cut_to_ctx_len_and_padded_to_the_longest_and_only_documents_co
     assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert (idx.dtype, targets.dtype, mask.dtype) == (torch.int64, torch.int64, torch.float32)
     idx, targets, mask = collate([np.array([1, 2, 0]), np.array([3, 4, 5, 6, 0])], ctx_len=3)
-    assert idx.tolist() == [[1, 2, 0], [3, 4, 5]] and targets.tolist() == [[2, 0, -100], [4, 5, 6]] and mask.tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert (
+        idx.tolist() == [[1, 2, 0], [3, 4, 5]]
+        and targets.tolist() == [[2, 0, -100], [4, 5, 6]]
+        and mask.tolist() == [[1, 1, 0], [1, 1, 1]]
+    )
 
 
 def test_without_a_mask_rows_are_padded_to_ctx_len_and_the_padding_counts():
     idx, targets, mask = batch(make([1, 2, 0]), 0, 2, 6, loss_mask="none")
-    assert idx.tolist() == [[1, 2, 0, 0, 0, 0]] * 2 and targets.tolist() == [[2, 0, 0, 0, 0, 0]] * 2 and mask.tolist() == [[1] * 6] * 2
+    assert (
+        idx.tolist() == [[1, 2, 0, 0, 0, 0]] * 2
+        and targets.tolist() == [[2, 0, 0, 0, 0, 0]] * 2
+        and mask.tolist() == [[1] * 6] * 2
+    )
 
 
 @pytest.mark.parametrize("loss_mask", ["pad", "none"])
@@ -165,11 +234,19 @@ def test_only_gives_one_document_without_padding(loss_mask):
 
 
 @pytest.mark.parametrize("document", [[0], [5], []])
-@pytest.mark.parametrize("dataload, loss_mask", [("pad", "pad"), ("pad", "qa"), ("only", "pad"), ("only", "qa"), ("only", "none")])
-def test_a_document_of_one_token_gives_a_position_that_does_not_count(document, dataload, loss_mask):
+@pytest.mark.parametrize(
+    "dataload, loss_mask",
+    [("pad", "pad"), ("pad", "qa"), ("only", "pad"), ("only", "qa"), ("only", "none")],
+)
+def test_a_document_of_one_token_gives_a_position_that_does_not_count(
+    document, dataload, loss_mask
+):
     write_binidx("x", [document, document + [5]])
     data_set = Binidx("x")
-    for documents in (collate([np.array(document, np.int64)], 6, "qa"), *(batch(data_set, s, 1, 6, dataload, loss_mask) for s in (0, 1))):
+    for documents in (
+        collate([np.array(document, np.int64)], 6, "qa"),
+        *(batch(data_set, s, 1, 6, dataload, loss_mask) for s in (0, 1)),
+    ):
         idx, targets, mask = documents
         assert idx.shape == targets.shape == mask.shape == (1, 1)
         assert mask.sum() == (loss_mask != "qa" and len(document) == 1 and targets.item() == 5)
@@ -187,7 +264,9 @@ def test_get_takes_windows_from_anywhere_in_the_stream():
         starts |= set(idx[:, 0].tolist())
     assert starts == {0, 1, 2, 3}  # 12 tokens, windows of 9
     assert batch(documents, 0, 1, 11, "get")[1].tolist() == [list(range(1, 12))]
-    with pytest.raises(ValueError, match="^x: 12 tokens, too few for --dataload get; use --ctx_len 11 or less$"):
+    with pytest.raises(
+        ValueError, match="^x: 12 tokens, too few for --dataload get; use --ctx_len 11 or less$"
+    ):
         batch(documents, 0, 1, 12, "get")
 
 
@@ -199,38 +278,55 @@ def test_an_unknown_way_of_loading_or_masking_is_refused(words):
 
 # ---- the qa mask -------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text, answers", [
-    ("User: 1+1?\n\nAssistant: 2", " 2"),
-    ("User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d\n\n", " b\n\n d\n\n"),  # several turns
-    ("User: 你是谁?\n\nAssistant: 我是助手。\n\nUser: 好\n\nAssistant: 嗯", " 我是助手。\n\n 嗯"),
-    ("User: hi\n\nAssistant:你好", "你好"),  # nothing between the marker and the answer
-    ("User: hi\n\nAssistant:\nHello", "\nHello"),
-    ("User: hi\n\nAssistant:\n\nHello", "\n\nHello"),
-    ("User: hi\n\nAssistant:“你”", "你”"),  # ':“' is one token: it belongs to the marker
-    ("User: hi\n\nAssistant:) yes", " yes"),
-    ("Assistant: a Assistant: b User: c", " a b"),  # ' Assistant' and ' User' are tokens, and the markers' own
-    ("Assistant:User: a", ""),
-    ("Assistant: I", " I"),
-    ("User: a\n\nAssistant:", ""),
-    ("User: a question, cut in the", ""),
-    ("no markers at all", ""),
-    ("assistant: a, Assistant : b, Users: c", ""),
-    ("", ""),
-])
+
+@pytest.mark.parametrize(
+    "text, answers",
+    [
+        ("User: 1+1?\n\nAssistant: 2", " 2"),
+        ("User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d\n\n", " b\n\n d\n\n"),  # several turns
+        (
+            "User: 你是谁?\n\nAssistant: 我是助手。\n\nUser: 好\n\nAssistant: 嗯",
+            " 我是助手。\n\n 嗯",
+        ),
+        ("User: hi\n\nAssistant:你好", "你好"),  # nothing between the marker and the answer
+        ("User: hi\n\nAssistant:\nHello", "\nHello"),
+        ("User: hi\n\nAssistant:\n\nHello", "\n\nHello"),
+        ("User: hi\n\nAssistant:“你”", "你”"),  # ':“' is one token: it belongs to the marker
+        ("User: hi\n\nAssistant:) yes", " yes"),
+        (
+            "Assistant: a Assistant: b User: c",
+            " a b",
+        ),  # ' Assistant' and ' User' are tokens, and the markers' own
+        ("Assistant:User: a", ""),
+        ("Assistant: I", " I"),
+        ("User: a\n\nAssistant:", ""),
+        ("User: a question, cut in the", ""),
+        ("no markers at all", ""),
+        ("assistant: a, Assistant : b, Users: c", ""),
+        ("", ""),
+    ],
+)
 def test_what_follows_assistant_up_to_user_counts(text, answers):
     assert counting(text) == answers
 
 
 def test_the_mask_is_that_of_a_plain_walk_over_the_bytes():
-    rng, pieces = np.random.default_rng(0), ["User:", "Assistant:", "你好", " ", "\n\n", ":", "“", "Assist", "a", "ant", "User", ")"]
+    rng, pieces = (
+        np.random.default_rng(0),
+        ["User:", "Assistant:", "你好", " ", "\n\n", ":", "“", "Assist", "a", "ant", "User", ")"],
+    )
     for _ in range(200):
         tokens = encode("".join(rng.choice(pieces, 12)))
-        rest, on, answer = decode_bytes(tokens), False, []  # answer: for each byte, whether it belongs to one
+        rest, on, answer = (
+            decode_bytes(tokens),
+            False,
+            [],
+        )  # answer: for each byte, whether it belongs to one
         while rest:
             marker = next((m for m in (b"User:", b"Assistant:") if rest.startswith(m)), b"")
             on = marker == b"Assistant:" if marker else on
             answer += [False] * len(marker) or [on]
-            rest = rest[len(marker) or 1:]
+            rest = rest[len(marker) or 1 :]
         for token, counts in zip(tokens, qa_mask(tokens)):
             size = len(decode_bytes([token]))
             assert counts == all(answer[:size]), decode_bytes(tokens)
@@ -243,10 +339,17 @@ def test_the_end_of_a_document_counts_after_an_answer_and_ends_it():
     assert qa_mask(first)[-2:].tolist() == [1, 1]
     assert qa_mask(question).sum() == 0
     assert qa_mask(first + second).tolist() == qa_mask(first).tolist() + [0] * len(second)
-    assert qa_mask(first + question).tolist() == qa_mask(first).tolist() + [0] * len(question)  # the next "User:" takes nothing back
+    assert qa_mask(first + question).tolist() == qa_mask(first).tolist() + [0] * len(
+        question
+    )  # the next "User:" takes nothing back
     assert qa_mask(encode("Assistant:") + [0])[-1] == 1
     assert qa_mask(encode("Assist") + [0] + encode("ant: b")).sum() == 0
-    assert qa_mask(answered[:-1] + [65535, 70000, 66]).tolist()[-4:] == [1, 1, 1, 1]  # ids without an entry are as good as others
+    assert qa_mask(answered[:-1] + [65535, 70000, 66]).tolist()[-4:] == [
+        1,
+        1,
+        1,
+        1,
+    ]  # ids without an entry are as good as others
 
 
 def test_twenty_thousand_turns_are_masked_each():
@@ -277,7 +380,10 @@ def test_a_marker_that_the_cut_goes_through_is_still_a_marker():
 
 def test_check_mask_refuses_data_without_an_answer_and_counts_documents_without_one():
     silent, answered = encode("plain") + [0], encode("User: a\n\nAssistant: b") + [0]
-    with pytest.raises(ValueError, match="^x: no answer in 2 documents: no Assistant: in the first 64 tokens; use --loss_mask pad, or User: ... Assist"):
+    with pytest.raises(
+        ValueError,
+        match="^x: no answer in 2 documents: no Assistant: in the first 64 tokens; use --loss_mask pad, or User: ... Assist",
+    ):
         check_mask(make(silent, silent), 64, "qa")
     with pytest.raises(ValueError, match="no answer in 1 documents"):
         check_mask(make(answered), 3, "qa")  # the answer lies beyond ctx_len
@@ -290,41 +396,79 @@ def test_check_mask_refuses_data_without_an_answer_and_counts_documents_without_
 
 # ---- command line ------------------------------------------------------------------------------------------------------------
 
+
 def run(argv, capsys):
     """Run the program, which must fail with exit code 2 and one line on stderr. Returns that line."""
     with pytest.raises(SystemExit) as stop:
         run_cli(lambda: data.main(argv))
     captured = capsys.readouterr()
-    assert stop.value.code == 2 and captured.out == "" and captured.err.count("\n") == 1 and captured.err.endswith("\n")
+    assert (
+        stop.value.code == 2
+        and captured.out == ""
+        and captured.err.count("\n") == 1
+        and captured.err.endswith("\n")
+    )
     return captured.err
 
 
 def test_the_command_line_writes_uint16_and_closes_with_a_summary(capsys):
     write_jsonl("a.jsonl", "Hi", "", "Hello World, this is long")
     data.main(["a.jsonl", "out", "--ctx_len", "5"])
-    assert Binidx("out").tokens.dtype == np.uint16 and sorted(os.listdir()) == ["a.jsonl", "out.bin", "out.idx"]
-    numbers = {line.split("  ")[-1]: int(line.split()[0].replace(",", "")) for line in capsys.readouterr().out.splitlines()}
+    assert Binidx("out").tokens.dtype == np.uint16 and sorted(os.listdir()) == [
+        "a.jsonl",
+        "out.bin",
+        "out.idx",
+    ]
+    numbers = {
+        line.split("  ")[-1]: int(line.split()[0].replace(",", ""))
+        for line in capsys.readouterr().out.splitlines()
+    }
     tokens = len(encode("Hi") + encode("Hello World, this is long")) + 2
-    assert numbers == {"documents": 2, "tokens": tokens, "longest": tokens - 2, "skipped": 1, "too long, cut at --ctx_len 5": 1,
-                       "bytes in out.bin": 2 * tokens, "bytes in out.idx": os.path.getsize("out.idx")}
+    assert numbers == {
+        "documents": 2,
+        "tokens": tokens,
+        "longest": tokens - 2,
+        "skipped": 1,
+        "too long, cut at --ctx_len 5": 1,
+        "bytes in out.bin": 2 * tokens,
+        "bytes in out.idx": os.path.getsize("out.idx"),
+    }
 
 
 def test_the_prefix_is_the_name_of_the_jsonl_and_what_is_there_is_kept(capsys):
     write_jsonl("a.jsonl", "Hi")
     data.main(["a.jsonl"])
-    assert sorted(os.listdir()) == ["a.bin", "a.idx", "a.jsonl"] and "ctx_len" not in capsys.readouterr().out
-    assert run(["a.jsonl"], capsys) == "error: a.bin: already there; delete it, or give another prefix\n"
+    assert (
+        sorted(os.listdir()) == ["a.bin", "a.idx", "a.jsonl"]
+        and "ctx_len" not in capsys.readouterr().out
+    )
+    assert (
+        run(["a.jsonl"], capsys)
+        == "error: a.bin: already there; delete it, or give another prefix\n"
+    )
     os.unlink("a.bin")
-    assert run(["a.jsonl", "a.bin"], capsys) == "error: a.idx: already there; delete it, or give another prefix\n"
+    assert (
+        run(["a.jsonl", "a.bin"], capsys)
+        == "error: a.idx: already there; delete it, or give another prefix\n"
+    )
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["none.jsonl"], "none.jsonl: No such file or directory"),
-    (["."], ".: Is a directory"),
-    (["a.jsonl", "no/b"], "no/b.idx: cannot be written, as there is no folder no/; mend that, or write elsewhere"),
-    (["a.jsonl", "a.jsonl/b"], "a.jsonl/b.idx: cannot be written, as there is no folder a.jsonl/; mend"),
-    (["a.jsonl", "b", "--ctx_len", "0"], "--ctx_len 0 must be at least 1"),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["none.jsonl"], "none.jsonl: No such file or directory"),
+        (["."], ".: Is a directory"),
+        (
+            ["a.jsonl", "no/b"],
+            "no/b.idx: cannot be written, as there is no folder no/; mend that, or write elsewhere",
+        ),
+        (
+            ["a.jsonl", "a.jsonl/b"],
+            "a.jsonl/b.idx: cannot be written, as there is no folder a.jsonl/; mend",
+        ),
+        (["a.jsonl", "b", "--ctx_len", "0"], "--ctx_len 0 must be at least 1"),
+    ],
+)
 def test_a_wrong_command_ends_in_one_line_and_exit_code_2(argv, message, capsys):
     write_jsonl("a.jsonl", "Hi")
     assert run(argv, capsys).startswith(f"error: {message}")
@@ -333,24 +477,41 @@ def test_a_wrong_command_ends_in_one_line_and_exit_code_2(argv, message, capsys)
 
 def test_the_program_itself_ends_without_a_traceback():
     pathlib.Path("a.jsonl").write_text('{"text": "good"}\n{"prompt": "bad"}\n')
-    done = subprocess.run([sys.executable, data.__file__, "a.jsonl"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, data.__file__, "a.jsonl"], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == 'error: a.jsonl, line 2: has no "text" that is a string; each line must look like {"text": "..."}\n'
+    assert (
+        done.stderr
+        == 'error: a.jsonl, line 2: has no "text" that is a string; each line must look like {"text": "..."}\n'
+    )
 
 
 # ---- other data than documents ------------------------------------------------------------------------------------------------
+
 
 def test_a_text_is_cut_into_pieces_that_share_a_token_and_leave_none_out():
     for n, ctx_len in ((10, 3), (11, 3), (2, 5), (9, 1)):
         np.save("n.npy", np.arange(n))
         pieces = [piece.tolist() for piece in data.open_data("n.npy", ctx_len=ctx_len)]
-        assert [token for piece in pieces for token in piece[1:]] == list(range(1, n)) and all(a[-1] == b[0] for a, b in zip(pieces, pieces[1:]))
+        assert [token for piece in pieces for token in piece[1:]] == list(range(1, n)) and all(
+            a[-1] == b[0] for a, b in zip(pieces, pieces[1:])
+        )
         assert {len(piece) for piece in pieces[:-1]} <= {ctx_len + 1} and len(pieces[-1]) >= 2
 
 
-@pytest.mark.parametrize("name, content, kind", [
-    ("a.txt", "é 词".encode(), "utf-8"), ("a.txt", "\ufeffé 词".encode(), "utf-8"), ("A.TXT", "\ufeffé 词".encode("utf-16le"), "utf-16le"), ("a.npy", b"", "numpy"),
-    ("a.jsonl", b"", "binidx"), ("a", b"", "binidx"), ("gone.txt", None, "utf-8")])
+@pytest.mark.parametrize(
+    "name, content, kind",
+    [
+        ("a.txt", "é 词".encode(), "utf-8"),
+        ("a.txt", "\ufeffé 词".encode(), "utf-8"),
+        ("A.TXT", "\ufeffé 词".encode("utf-16le"), "utf-16le"),
+        ("a.npy", b"", "numpy"),
+        ("a.jsonl", b"", "binidx"),
+        ("a", b"", "binidx"),
+        ("gone.txt", None, "utf-8"),
+    ],
+)
 def test_the_kind_of_data_is_told_by_the_file(name, content, kind):
     content is None or pathlib.Path(name).write_bytes(content)
     assert data.kind_of(name) == kind
@@ -360,7 +521,11 @@ def test_the_kind_of_data_is_told_by_the_file(name, content, kind):
 
 def test_the_dummy_text_is_that_of_rwkv_lm():
     text = data.open_data("", kind="dummy")
-    assert text.vocabulary.decode_bytes(text.tokens[:30]).decode() == ".0+0=0..1+1=2..2+4=6..3+9=12.."[:30] and sorted("0123456789.+=") == list(text.vocabulary)
+    assert text.vocabulary.decode_bytes(
+        text.tokens[:30]
+    ).decode() == ".0+0=0..1+1=2..2+4=6..3+9=12.."[:30] and sorted("0123456789.+=") == list(
+        text.vocabulary
+    )
 
 
 def test_without_shuffling_documents_come_in_the_order_of_the_file():
@@ -373,8 +538,14 @@ def test_without_shuffling_documents_come_in_the_order_of_the_file():
 def test_se_counts_what_follows_mask1_up_to_mask0_and_qa_is_one_case_of_it():
     tokens = data.encode("<q>one<a>two, three<q>four<a>five") + [0]
     mask = data.qa_mask(tokens, "<a>", "<q>")
-    assert data.decode_bytes(token for token, counts in zip(tokens, mask) if counts) == b"two, threefive" and mask[-1] == 1
+    assert (
+        data.decode_bytes(token for token, counts in zip(tokens, mask) if counts)
+        == b"two, threefive"
+        and mask[-1] == 1
+    )
     tokens = data.encode("User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d") + [0]
     assert data.qa_mask(tokens).tolist() == data.qa_mask(tokens, "Assistant:", "User:").tolist()
-    ours, theirs = (data.collate([np.array(tokens)], 40, mask)[2] for mask in ("qa", ("Assistant:", "User:")))
+    ours, theirs = (
+        data.collate([np.array(tokens)], 40, mask)[2] for mask in ("qa", ("Assistant:", "User:"))
+    )
     assert ours.equal(theirs) and 0 < ours.sum() < len(tokens) - 1

@@ -28,11 +28,14 @@ from test_train import base_file, column, counting, folder, read, run, tiny  # n
 
 # ---- a disk that fails --------------------------------------------------------------------------------------------------------
 
+
 def at_steps(monkeypatch, actions):
     """Before the optimizer step of a number in `actions`, counted from 0, its action happens."""
+
     def step(*arguments, plain=train.step, steps=itertools.count(), **options):
         actions.get(next(steps), lambda: None)()
         return plain(*arguments, **options)
+
     monkeypatch.setattr(train, "step", step)
 
 
@@ -40,26 +43,50 @@ def at_steps(monkeypatch, actions):
 def limit():
     """A limit on the size of files, as a disk that is full: a write beyond it fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if size is None else size, before[1]))
+    yield lambda size: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (before[0] if size is None else size, before[1])
+    )
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_ends_no_training_and_harms_no_earlier_file(monkeypatch, capsys, limit):
     run("--epoch_steps 5 --epoch_count 2 --save_steps 1 --proj_dir whole")
     at_steps(monkeypatch, {2: lambda: limit(50_000), 4: lambda: check_then(lambda: limit(None))})
+
     def check_then(action):
-        assert [*resume.states("out")] == [2] and files.read_tensors("out/resume-2.pth") and not [*pathlib.Path("out").glob("*.tmp")]
+        assert (
+            [*resume.states("out")] == [2]
+            and files.read_tensors("out/resume-2.pth")
+            and not [*pathlib.Path("out").glob("*.tmp")]
+        )
         action()
+
     run("--epoch_steps 5 --epoch_count 2 --save_steps 1")
     said = capsys.readouterr().out
-    assert [int(step) for step in re.findall(r"could not save out/resume-(\d).pth: File too large; what was saved before is whole, the state of step 2 the last", said)] == [3, 4]
-    assert [*resume.states("out")] == [10] and curve("out") == curve("whole") and same(read("out/rwkv-1.pth"), read("whole/rwkv-1.pth"))
+    assert [
+        int(step)
+        for step in re.findall(
+            r"could not save out/resume-(\d).pth: File too large; what was saved before is whole, the state of step 2 the last",
+            said,
+        )
+    ] == [3, 4]
+    assert (
+        [*resume.states("out")] == [10]
+        and curve("out") == curve("whole")
+        and same(read("out/rwkv-1.pth"), read("whole/rwkv-1.pth"))
+    )
 
 
 def test_rows_of_the_log_that_had_no_room_come_later(limit):
     log = Log(SimpleNamespace(proj_dir=".", wandb=""), None)
-    for step, size, rows in ((0, None, [0]), (1, 45, [0]), (2, 45, [0]), (3, None, [0, 1, 2, 3]), (4, None, [0, 1, 2, 3, 4])):
-        limit(size)                                             # 45 bytes have room for the header, a row, and half of the next one
+    for step, size, rows in (
+        (0, None, [0]),
+        (1, 45, [0]),
+        (2, 45, [0]),
+        (3, None, [0, 1, 2, 3]),
+        (4, None, [0, 1, 2, 3, 4]),
+    ):
+        limit(size)  # 45 bytes have room for the header, a row, and half of the next one
         log.point(step, loss=0.25, lr=1e-4)
         assert column("step", ".") == rows and curve(".").endswith(f"{rows[-1]},0.25,0.0001,\n")
 
@@ -67,19 +94,26 @@ def test_rows_of_the_log_that_had_no_room_come_later(limit):
 def test_a_run_that_could_not_save_its_end_fails_loudly(monkeypatch, capsys, limit):
     at_steps(monkeypatch, {2: lambda: limit(50_000)})
     error = refused_at_the_end(capsys, lambda: run("--epoch_steps 4 --save_steps 1"))
-    assert "out/rwkv-0.pth: could not be saved, as said above; mend that, then give the same command with --resume" in error
+    assert (
+        "out/rwkv-0.pth: could not be saved, as said above; mend that, then give the same command with --resume"
+        in error
+    )
     assert os.listdir("out").count("rwkv-0.pth") == 0 and [*resume.states("out")] == [2]
     limit(None)
     run("--epoch_steps 4 --save_steps 1 --resume")
     assert column("step") == [0, 1, 2, 3] and read("out/rwkv-0.pth")
 
 
-def test_a_last_checkpoint_that_had_no_room_is_written_when_the_run_goes_on(monkeypatch, capsys, limit):
+def test_a_last_checkpoint_that_had_no_room_is_written_when_the_run_goes_on(
+    monkeypatch, capsys, limit
+):
     flags = "--epoch_steps 3 --epoch_count 2 "
     run(flags + "--proj_dir whole")
+
     def attempt(self, path, *rest, plain=resume.Saver.attempt):
         limit(50_000 if "rwkv-" in path else None)
         return plain(self, path, *rest)
+
     with monkeypatch.context() as patch:
         patch.setattr(resume.Saver, "attempt", attempt)
         refused_at_the_end(capsys, lambda: run(flags))
@@ -87,25 +121,37 @@ def test_a_last_checkpoint_that_had_no_room_is_written_when_the_run_goes_on(monk
     assert [*resume.states("out")] == [6] and not [*pathlib.Path("out").glob("rwkv-*")]
     run(flags + "--resume")
     assert same(read("out/rwkv-1.pth"), read("whole/rwkv-1.pth")) and curve("out") == curve("whole")
-    means = [re.findall("epoch.*mean loss.*", pathlib.Path(proj_dir, "train_log.txt").read_text()) for proj_dir in ("whole", "out")]
+    means = [
+        re.findall("epoch.*mean loss.*", pathlib.Path(proj_dir, "train_log.txt").read_text())
+        for proj_dir in ("whole", "out")
+    ]
     assert means[1] == means[0] + means[0][-1:]
 
 
-def test_a_folder_that_vanishes_is_made_again_with_what_describes_it_and_its_lock(monkeypatch, capsys):
+def test_a_folder_that_vanishes_is_made_again_with_what_describes_it_and_its_lock(
+    monkeypatch, capsys
+):
     def second():
         with pytest.raises(ValueError, match="another run"), resume.lock("out"):
             pass
+
     at_steps(monkeypatch, {2: lambda: shutil.rmtree("out"), 3: second})
     run("--epoch_steps 4 --save_steps 1 --quant nf4")
-    assert [*resume.states("out")] == [4] and files.trained_quant("out/rwkv-0.pth", None) == "nf4" and not os.path.exists("out/.lock")
+    assert (
+        [*resume.states("out")] == [4]
+        and files.trained_quant("out/rwkv-0.pth", None) == "nf4"
+        and not os.path.exists("out/.lock")
+    )
 
 
 def test_a_folder_that_cannot_be_synced_is_no_error(monkeypatch):
     """As on some network file systems."""
+
     def fsync(fd, plain=os.fsync):
         if os.path.isdir(f"/proc/self/fd/{fd}"):
             raise OSError(errno.EINVAL, "Invalid argument")
         plain(fd)
+
     monkeypatch.setattr(os, "fsync", fsync)
     run("--epoch_steps 2 --save_steps 1")
     assert [*resume.states("out")] == [2]
@@ -123,9 +169,14 @@ def test_a_folder_that_cannot_be_written_ends_no_training(monkeypatch, capsys):
     def spoil():
         os.rename("out", "elsewhere")
         pathlib.Path("out").write_text("a file in its place")
+
     at_steps(monkeypatch, {2: spoil})
-    assert "could not be saved" in refused_at_the_end(capsys, lambda: run("--epoch_steps 4 --save_steps 1"))
-    assert [*resume.states("elsewhere")] == [2] and pathlib.Path("out").read_text() == "a file in its place"
+    assert "could not be saved" in refused_at_the_end(
+        capsys, lambda: run("--epoch_steps 4 --save_steps 1")
+    )
+    assert [*resume.states("elsewhere")] == [2] and pathlib.Path(
+        "out"
+    ).read_text() == "a file in its place"
     os.unlink("out"), os.rename("elsewhere", "out")
     run("--epoch_steps 4 --save_steps 1 --resume")
     assert column("step") == [0, 1, 2, 3]
@@ -134,63 +185,106 @@ def test_a_folder_that_cannot_be_written_ends_no_training(monkeypatch, capsys):
 def test_a_folder_that_is_read_only_for_a_while_ends_no_training(monkeypatch, capsys):
     """As os.access says it: for root, who may run this, nothing is."""
     with monkeypatch.context() as patch:
-        at_steps(patch, {2: lambda: patch.setattr(os, "access", lambda *_: False), 3: lambda: patch.setattr(os, "access", lambda *_: True)})
+        at_steps(
+            patch,
+            {
+                2: lambda: patch.setattr(os, "access", lambda *_: False),
+                3: lambda: patch.setattr(os, "access", lambda *_: True),
+            },
+        )
         run("--epoch_steps 4 --save_steps 1")
-    assert re.findall(r"could not save out/resume-(\d).pth: .*, as out/ is read-only; mend that", capsys.readouterr().out) == ["3"]
+    assert re.findall(
+        r"could not save out/resume-(\d).pth: .*, as out/ is read-only; mend that",
+        capsys.readouterr().out,
+    ) == ["3"]
     assert [*resume.states("out")] == [4]
 
 
 def test_room_is_looked_for_before_anything_is_loaded(monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5_000_000))
     monkeypatch.setattr(resume, "State", None)
-    assert re.search(r"out: the run will write 17 MB, but the disk has 5 MB free; make room", refused(capsys, lambda: run("--epoch_count 90")))
+    assert re.search(
+        r"out: the run will write 17 MB, but the disk has 5 MB free; make room",
+        refused(capsys, lambda: run("--epoch_count 90")),
+    )
     assert not os.path.exists("out")
-    run("--epoch_count 9")                                      # 2 states of 1 MB, 9 checkpoints of 0.16 MB
+    run("--epoch_count 9")  # 2 states of 1 MB, 9 checkpoints of 0.16 MB
 
 
 # ---- numbers gone wrong ---------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("dataload", ["pad", "get"])
-def test_a_loss_that_is_not_finite_never_reaches_the_weights_and_its_documents_are_named(capsys, dataload):
+def test_a_loss_that_is_not_finite_never_reaches_the_weights_and_its_documents_are_named(
+    capsys, dataload
+):
     """The embedding of token 77 is such that it overflows in a layer norm: whoever reads it computes NaN."""
-    torch.save(tiny() | {"emb.weight": tiny()["emb.weight"].index_fill(0, torch.tensor(77), 1e38)}, "base.pth")
+    torch.save(
+        tiny() | {"emb.weight": tiny()["emb.weight"].index_fill(0, torch.tensor(77), 1e38)},
+        "base.pth",
+    )
     sequences = counting([20, 33, 40, 9, 25, 30, 33, 12, 28, 33, 31, 18])
-    run(f"--micro_bsz 1 --accumulate_grad_batches 2 --ctx_len 16 --dataload {dataload} --epoch_steps 6")
+    run(
+        f"--micro_bsz 1 --accumulate_grad_batches 2 --ctx_len 16 --dataload {dataload} --epoch_steps 6"
+    )
     said, losses = capsys.readouterr().out, column("loss")
     documents, bad = data.Binidx("x"), []
     for n in range(12):
         [row] = data.rows_of(documents, n, 1, 16, dataload)
-        read_by_the_model = documents.tokens[row:row + 16] if dataload == "get" else sequences[row][:16]
+        read_by_the_model = (
+            documents.tokens[row : row + 16] if dataload == "get" else sequences[row][:16]
+        )
         bad += [(n // 2, row)] * (77 in list(read_by_the_model))
     assert bad and len({step for step, _ in bad}) < 6
-    named = re.findall(r"step (\d) left out: loss nan, gradient norm nan; (?:documents|rows that begin at tokens) ([\d ]+), counted from 0", said)
+    named = re.findall(
+        r"step (\d) left out: loss nan, gradient norm nan; (?:documents|rows that begin at tokens) ([\d ]+), counted from 0",
+        said,
+    )
     assert [(int(step), int(row)) for step, rows in named for row in rows.split()] == bad
-    assert [step for step, loss in enumerate(losses) if math.isnan(loss)] == sorted({step for step, _ in bad})
-    assert f"{len(named)} steps so far left out, whose loss or gradient was not finite" in said and "mean loss nan" not in said
-    assert all(tensor.isfinite().all() for tensor in read("out/rwkv-0.pth").values()) and open("out/train_log.txt").read().count("left out: loss") == len(named)
+    assert [step for step, loss in enumerate(losses) if math.isnan(loss)] == sorted(
+        {step for step, _ in bad}
+    )
+    assert (
+        f"{len(named)} steps so far left out, whose loss or gradient was not finite" in said
+        and "mean loss nan" not in said
+    )
+    assert all(tensor.isfinite().all() for tensor in read("out/rwkv-0.pth").values()) and open(
+        "out/train_log.txt"
+    ).read().count("left out: loss") == len(named)
 
 
 def spoiled_steps(monkeypatch, bad, loss=0.0, grad=math.nan):
     """To the loss of steps whose number is in `bad`, and to one number of the gradient, this is added."""
+
     def step(model, *rest, plain=train.step, steps=itertools.count(), **options):
         losses = plain(model, *rest, **options)
         if next(steps) in bad:
             model.blocks[0].ln1.bias.grad[1] += grad
             losses[0] += loss
         return losses
+
     monkeypatch.setattr(train, "step", step)
 
 
-@pytest.mark.parametrize("loss, grad", [(0.0, math.nan), (0.0, math.inf), (math.nan, 0.0), (math.inf, 0.0)])
+@pytest.mark.parametrize(
+    "loss, grad", [(0.0, math.nan), (0.0, math.inf), (math.nan, 0.0), (math.inf, 0.0)]
+)
 def test_a_step_left_out_changes_nothing(monkeypatch, loss, grad):
     states = []
+
     def update(optimizer, *rest, plain=train.update):
         def now():
-            return [t.clone() for p in sum((group["params"] for group in optimizer.param_groups), []) for t in (p, *optimizer.state.get(p, {}).values())]
+            return [
+                t.clone()
+                for p in sum((group["params"] for group in optimizer.param_groups), [])
+                for t in (p, *optimizer.state.get(p, {}).values())
+            ]
+
         before = now()
         norm = plain(optimizer, *rest)
         states.append(all(map(torch.equal, before, now())))
         return norm
+
     monkeypatch.setattr(train, "update", update)
     spoiled_steps(monkeypatch, {1, 3}, loss, grad)
     run("--epoch_steps 5")
@@ -213,55 +307,94 @@ def test_ten_bad_steps_in_a_row_end_the_run_nine_do_not(monkeypatch, capsys):
     with monkeypatch.context() as patch:
         spoiled_steps(patch, {*range(1, 10), *range(11, 40)})
         error = refused_at_the_end(capsys, lambda: run("--epoch_steps 30 --save_steps 8"))
-    assert error.startswith("10 steps in a row had a loss or gradient that is not finite; the weights are those from before.")
-    assert [*resume.states("out")] == [16, 21] and about("out/resume-21.pth")["progress"]["bad"] == 19
-    weights = {name: read(f"out/resume-{step}.pth")["weights.blocks.0.att.key.bone"] for name, step in (("before", 16), ("after", 21))}
+    assert error.startswith(
+        "10 steps in a row had a loss or gradient that is not finite; the weights are those from before."
+    )
+    assert [*resume.states("out")] == [16, 21] and about("out/resume-21.pth")["progress"][
+        "bad"
+    ] == 19
+    weights = {
+        name: read(f"out/resume-{step}.pth")["weights.blocks.0.att.key.bone"]
+        for name, step in (("before", 16), ("after", 21))
+    }
     assert weights["before"].equal(weights["after"]) and weights["after"].isfinite().all()
-    spoiled_steps(monkeypatch, {0, 4})                                                  # and one can go on past them, and count anew
+    spoiled_steps(monkeypatch, {0, 4})  # and one can go on past them, and count anew
     run("--epoch_steps 30 --save_steps 8 --resume --lr_init 1e-3 --lr_final 1e-3")
-    assert "with other --lr_init 0.001 (was 0.01)" in capsys.readouterr().out and column("step") == [*range(30)]
+    assert "with other --lr_init 0.001 (was 0.01)" in capsys.readouterr().out and column(
+        "step"
+    ) == [*range(30)]
 
 
 def test_weights_that_are_not_finite_are_never_saved(monkeypatch, capsys):
     """However they came about: here the decay of a weight of 8 overflows."""
     torch.save(tiny() | {"emb.weight": torch.full((300, 64), 8.0)}, "base.pth")
-    error = refused_at_the_end(capsys, lambda: run("--epoch_steps 1 --train_parts emb --lr_init 9e18 --lr_final 9e18 --weight_decay 9e18"))
+    error = refused_at_the_end(
+        capsys,
+        lambda: run(
+            "--epoch_steps 1 --train_parts emb --lr_init 9e18 --lr_final 9e18 --weight_decay 9e18"
+        ),
+    )
     assert "out/rwkv-0.pth: could not be saved" in error
-    assert "could not save out/resume-1.pth: weights.emb.weight holds NaN or infinite values in torch.float32;" in pathlib.Path("out/train_log.txt").read_text()
-    assert all(tensor.isfinite().all() for path in pathlib.Path("out").glob("r*.pth") for tensor in read(path).values())
+    assert (
+        "could not save out/resume-1.pth: weights.emb.weight holds NaN or infinite values in torch.float32;"
+        in pathlib.Path("out/train_log.txt").read_text()
+    )
+    assert all(
+        tensor.isfinite().all()
+        for path in pathlib.Path("out").glob("r*.pth")
+        for tensor in read(path).values()
+    )
 
 
 # ---- two runs, one folder, and what is refused ------------------------------------------------------------------------------------
 
+
 def test_a_second_run_in_the_folder_is_refused_and_a_lock_of_the_dead_is_none(capsys):
     with resume.lock("out"):
         before = {path: path.read_bytes() for path in pathlib.Path("out").rglob("*")}
-        assert f"out: another run, process {os.getpid()}, is training there; wait for its end, or give another --proj_dir" in refused(capsys, run)
+        assert (
+            f"out: another run, process {os.getpid()}, is training there; wait for its end, or give another --proj_dir"
+            in refused(capsys, run)
+        )
         assert {path: path.read_bytes() for path in pathlib.Path("out").rglob("*")} == before
     assert not os.path.exists("out")
     os.mkdir("out")
-    pathlib.Path("out/.lock").write_text("1")                   # of a process that was killed, whose number another one has now
+    pathlib.Path("out/.lock").write_text(
+        "1"
+    )  # of a process that was killed, whose number another one has now
     run()
     assert not os.path.exists("out/.lock")
 
 
 def test_a_process_that_is_killed_holds_no_lock(capsys):
     code = "import resume, time\nwith resume.lock('out'):\n    print('held', flush=True)\n    time.sleep(99)"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.path.dirname(train.__file__)})
-    assert process.stdout.readline() == b"held\n" and f"process {process.pid}, is training there" in refused(capsys, run)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.path.dirname(train.__file__)},
+    )
+    assert (
+        process.stdout.readline() == b"held\n"
+        and f"process {process.pid}, is training there" in refused(capsys, run)
+    )
     process.kill(), process.wait()
     run()
 
 
-STOPPED = {}    # {name: content} of the folder of a run of 4 steps that was killed after 2; the same for every test
+STOPPED = {}  # {name: content} of the folder of a run of 4 steps that was killed after 2; the same for every test
 
 
 def spoil_state(flags={}, **changes):
     """A state whose record `about` is other than it was; or that of a run with other flags."""
+
     def prepare():
         if not STOPPED:
             run("--epoch_steps 4 --save_steps 2 --keep 9")
-            STOPPED.update((name, pathlib.Path("out", name).read_bytes()) for name in os.listdir("out") if name not in ("resume-4.pth", "rwkv-0.pth"))
+            STOPPED.update(
+                (name, pathlib.Path("out", name).read_bytes())
+                for name in os.listdir("out")
+                if name not in ("resume-4.pth", "rwkv-0.pth")
+            )
             shutil.rmtree("out")
         os.mkdir("out")
         for name, content in STOPPED.items():
@@ -269,7 +402,16 @@ def spoil_state(flags={}, **changes):
         state = read("out/resume-2.pth")
         record = json.loads(state["about"].numpy().tobytes())
         record["args"] |= flags
-        torch.save(state | {"about": torch.frombuffer(bytearray(json.dumps(record | changes).encode()), dtype=torch.uint8)}, "out/resume-2.pth")
+        torch.save(
+            state
+            | {
+                "about": torch.frombuffer(
+                    bytearray(json.dumps(record | changes).encode()), dtype=torch.uint8
+                )
+            },
+            "out/resume-2.pth",
+        )
+
     return prepare
 
 
@@ -278,13 +420,17 @@ def spoil_tensor(name, change):
         spoil_state()()
         state = read("out/resume-2.pth")
         torch.save(state | {name: change(state[name])}, "out/resume-2.pth")
+
     return prepare
 
 
 def without(name):
     def prepare():
         spoil_state()()
-        torch.save({n: t for n, t in read("out/resume-2.pth").items() if n != name}, "out/resume-2.pth")
+        torch.save(
+            {n: t for n, t in read("out/resume-2.pth").items() if n != name}, "out/resume-2.pth"
+        )
+
     return prepare
 
 
@@ -292,58 +438,165 @@ def a_link(name, target):
     def prepare():
         os.mkdir("out")
         os.symlink(os.path.abspath(target), f"out/{name}")
+
     return prepare
 
 
-@pytest.mark.parametrize("flags, says, prepare", [
-    ("--resume", "out: holds no resume-N.pth to go on from; drop --resume", None),
-    ("--resume maybe", "maybe is unknown; there are last, auto", None),
-    ("", "out/resume-2.pth: the state of an earlier run; go on with it by --resume", spoil_state()),
-    ("--resume --bone_r 8", "out/resume-2.pth: saved with --bone_r 16, but --bone_r is 8; use the same", spoil_state()),
-    ("--resume --micro_bsz 3", "saved with --micro_bsz 4", spoil_state()), ("--resume --random_seed 3", "saved with --random_seed 0", spoil_state()),
-    ("--resume --train_type infctx", "saved with --train_type none, but --train_type is infctx", spoil_state()),
-    ("--resume --train_type infctx --chunk_ctx 8", "saved with --chunk_ctx 16, but --chunk_ctx is 8", spoil_state({"train_type": "infctx", "chunk_ctx": 16})),
-    ("--resume --precision fp32", "saved with --precision bf16", spoil_state()), ("--resume --epoch_steps 9", "saved with --epoch_steps 4", spoil_state()),
-    ("--resume", "--load_model base.pth has another content than base.pth had when this was saved", lambda: (spoil_state()(), torch.save(tiny() | {"head.weight": torch.ones(300, 64)}, "base.pth"))),
-    ("--resume", "--data_file x has another content than x had when this was saved", lambda: (spoil_state()(), data.write_binidx("x", counting([20] * 12)))),
-    ("--resume", "not the state of a training (AttributeError: 'NoneType'", spoil_state(scaler=None)),
-    ("--resume", "not the state of a training", spoil_state(progress={"step": -1})), ("--resume", "not the state of a training", spoil_state(progress={"stop": 1})),
-    ("--resume", "not the state of a training", spoil_state(args=[])), ("--resume", "not the state of a training", without("about")),
-    *[("--resume", f"not the state of a training (ValueError: {what} cannot be)", spoil_state(**changes)) for what, changes in (
-        ("losses", {"progress": {"step": 2, "losses": ["1.0"]}}), ("losses", {"progress": {"step": 2, "losses": {"1": 2}}}), ("scaler", {"scaler": {"scale": "5"}}),
-        *(("micro_batches", {"micro_batches": wrong}) for wrong in (0, -1, "2", 1.0, True, None, 1 << 40)), ("scaler", {"scaler": {"scale": 0}}), ("scaler", {"scaler": {"scale": math.nan}}), ("scaler", {"scaler": {"growth_interval": 0.5}}),
-        ("step 1, in a file of this name,", {"progress": {"step": 1}}))],
-    *[("--resume", f"{name} is", spoil_tensor(name, change)) for name, change in (
-        ("exp_avg_sq.blocks.0.att.key.bone", torch.neg), ("step.blocks.0.att.key.bone", torch.zeros_like), ("exp_avg.blocks.0.att.key.bone", torch.log))],
-    ("--resume", "its gradient scaler or random state cannot be", spoil_tensor("rng", torch.zeros_like)),
-    ("--resume", "exp_avg.blocks.0.att.key.bone is missing", without("exp_avg.blocks.0.att.key.bone")), ("--resume", "rng is missing", without("rng")),
-    ("--resume", "out/resume-2.pth: a cut or damaged", lambda: (spoil_state()(), os.truncate("out/resume-2.pth", 9999))),
-    ("--resume --lr_init 1", "out/rwkv-0.pth: already there", lambda: (spoil_state()(), pathlib.Path("out/rwkv-0.pth").write_bytes(b"of other weights"))),
-    ("--bone_load out/resume-2.pth --proj_dir b", "out/resume-2.pth: the state of a training, for --resume", spoil_state()),
-    ("", "out/.lock: a symbolic link", a_link(".lock", "x.bin")), ("", "out/loss.csv: a symbolic link", a_link("loss.csv", "x.bin")),
-    ("", "out/train_log.txt: a symbolic link", a_link("train_log.txt", "nowhere")), ("", "out/wandb: a symbolic link", a_link("wandb", ".")),
-    ("", "out/rwkv-0.pth: already there", a_link("rwkv-0.pth", "nowhere")),
-])
+@pytest.mark.parametrize(
+    "flags, says, prepare",
+    [
+        ("--resume", "out: holds no resume-N.pth to go on from; drop --resume", None),
+        ("--resume maybe", "maybe is unknown; there are last, auto", None),
+        (
+            "",
+            "out/resume-2.pth: the state of an earlier run; go on with it by --resume",
+            spoil_state(),
+        ),
+        (
+            "--resume --bone_r 8",
+            "out/resume-2.pth: saved with --bone_r 16, but --bone_r is 8; use the same",
+            spoil_state(),
+        ),
+        ("--resume --micro_bsz 3", "saved with --micro_bsz 4", spoil_state()),
+        ("--resume --random_seed 3", "saved with --random_seed 0", spoil_state()),
+        (
+            "--resume --train_type infctx",
+            "saved with --train_type none, but --train_type is infctx",
+            spoil_state(),
+        ),
+        (
+            "--resume --train_type infctx --chunk_ctx 8",
+            "saved with --chunk_ctx 16, but --chunk_ctx is 8",
+            spoil_state({"train_type": "infctx", "chunk_ctx": 16}),
+        ),
+        ("--resume --precision fp32", "saved with --precision bf16", spoil_state()),
+        ("--resume --epoch_steps 9", "saved with --epoch_steps 4", spoil_state()),
+        (
+            "--resume",
+            "--load_model base.pth has another content than base.pth had when this was saved",
+            lambda: (
+                spoil_state()(),
+                torch.save(tiny() | {"head.weight": torch.ones(300, 64)}, "base.pth"),
+            ),
+        ),
+        (
+            "--resume",
+            "--data_file x has another content than x had when this was saved",
+            lambda: (spoil_state()(), data.write_binidx("x", counting([20] * 12))),
+        ),
+        (
+            "--resume",
+            "not the state of a training (AttributeError: 'NoneType'",
+            spoil_state(scaler=None),
+        ),
+        ("--resume", "not the state of a training", spoil_state(progress={"step": -1})),
+        ("--resume", "not the state of a training", spoil_state(progress={"stop": 1})),
+        ("--resume", "not the state of a training", spoil_state(args=[])),
+        ("--resume", "not the state of a training", without("about")),
+        *[
+            (
+                "--resume",
+                f"not the state of a training (ValueError: {what} cannot be)",
+                spoil_state(**changes),
+            )
+            for what, changes in (
+                ("losses", {"progress": {"step": 2, "losses": ["1.0"]}}),
+                ("losses", {"progress": {"step": 2, "losses": {"1": 2}}}),
+                ("scaler", {"scaler": {"scale": "5"}}),
+                *(
+                    ("micro_batches", {"micro_batches": wrong})
+                    for wrong in (0, -1, "2", 1.0, True, None, 1 << 40)
+                ),
+                ("scaler", {"scaler": {"scale": 0}}),
+                ("scaler", {"scaler": {"scale": math.nan}}),
+                ("scaler", {"scaler": {"growth_interval": 0.5}}),
+                ("step 1, in a file of this name,", {"progress": {"step": 1}}),
+            )
+        ],
+        *[
+            ("--resume", f"{name} is", spoil_tensor(name, change))
+            for name, change in (
+                ("exp_avg_sq.blocks.0.att.key.bone", torch.neg),
+                ("step.blocks.0.att.key.bone", torch.zeros_like),
+                ("exp_avg.blocks.0.att.key.bone", torch.log),
+            )
+        ],
+        (
+            "--resume",
+            "its gradient scaler or random state cannot be",
+            spoil_tensor("rng", torch.zeros_like),
+        ),
+        (
+            "--resume",
+            "exp_avg.blocks.0.att.key.bone is missing",
+            without("exp_avg.blocks.0.att.key.bone"),
+        ),
+        ("--resume", "rng is missing", without("rng")),
+        (
+            "--resume",
+            "out/resume-2.pth: a cut or damaged",
+            lambda: (spoil_state()(), os.truncate("out/resume-2.pth", 9999)),
+        ),
+        (
+            "--resume --lr_init 1",
+            "out/rwkv-0.pth: already there",
+            lambda: (
+                spoil_state()(),
+                pathlib.Path("out/rwkv-0.pth").write_bytes(b"of other weights"),
+            ),
+        ),
+        (
+            "--bone_load out/resume-2.pth --proj_dir b",
+            "out/resume-2.pth: the state of a training, for --resume",
+            spoil_state(),
+        ),
+        ("", "out/.lock: a symbolic link", a_link(".lock", "x.bin")),
+        ("", "out/loss.csv: a symbolic link", a_link("loss.csv", "x.bin")),
+        ("", "out/train_log.txt: a symbolic link", a_link("train_log.txt", "nowhere")),
+        ("", "out/wandb: a symbolic link", a_link("wandb", ".")),
+        ("", "out/rwkv-0.pth: already there", a_link("rwkv-0.pth", "nowhere")),
+    ],
+)
 def test_what_cannot_go_on_is_refused_and_nothing_harmed(capsys, flags, says, prepare):
     def contents():
         return {path: path.read_bytes() for path in pathlib.Path().rglob("*") if path.is_file()}
+
     prepare and prepare()
     before = contents()
     capsys.readouterr()
-    assert says in refused(capsys, lambda: run(("--epoch_steps 4 " if "--epoch_steps" not in flags else "") + flags)) and contents() == before
+    assert (
+        says
+        in refused(
+            capsys,
+            lambda: run(("--epoch_steps 4 " if "--epoch_steps" not in flags else "") + flags),
+        )
+        and contents() == before
+    )
 
 
 def test_no_link_in_the_folder_leads_a_file_outside(monkeypatch):
     os.mkdir("out"), os.mkdir("outside")
-    for name in ("args.json", f"args.json.{os.getpid()}.tmp", "resume-4.pth", f"rwkv-0.pth.{os.getpid()}.tmp", "loss.png"):
+    for name in (
+        "args.json",
+        f"args.json.{os.getpid()}.tmp",
+        "resume-4.pth",
+        f"rwkv-0.pth.{os.getpid()}.tmp",
+        "loss.png",
+    ):
         os.symlink(os.path.abspath(f"outside/{name}"), f"out/{name}")
     os.unlink("out/resume-4.pth")
     run()
-    assert os.listdir("outside") == [] and not os.path.islink("out/args.json") and read("out/rwkv-0.pth")
+    assert (
+        os.listdir("outside") == []
+        and not os.path.islink("out/args.json")
+        and read("out/rwkv-0.pth")
+    )
 
 
 def test_a_temporary_file_is_never_one_that_lies_there(monkeypatch):
-    monkeypatch.setattr(files, "remove_leftovers", lambda pattern: None)    # as if it came to lie there a moment later
+    monkeypatch.setattr(
+        files, "remove_leftovers", lambda pattern: None
+    )  # as if it came to lie there a moment later
     os.symlink(os.path.abspath("outside"), f"a.{os.getpid()}.tmp")
     with pytest.raises(FileExistsError), files.atomic_path("a"):
         pass
@@ -354,20 +607,41 @@ def test_leftovers_of_killed_processes_go_and_nothing_else_does():
     os.mkdir("out")
     dead = subprocess.Popen(["true"])
     dead.wait()
-    for name in (f"resume-7.pth.{dead.pid}.tmp", f"rwkv-0.pth.{os.getpid()}.tmp", f"mine.{dead.pid}.tmp", f"resume-7.pth.{os.getppid()}.tmp", "resume-7.pth.x.tmp"):
+    for name in (
+        f"resume-7.pth.{dead.pid}.tmp",
+        f"rwkv-0.pth.{os.getpid()}.tmp",
+        f"mine.{dead.pid}.tmp",
+        f"resume-7.pth.{os.getppid()}.tmp",
+        "resume-7.pth.x.tmp",
+    ):
         pathlib.Path("out", name).write_bytes(b"x")
     run()
-    assert {name for name in os.listdir("out") if name.endswith(".tmp")} == {f"mine.{dead.pid}.tmp", f"resume-7.pth.{os.getppid()}.tmp", "resume-7.pth.x.tmp"}
+    assert {name for name in os.listdir("out") if name.endswith(".tmp")} == {
+        f"mine.{dead.pid}.tmp",
+        f"resume-7.pth.{os.getppid()}.tmp",
+        "resume-7.pth.x.tmp",
+    }
 
 
 def test_wandb_and_the_log_carry_no_secret(monkeypatch):
     pytest.importorskip("wandb")
-    for name, value in (("MODE", "offline"), ("SILENT", "true"), ("CONFIG_DIR", "wandb_config"), ("CACHE_DIR", "wandb_cache")):
+    for name, value in (
+        ("MODE", "offline"),
+        ("SILENT", "true"),
+        ("CONFIG_DIR", "wandb_config"),
+        ("CACHE_DIR", "wandb_cache"),
+    ):
         monkeypatch.setenv(f"WANDB_{name}", value)
     for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD"):
         monkeypatch.setenv(name, "5ec2e7" * 7)
     git = "git -c user.name=a -c user.email=a@b"
-    subprocess.run(f"git init -q . && git remote add origin https://user:5ec2e75ec2e7@example.org/a.git && {git} commit -q --allow-empty -m a", shell=True, check=True)
+    subprocess.run(
+        f"git init -q . && git remote add origin https://user:5ec2e75ec2e7@example.org/a.git && {git} commit -q --allow-empty -m a",
+        shell=True,
+        check=True,
+    )
     run("--wandb project --epoch_steps 2")
     written = [path for path in pathlib.Path("out").rglob("*") if path.is_file()]
-    assert any(path.suffix == ".wandb" for path in written) and not [path for path in written if re.search(b"5ec2e7|example.org", path.read_bytes())]
+    assert any(path.suffix == ".wandb" for path in written) and not [
+        path for path in written if re.search(b"5ec2e7|example.org", path.read_bytes())
+    ]

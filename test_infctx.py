@@ -33,7 +33,10 @@ def trained(flags="", version="x060"):
     """A model ready for training in float32, its bones no longer zero, on version x060 or x052."""
     if version == "x052":
         torch.manual_seed(0)
-        base = {name: (p.detach() + 0.05 * torch.randn_like(p)) for name, p in rwkv6.init_model(2, 64, 300, version="x052").named_parameters()}
+        base = {
+            name: (p.detach() + 0.05 * torch.randn_like(p))
+            for name, p in rwkv6.init_model(2, 64, 300, version="x052").named_parameters()
+        }
         torch.save(base, "base.pth")
     model, *_ = train.build_model(arguments(f"--precision fp32 {flags}"), torch.device("cpu"))
     torch.manual_seed(1)
@@ -44,11 +47,25 @@ def trained(flags="", version="x060"):
 
 
 @pytest.mark.parametrize("loss_mask", ["pad", "none", "se"])
-@pytest.mark.parametrize("flags, version", [("", "x060"), ("--bone_mode bone", "x060"), ("--quant nf4", "x060"), ("--quant int8 --bone_mode bone", "x060"),
-                                            ("--train_parts time ln emb head", "x060"), ("--train_parts", "x060"), ("--train_parts time", "x060"), ("", "x052"), ("--quant int8", "x052")])
+@pytest.mark.parametrize(
+    "flags, version",
+    [
+        ("", "x060"),
+        ("--bone_mode bone", "x060"),
+        ("--quant nf4", "x060"),
+        ("--quant int8 --bone_mode bone", "x060"),
+        ("--train_parts time ln emb head", "x060"),
+        ("--train_parts", "x060"),
+        ("--train_parts time", "x060"),
+        ("", "x052"),
+        ("--quant int8", "x052"),
+    ],
+)
 def test_loss_and_every_gradient_are_those_of_the_whole_row(flags, version, loss_mask):
     model = trained(flags, version)
-    documents = [data.Binidx("x")[i] for i in (1, 2, 3, 7)]      # 33, 40, 9 and 12 tokens; the ids are bytes + 1
+    documents = [
+        data.Binidx("x")[i] for i in (1, 2, 3, 7)
+    ]  # 33, 40, 9 and 12 tokens; the ids are bytes + 1
     batch = data.collate(documents, 32, ("P", "d") if loss_mask == "se" else loss_mask)
     assert batch[2].sum() > 0
     expected = gradients(model, batch)
@@ -63,7 +80,9 @@ def test_bptt_cuts_the_gradient_between_groups_of_chunks():
     found = gradients(model, batch, chunk_ctx=5, bptt=3)
     model.zero_grad()
     state, total = model.empty_state(), 0.0
-    for i, (idx, targets, mask) in enumerate(zip(*(x.split(5, 1) for x in batch))):       # the definition, as one graph
+    for i, (idx, targets, mask) in enumerate(
+        zip(*(x.split(5, 1) for x in batch))
+    ):  # the definition, as one graph
         state = loss.apart(state) if i % 3 == 0 else state
         value, state = loss.loss_fn(model, idx, targets, mask, batch[2].sum().item(), 64, state)
         total += value
@@ -76,7 +95,9 @@ def test_bptt_cuts_the_gradient_between_groups_of_chunks():
 
 def test_a_run_cuts_no_document_and_lets_no_state_into_the_next():
     """The rows of one run are the whole documents, each from an empty state; of the other, they are the plain path's, in a wide enough ctx_len."""
-    flags = "--precision fp32 --val_file x --epoch_steps 6 --accumulate_grad_batches 2 --micro_bsz 2"
+    flags = (
+        "--precision fp32 --val_file x --epoch_steps 6 --accumulate_grad_batches 2 --micro_bsz 2"
+    )
     run(f"{flags} --proj_dir a --ctx_len 64")
     run(f"{flags} --proj_dir b --ctx_len 8 --train_type infctx --chunk_ctx 7")
     for name in ("loss", "val_loss"):
@@ -85,11 +106,18 @@ def test_a_run_cuts_no_document_and_lets_no_state_into_the_next():
 
 
 def test_a_document_longer_than_ctx_len_counts_to_its_end_where_markers_do_too():
-    x = [data.Binidx("x")[2]]                                  # 40 tokens, counting from 74
-    assert data.collate(x, 8, "pad", cut=False)[0].shape == (1, 39) and data.collate(x, 8, "pad")[0].shape == (1, 8)
-    assert data.collate(x, 8, ("b", "q"), cut=False)[2].sum() == ord("q") - ord("b") - 1 and data.collate(x, 8, ("b", "q"))[2].sum() == 0
+    x = [data.Binidx("x")[2]]  # 40 tokens, counting from 74
+    assert data.collate(x, 8, "pad", cut=False)[0].shape == (1, 39) and data.collate(x, 8, "pad")[
+        0
+    ].shape == (1, 8)
+    assert (
+        data.collate(x, 8, ("b", "q"), cut=False)[2].sum() == ord("q") - ord("b") - 1
+        and data.collate(x, 8, ("b", "q"))[2].sum() == 0
+    )
     short = [data.Binidx("x")[3]]
-    assert data.collate(short + x, 16, "none", cut=False)[0].shape == (2, 39) and data.collate(short, 16, "none", cut=False)[0].shape == (1, 16)
+    assert data.collate(short + x, 16, "none", cut=False)[0].shape == (2, 39) and data.collate(
+        short, 16, "none", cut=False
+    )[0].shape == (1, 16)
 
 
 @pytest.mark.parametrize("flags", ["", "--quant nf4"])
@@ -97,7 +125,13 @@ def test_recomputing_a_block_repeats_no_product(monkeypatch, flags):
     """Each weight is multiplied once without a graph for each chunk but the last, once with one, and once in the backward pass."""
     model, batch, made = trained(flags), data.collate([data.Binidx("x")[1]], 32, "pad"), []
     for module in (bone, quant):
-        monkeypatch.setattr(module, "dense", lambda weight, dtype, plain=quant.dense: made.append(id(weight)) or plain(weight, dtype))
+        monkeypatch.setattr(
+            module,
+            "dense",
+            lambda weight, dtype, plain=quant.dense: (
+                made.append(id(weight)) or plain(weight, dtype)
+            ),
+        )
     layers = sum(isinstance(m, bone.BoneLinear) for m in model.modules())
     counts, found = {}, {}
     for keep in (False, True):
@@ -117,42 +151,94 @@ def test_memory_does_not_grow_with_the_row_but_by_the_states_and_all_of_it_is_fr
         idx = torch.randint(300, (2, 16 * chunks))
         model.zero_grad()
         with memory.LiveBytes([idx, *memory.tensors(model)]) as live:
-            loss.step(model, [(idx, idx, torch.ones(idx.shape))], contextlib.nullcontext(), chunk_ctx=16)
+            loss.step(
+                model, [(idx, idx, torch.ones(idx.shape))], contextlib.nullcontext(), chunk_ctx=16
+            )
             storages = [p.grad.untyped_storage() for p in model.parameters() if p.grad is not None]
-            assert live.now == sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+            assert live.now == sum(
+                {storage.data_ptr(): storage.nbytes() for storage in storages}.values()
+            )
             peaks.append(live.peak)
-    with memory.LiveBytes(memory.tensors(model)) as live:       # and so it is where nothing goes back
-        loss.loss_fn(model, torch.ones(1, 16, dtype=torch.int64), torch.ones(1, 16, dtype=torch.int64), torch.ones(1, 16))
+    with memory.LiveBytes(memory.tensors(model)) as live:  # and so it is where nothing goes back
+        loss.loss_fn(
+            model,
+            torch.ones(1, 16, dtype=torch.int64),
+            torch.ones(1, 16, dtype=torch.int64),
+            torch.ones(1, 16),
+        )
         assert live.now == 0
     state = model.state_bytes(2)
-    assert sum(x.nbytes for x in loss.tensors(model.hidden(idx[:, :1], model.empty_state())[1])) == state
-    assert peaks[3] - peaks[2] <= 10 * state + 3 * 8 * 2 * 160                    # and idx, targets, mask themselves
+    assert (
+        sum(x.nbytes for x in loss.tensors(model.hidden(idx[:, :1], model.empty_state())[1]))
+        == state
+    )
+    assert peaks[3] - peaks[2] <= 10 * state + 3 * 8 * 2 * 160  # and idx, targets, mask themselves
     assert peaks[3] - peaks[2] >= 10 * state
 
 
-@pytest.mark.parametrize("flags", ["", "--train_parts", "--quant nf4 --bptt 2", "--grad_cp 0 --precision fp32", "--bone_mode bone --train_parts emb"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--train_parts",
+        "--quant nf4 --bptt 2",
+        "--grad_cp 0 --precision fp32",
+        "--bone_mode bone --train_parts emb",
+    ],
+)
 def test_the_expected_peak_is_what_the_tensors_of_a_real_step_take(true_memory, flags):
-    args = arguments(f"--train_type infctx --chunk_ctx 32 --micro_bsz 2 --bone_r 32 --ctx_len 8 --grad_cp 1 {flags}")
-    torch.save({name: p.detach().bfloat16() for name, p in rwkv6.init_model(5, 128, 300).named_parameters()}, "base.pth")
+    args = arguments(
+        f"--train_type infctx --chunk_ctx 32 --micro_bsz 2 --bone_r 32 --ctx_len 8 --grad_cp 1 {flags}"
+    )
+    torch.save(
+        {
+            name: p.detach().bfloat16()
+            for name, p in rwkv6.init_model(5, 128, 300).named_parameters()
+        },
+        "base.pth",
+    )
     data.write_binidx("x", counting([100, 300]))
     parts = build.expected_memory(args, torch.device("cpu"))[1]
     model, *_ = train.build_model(args, torch.device("cpu"))
     idx = torch.randint(300, (2, 299))
     with memory.LiveBytes([idx, *memory.tensors(model)]) as live:
-        loss.step(model, [(idx, idx, torch.ones(idx.shape))], train.precision(args, torch.device("cpu"))[0], None, 32, args.bptt)
+        loss.step(
+            model,
+            [(idx, idx, torch.ones(idx.shape))],
+            train.precision(args, torch.device("cpu"))[0],
+            None,
+            32,
+            args.bptt,
+        )
     assert parts["states between chunks"] == (2 if args.bptt else 8) * model.state_bytes(2)
-    assert sum(parts[name] for name in ("activations, gradients", "workspace", "states between chunks")) == pytest.approx(live.peak, rel=0.03)
+    assert sum(
+        parts[name] for name in ("activations, gradients", "workspace", "states between chunks")
+    ) == pytest.approx(live.peak, rel=0.03)
 
 
 def test_what_infctx_cannot_do_is_refused():
-    torch.save({name: p.detach() for name, p in rwkv6.init_model(2, 64, 300, head_qk=16).named_parameters()}, "base.pth")
-    with pytest.raises(ValueError, match="--train_type infctx: head_qk looks at every earlier token, so that no state can stand for them; leave infctx out"):
+    torch.save(
+        {
+            name: p.detach()
+            for name, p in rwkv6.init_model(2, 64, 300, head_qk=16).named_parameters()
+        },
+        "base.pth",
+    )
+    with pytest.raises(
+        ValueError,
+        match="--train_type infctx: head_qk looks at every earlier token, so that no state can stand for them; leave infctx out",
+    ):
         run("--train_type infctx")
-    with pytest.raises(ValueError, match="--train_type: state would train initial states; RWKV-PEFT"):
+    with pytest.raises(
+        ValueError, match="--train_type: state would train initial states; RWKV-PEFT"
+    ):
         run("--train_type state")
 
 
 def test_what_is_too_large_is_advised_infctx(true_memory, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 0.05e9)
-    with pytest.raises(ValueError, match=r"what helps most is --train_type infctx, with which it would take 0.\d\d GB"):
+    with pytest.raises(
+        ValueError,
+        match=r"what helps most is --train_type infctx, with which it would take 0.\d\d GB",
+    ):
         run("--ctx_len 20000 --micro_bsz 1 --grad_cp 1")

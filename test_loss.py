@@ -13,14 +13,29 @@ from loss import HeadLoss, largest_of_rows, loss_fn
 from test_train import arguments, base_file, folder  # noqa: F401 (two are fixtures)
 
 
-@pytest.mark.parametrize("M, vocab_size, dtype, near", [(300, 40_000, torch.float64, 1e-12), (300, 40_000, torch.float32, 2e-5), (7, 50, torch.float32, 2e-5)])
+@pytest.mark.parametrize(
+    "M, vocab_size, dtype, near",
+    [
+        (300, 40_000, torch.float64, 1e-12),
+        (300, 40_000, torch.float32, 2e-5),
+        (7, 50, torch.float32, 2e-5),
+    ],
+)
 def test_head_loss_in_chunks_is_the_loss_on_whole_logits(M, vocab_size, dtype, near):
     torch.manual_seed(0)
-    x, head = torch.randn(M, 24, dtype=dtype, requires_grad=True), torch.randn(vocab_size, 24, dtype=dtype, requires_grad=True)
-    targets, weight = torch.randint(vocab_size, (M,)), (torch.rand(M, dtype=dtype) - 0.3).clamp(0) / M
+    x, head = (
+        torch.randn(M, 24, dtype=dtype, requires_grad=True),
+        torch.randn(vocab_size, 24, dtype=dtype, requires_grad=True),
+    )
+    targets, weight = (
+        torch.randint(vocab_size, (M,)),
+        (torch.rand(M, dtype=dtype) - 0.3).clamp(0) / M,
+    )
     logits = x @ head.t()
     loss = F.cross_entropy(logits, targets, reduction="none") @ weight
-    whole = loss + 0.01 / 2 * (logits.max(-1).values ** 2).sum()               # its gradient adds 0.01 * the largest logit: the L2 wrap
+    whole = (
+        loss + 0.01 / 2 * (logits.max(-1).values ** 2).sum()
+    )  # its gradient adds 0.01 * the largest logit: the L2 wrap
     ours = HeadLoss.apply(x, head, targets, weight, torch.full((M,), 0.01, dtype=dtype), dtype)
     assert ours.item() == pytest.approx(loss.item(), rel=near)
     for a, e in zip(torch.autograd.grad(ours, [x, head]), torch.autograd.grad(whole, [x, head])):
@@ -29,7 +44,9 @@ def test_head_loss_in_chunks_is_the_loss_on_whole_logits(M, vocab_size, dtype, n
 
 @pytest.mark.parametrize("width", [1, 7, 256, 300, 1024])
 def test_the_largest_of_a_row_is_the_first_of_equals(width):
-    x = torch.randint(5, (50, width), generator=torch.Generator().manual_seed(0)).bfloat16()   # ties in every row, within and across blocks
+    x = torch.randint(
+        5, (50, width), generator=torch.Generator().manual_seed(0)
+    ).bfloat16()  # ties in every row, within and across blocks
     assert all(map(torch.equal, largest_of_rows(x), x.max(-1, keepdim=True)))
 
 
@@ -46,10 +63,26 @@ def test_a_frozen_head_gets_no_gradient_and_no_token_that_counts_is_no_loss():
 def test_four_micro_batches_of_one_row_are_one_of_four(loss_mask):
     """Each padded to its own length, or to ctx_len; the loss's mask, and the L2 wrap, see no difference."""
     model, *_ = train.build_model(arguments("--precision fp32"), torch.device("cpu"))
-    documents, losses, grads = [data.Binidx("x")[i] for i in (1, 3, 5, 7)], [], []      # 32, 8, 29 and 11 tokens count
+    documents, losses, grads = (
+        [data.Binidx("x")[i] for i in (1, 3, 5, 7)],
+        [],
+        [],
+    )  # 32, 8, 29 and 11 tokens count
     for rows in ([documents], [[document] for document in documents]):
         model.zero_grad()
-        losses.append(sum(train.step(model, [data.collate(row, 32, loss_mask) for row in rows], contextlib.nullcontext())).item())
-        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+        losses.append(
+            sum(
+                train.step(
+                    model,
+                    [data.collate(row, 32, loss_mask) for row in rows],
+                    contextlib.nullcontext(),
+                )
+            ).item()
+        )
+        grads.append(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        )
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    assert all((grad - grads[1][name]).norm() <= 1e-5 * grad.norm() for name, grad in grads[0].items())
+    assert all(
+        (grad - grads[1][name]).norm() <= 1e-5 * grad.norm() for name, grad in grads[0].items()
+    )

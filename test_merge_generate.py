@@ -29,14 +29,24 @@ def tiny(dtype=torch.float32, n_embd=64, vocab_size=300, n_layer=2):
     """A base model as a dict: initialized, then disturbed, so that no tensor is zero."""
     torch.manual_seed(0)
     model = rwkv6.init_model(n_layer, n_embd, vocab_size)
-    return {name: (p.detach() + 0.05 * torch.randn_like(p)).to(dtype) for name, p in model.named_parameters()}
+    return {
+        name: (p.detach() + 0.05 * torch.randn_like(p)).to(dtype)
+        for name, p in model.named_parameters()
+    }
 
 
 def trained(base, mode="bat", r=16):
     """A checkpoint as training leaves it: bones, and time and ln parts that have moved, in the dtype of the base in the file `base`."""
     torch.manual_seed(1)
-    dtype, model = torch.load(base, weights_only=True)["emb.weight"].dtype, bone.add_bone(rwkv6.load_model(base), r, mode)
-    parts = {name: p.detach() for name, p in model.named_parameters() if name.endswith(".bone") or "time" in name or "ln" in name}
+    dtype, model = (
+        torch.load(base, weights_only=True)["emb.weight"].dtype,
+        bone.add_bone(rwkv6.load_model(base), r, mode),
+    )
+    parts = {
+        name: p.detach()
+        for name, p in model.named_parameters()
+        if name.endswith(".bone") or "time" in name or "ln" in name
+    }
     return {name: (p + 0.03 * torch.randn_like(p)).to(dtype) for name, p in parts.items()}
 
 
@@ -45,7 +55,10 @@ def models(tmp_path_factory):
     """base.pth and ckpt.pth, small; world.pth and world_ckpt.pth, of one block, with the whole World vocabulary. One thread is enough."""
     folder, threads = tmp_path_factory.mktemp("models"), torch.get_num_threads()
     torch.set_num_threads(1)
-    for base, checkpoint, content in (("base", "ckpt", tiny()), ("world", "world_ckpt", tiny(vocab_size=65536, n_layer=1))):
+    for base, checkpoint, content in (
+        ("base", "ckpt", tiny()),
+        ("world", "world_ckpt", tiny(vocab_size=65536, n_layer=1)),
+    ):
         torch.save(content, folder / f"{base}.pth")
         torch.save(trained(folder / f"{base}.pth"), folder / f"{checkpoint}.pth")
     yield folder
@@ -75,48 +88,82 @@ def refused(capsys, main):
     with pytest.raises(SystemExit) as end:
         files.run_cli(main)
     error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and contents() == before
+    assert (
+        end.value.code == 2
+        and error.startswith("error: ")
+        and error.count("\n") == 1
+        and contents() == before
+    )
     return error
 
 
 def command(line, **options):
     program, *args = shlex.split(line)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, HERE / program, *args], capture_output=True, encoding="utf-8", env=environment, **options)
+    return subprocess.run(
+        [sys.executable, HERE / program, *args],
+        capture_output=True,
+        encoding="utf-8",
+        env=environment,
+        **options,
+    )
 
 
 # ---- merge.py -----------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("dtype, mode, near", [(torch.float32, "bat", 1e-5), (torch.float32, "bone", 1e-5), (torch.bfloat16, "bat", 2e-2)])
+
+@pytest.mark.parametrize(
+    "dtype, mode, near",
+    [(torch.float32, "bat", 1e-5), (torch.float32, "bone", 1e-5), (torch.bfloat16, "bat", 2e-2)],
+)
 def test_the_merged_model_is_base_and_bone(capsys, dtype, mode, near):
     torch.save(tiny(dtype), "base.pth")
     torch.save(trained("base.pth", mode), "ckpt.pth")
     merge.merge("base.pth", "ckpt.pth", "tuned.pth")
     base, checkpoint, tuned = read("base.pth"), read("ckpt.pth"), read("tuned.pth")
-    assert {n: (t.shape, t.dtype) for n, t in tuned.items()} == {n: (t.shape, t.dtype) for n, t in base.items()}
+    assert {n: (t.shape, t.dtype) for n, t in tuned.items()} == {
+        n: (t.shape, t.dtype) for n, t in base.items()
+    }
     for name, tensor in tuned.items():
         bones = name.removesuffix("weight") + "bone" in checkpoint
-        assert bones != tensor.equal(checkpoint.get(name, base[name])), name        # trained parts taken over, the rest untouched
-    whole, apart = rwkv6.load_model("tuned.pth", torch.float32), bone.load_bone(rwkv6.load_model("base.pth", torch.float32), "ckpt.pth")
+        assert bones != tensor.equal(checkpoint.get(name, base[name])), (
+            name
+        )  # trained parts taken over, the rest untouched
+    whole, apart = (
+        rwkv6.load_model("tuned.pth", torch.float32),
+        bone.load_bone(rwkv6.load_model("base.pth", torch.float32), "ckpt.pth"),
+    )
     expected = apart(idx := torch.randint(300, (2, 40)))
     assert (whole(idx) - expected).norm() <= near * expected.norm()
     said = capsys.readouterr().out
-    assert f"merged 16 weights (Bone {mode}, r 16) and {len(checkpoint) - 16} other trained tensors into base.pth\nwrote tuned.pth" in said
+    assert (
+        f"merged 16 weights (Bone {mode}, r 16) and {len(checkpoint) - 16} other trained tensors into base.pth\nwrote tuned.pth"
+        in said
+    )
 
 
 def test_a_base_that_training_takes_merging_takes():
-    flat = {name: tensor.reshape(-1) if "time_maa" in name and tensor.shape[:2] == (1, 1) else tensor for name, tensor in tiny().items()}
+    flat = {
+        name: tensor.reshape(-1) if "time_maa" in name and tensor.shape[:2] == (1, 1) else tensor
+        for name, tensor in tiny().items()
+    }
     torch.save(flat, "base.pth")
-    torch.save(trained("base.pth"), "ckpt.pth")                                    # (1, 1, C), as the model has them
+    torch.save(trained("base.pth"), "ckpt.pth")  # (1, 1, C), as the model has them
     merge.merge("base.pth", "ckpt.pth", "tuned.pth")
-    assert read("tuned.pth")["blocks.1.att.time_maa_x"].flatten().equal(read("ckpt.pth")["blocks.1.att.time_maa_x"].flatten())
+    assert (
+        read("tuned.pth")["blocks.1.att.time_maa_x"]
+        .flatten()
+        .equal(read("ckpt.pth")["blocks.1.att.time_maa_x"].flatten())
+    )
 
 
 def test_a_merge_cut_short_leaves_what_was_there(monkeypatch):
     before = contents()
+
     def cut_short(content, file):
         file.write(b"half")
         raise KeyboardInterrupt
+
     monkeypatch.setattr(torch, "save", cut_short)
     with pytest.raises(SystemExit) as end:
         files.run_cli(lambda: merge.merge("base.pth", "ckpt.pth", "tuned.pth"))
@@ -127,27 +174,80 @@ def spoil(name, tensor):
     torch.save(read("ckpt.pth") | {name: tensor}, "bad.pth")
 
 
-@pytest.mark.parametrize("paths, says, prepare", [
-    ("base.pth ckpt.pth base.pth", "base.pth: would overwrite the base", None),
-    ("base.pth ckpt.pth ckpt.pth", "ckpt.pth: would overwrite the checkpoint", None),
-    ("base.pth ckpt.pth ./base.pth", "would overwrite the base", None),
-    ("base.pth ckpt.pth link.pth", "would overwrite the base", lambda: os.symlink("base.pth", "link.pth")),
-    ("base.pth ckpt.pth hard.pth", "would overwrite the checkpoint", lambda: os.link("ckpt.pth", "hard.pth")),
-    ("gone.pth ckpt.pth tuned.pth", "gone.pth: No such file", None),
-    ("base.pth gone.pth tuned.pth", "gone.pth: No such file", None),
-    ("base.pth ckpt.pth gone/tuned.pth", "gone/tuned.pth: cannot be written, as there is no folder gone/;", None),
-    ("base.pth ckpt.pth taken", "taken: cannot be written, as it is a folder;", lambda: os.mkdir("taken")),
-    ("ckpt.pth base.pth tuned.pth", "ckpt.pth: a Bone checkpoint, not a base model; the order is merge.py base checkpoint output", None),
-    ("ckpt.pth ckpt.pth tuned.pth", "the order is merge.py base checkpoint output", None),
-    ("base.pth base2.pth tuned.pth", "base2.pth: holds no tensor named *.bone", lambda: shutil.copy("base.pth", "base2.pth")),
-    ("base.pth bad.pth tuned.pth", "bad.pth: blocks.0.att.key.bone is", lambda: spoil("blocks.0.att.key.bone", torch.zeros(8, 16, 16))),
-    ("base.pth bad.pth tuned.pth", "bad.pth: blocks.7.ln1.bias has no", lambda: spoil("blocks.7.ln1.bias", torch.zeros(64))),
-    ("base.pth bad.pth tuned.pth", "bad.pth: mixes", lambda: spoil("blocks.0.att.key.bone", torch.zeros(16, 64))),
-    ("base.pth bad.pth tuned.pth", "bad.pth: ln_out.bias holds NaN", lambda: spoil("ln_out.bias", torch.full((64,), NAN))),
-    ("wide.pth ckpt.pth tuned.pth", "trained on another model", lambda: torch.save(tiny(n_embd=128), "wide.pth")),
-    ("base.pth bad.pth tuned.pth", "bad.pth: not a PyTorch checkpoint", lambda: pathlib.Path("bad.pth").write_text("hello")),
-])
-def test_merging_refuses_what_does_not_belong_together_and_harms_nothing(capsys, paths, says, prepare):
+@pytest.mark.parametrize(
+    "paths, says, prepare",
+    [
+        ("base.pth ckpt.pth base.pth", "base.pth: would overwrite the base", None),
+        ("base.pth ckpt.pth ckpt.pth", "ckpt.pth: would overwrite the checkpoint", None),
+        ("base.pth ckpt.pth ./base.pth", "would overwrite the base", None),
+        (
+            "base.pth ckpt.pth link.pth",
+            "would overwrite the base",
+            lambda: os.symlink("base.pth", "link.pth"),
+        ),
+        (
+            "base.pth ckpt.pth hard.pth",
+            "would overwrite the checkpoint",
+            lambda: os.link("ckpt.pth", "hard.pth"),
+        ),
+        ("gone.pth ckpt.pth tuned.pth", "gone.pth: No such file", None),
+        ("base.pth gone.pth tuned.pth", "gone.pth: No such file", None),
+        (
+            "base.pth ckpt.pth gone/tuned.pth",
+            "gone/tuned.pth: cannot be written, as there is no folder gone/;",
+            None,
+        ),
+        (
+            "base.pth ckpt.pth taken",
+            "taken: cannot be written, as it is a folder;",
+            lambda: os.mkdir("taken"),
+        ),
+        (
+            "ckpt.pth base.pth tuned.pth",
+            "ckpt.pth: a Bone checkpoint, not a base model; the order is merge.py base checkpoint output",
+            None,
+        ),
+        ("ckpt.pth ckpt.pth tuned.pth", "the order is merge.py base checkpoint output", None),
+        (
+            "base.pth base2.pth tuned.pth",
+            "base2.pth: holds no tensor named *.bone",
+            lambda: shutil.copy("base.pth", "base2.pth"),
+        ),
+        (
+            "base.pth bad.pth tuned.pth",
+            "bad.pth: blocks.0.att.key.bone is",
+            lambda: spoil("blocks.0.att.key.bone", torch.zeros(8, 16, 16)),
+        ),
+        (
+            "base.pth bad.pth tuned.pth",
+            "bad.pth: blocks.7.ln1.bias has no",
+            lambda: spoil("blocks.7.ln1.bias", torch.zeros(64)),
+        ),
+        (
+            "base.pth bad.pth tuned.pth",
+            "bad.pth: mixes",
+            lambda: spoil("blocks.0.att.key.bone", torch.zeros(16, 64)),
+        ),
+        (
+            "base.pth bad.pth tuned.pth",
+            "bad.pth: ln_out.bias holds NaN",
+            lambda: spoil("ln_out.bias", torch.full((64,), NAN)),
+        ),
+        (
+            "wide.pth ckpt.pth tuned.pth",
+            "trained on another model",
+            lambda: torch.save(tiny(n_embd=128), "wide.pth"),
+        ),
+        (
+            "base.pth bad.pth tuned.pth",
+            "bad.pth: not a PyTorch checkpoint",
+            lambda: pathlib.Path("bad.pth").write_text("hello"),
+        ),
+    ],
+)
+def test_merging_refuses_what_does_not_belong_together_and_harms_nothing(
+    capsys, paths, says, prepare
+):
     prepare and prepare()
     assert says in refused(capsys, lambda: merge.merge(*paths.split()))
 
@@ -163,13 +263,23 @@ print(memory("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak memory from /proc")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/status"), reason="reads the peak memory from /proc"
+)
 @pytest.mark.parametrize("out", ["tuned.pth", "tuned.st"])
 def test_merging_holds_a_tensor_at_a_time_whatever_the_size_of_the_base(out):
-    weight = torch.randn(512).repeat(7168, 4).bfloat16()                             # 29 MB
+    weight = torch.randn(512).repeat(7168, 4).bfloat16()  # 29 MB
     torch.save({f"blocks.{i}.ffn.key.weight": weight + i for i in range(14)}, "big.pth")
-    torch.save({f"blocks.{i}.ffn.key.bone": torch.randn(32, 64, 64) * 0.01 for i in range(0, 14, 2)}, "bones.pth")
-    end = subprocess.run([sys.executable, "-c", MEASURE, out], capture_output=True, encoding="utf-8", env=os.environ | {"PYTHONPATH": str(HERE)})
+    torch.save(
+        {f"blocks.{i}.ffn.key.bone": torch.randn(32, 64, 64) * 0.01 for i in range(0, 14, 2)},
+        "bones.pth",
+    )
+    end = subprocess.run(
+        [sys.executable, "-c", MEASURE, out],
+        capture_output=True,
+        encoding="utf-8",
+        env=os.environ | {"PYTHONPATH": str(HERE)},
+    )
     assert end.returncode == 0, end.stderr
     size, peak = os.path.getsize("big.pth"), int(end.stdout.splitlines()[-1])
     assert peak < 0.5 * size, f"{peak / 1e9:.2f} GB for a base of {size / 1e9:.2f} GB"
@@ -177,6 +287,7 @@ def test_merging_holds_a_tensor_at_a_time_whatever_the_size_of_the_base(out):
 
 
 # ---- generate.py: text from a model -------------------------------------------------------------------------------------------
+
 
 class Script:
     """A stand-in for a model that writes given tokens, then ends the document. Its state is how many it has written."""
@@ -210,79 +321,132 @@ def written(ids, length=1000, stop=""):
 @pytest.mark.parametrize("text", ["你好,世界", "naïve 🙂🙃 ok", "plain"])
 def test_characters_of_many_tokens_are_never_broken(text):
     found = written(in_bytes(text))
-    assert [piece for piece in found if piece] == list(text)        # a piece for each character
+    assert [piece for piece in found if piece] == list(text)  # a piece for each character
 
 
-@pytest.mark.parametrize("content, shown", [
-    ("你好".encode()[:-1], "你\ufffd"), ("🙂".encode()[:2] + b"a", "\ufffda"), (b"\x80ok", "\ufffdok"), ("你".encode()[:1], "\ufffd"),
-])
+@pytest.mark.parametrize(
+    "content, shown",
+    [
+        ("你好".encode()[:-1], "你\ufffd"),
+        ("🙂".encode()[:2] + b"a", "\ufffda"),
+        (b"\x80ok", "\ufffdok"),
+        ("你".encode()[:1], "\ufffd"),
+    ],
+)
 def test_broken_characters_are_shown_as_such_and_end_nothing(content, shown):
     assert "".join(written(in_bytes(content))) == shown
 
 
-@pytest.mark.parametrize("tokens, stop, shown", [
-    (["hi", "\n", "\n", "User: x"], "\n\n", "hi"),                 # across the border of two tokens
-    (["hi\n", "\nUser: x"], "\n\n", "hi"), (["hi", "\n\n", "x"], "\n\n", "hi"), (["a\nb"], "\n\n", "a\nb"),
-    (["a", "\n"], "\n\n", "a\n"), (["aab", "c"], "abc", "a"), (["a\n", "b\n", "\n", "c"], "\n\n", "a\nb"), (["a\n\nb"], "", "a\n\nb"),
-])
+@pytest.mark.parametrize(
+    "tokens, stop, shown",
+    [
+        (["hi", "\n", "\n", "User: x"], "\n\n", "hi"),  # across the border of two tokens
+        (["hi\n", "\nUser: x"], "\n\n", "hi"),
+        (["hi", "\n\n", "x"], "\n\n", "hi"),
+        (["a\nb"], "\n\n", "a\nb"),
+        (["a", "\n"], "\n\n", "a\n"),
+        (["aab", "c"], "abc", "a"),
+        (["a\n", "b\n", "\n", "c"], "\n\n", "a\nb"),
+        (["a\n\nb"], "", "a\n\nb"),
+    ],
+)
 def test_the_stop_text_is_not_shown_and_nothing_else_is_lost(tokens, stop, shown):
     ids = [i for token in tokens for i in data.encode(token)]
-    assert "".join(written(ids, stop=stop)) == "".join(written(in_bytes("".join(tokens)), stop=stop)) == shown
+    assert (
+        "".join(written(ids, stop=stop))
+        == "".join(written(in_bytes("".join(tokens)), stop=stop))
+        == shown
+    )
 
 
 def test_the_end_of_the_document_or_the_length_ends_the_text():
-    assert "".join(written(in_bytes("ab") + [0] + in_bytes("cd"))) == "ab" and "".join(written(in_bytes("abcd"), length=3)) == "abc"
+    assert (
+        "".join(written(in_bytes("ab") + [0] + in_bytes("cd"))) == "ab"
+        and "".join(written(in_bytes("abcd"), length=3)) == "abc"
+    )
 
 
 def test_greedy_text_is_what_the_model_finds_likeliest_and_its_state_lets_it_go_on():
-    model, prompt, ids = rwkv6.load_model("base.pth"), data.encode("\n\n") + in_bytes("User: hi"), []
+    model, prompt, ids = (
+        rwkv6.load_model("base.pth"),
+        data.encode("\n\n") + in_bytes("User: hi"),
+        [],
+    )
     for _ in range(12):
         ids.append(int(model(torch.tensor([prompt + ids]))[0, -1].argmax()))
     assert 0 not in ids
-    found, (state, unread) = pieces(generate.stream(model, model.empty_state(), prompt, 12, 0, 1.0, None))
+    found, (state, unread) = pieces(
+        generate.stream(model, model.empty_state(), prompt, 12, 0, 1.0, None)
+    )
     assert "".join(found) == data.decode_bytes(ids).decode(errors="replace")
     logits, _ = model(torch.tensor([unread + in_bytes("and")]), state)
     whole = model(torch.tensor([prompt + ids + data.encode("\n\n") + in_bytes("and")]))
     torch.testing.assert_close(logits[0, -1], whole[0, -1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("text, stop", [("hi\n\n", "\n\n"), ("hi", "\n\n"), ("hi", "")],
-                         ids=["by the stop text", "by the document's end", "without stop"])
+@pytest.mark.parametrize(
+    "text, stop",
+    [("hi\n\n", "\n\n"), ("hi", "\n\n"), ("hi", "")],
+    ids=["by the stop text", "by the document's end", "without stop"],
+)
 def test_a_chat_turn_ends_in_one_blank_line_however_it_ended(text, stop):
     script = Script(in_bytes(text))
-    _, (_, unread) = pieces(generate.stream(script, 0, in_bytes("User: x"), 100, 0, 1.0, None, stop))
+    _, (_, unread) = pieces(
+        generate.stream(script, 0, in_bytes("User: x"), 100, 0, 1.0, None, stop)
+    )
     read = script.read + unread
     assert data.decode_bytes(read).decode() == "User: xhi\n\n" and 0 not in read
 
 
-@pytest.mark.parametrize("temperature, top_p, expected", [
-    (1.0, 1.0, [0.5, 0.25, 0.125, 0.125]), (1.0, 0.7, [2 / 3, 1 / 3, 0, 0]), (1.0, 0.5, [1, 0, 0, 0]), (1.0, 0.01, [1, 0, 0, 0]),
-    (0.5, 1.0, [16 / 22, 4 / 22, 1 / 22, 1 / 22]), (0, 1.0, [1, 0, 0, 0]),
-])
+@pytest.mark.parametrize(
+    "temperature, top_p, expected",
+    [
+        (1.0, 1.0, [0.5, 0.25, 0.125, 0.125]),
+        (1.0, 0.7, [2 / 3, 1 / 3, 0, 0]),
+        (1.0, 0.5, [1, 0, 0, 0]),
+        (1.0, 0.01, [1, 0, 0, 0]),
+        (0.5, 1.0, [16 / 22, 4 / 22, 1 / 22, 1 / 22]),
+        (0, 1.0, [1, 0, 0, 0]),
+    ],
+)
 def test_sampling_has_the_distribution_asked_for(temperature, top_p, expected):
-    logits, generator = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()[[2, 0, 3, 1]], torch.Generator().manual_seed(0)
-    counts = torch.bincount(torch.tensor([generate.sample(logits, temperature, top_p, generator) for _ in range(3000)]), minlength=4)
+    logits, generator = (
+        torch.tensor([0.5, 0.25, 0.125, 0.125]).log()[[2, 0, 3, 1]],
+        torch.Generator().manual_seed(0),
+    )
+    counts = torch.bincount(
+        torch.tensor([generate.sample(logits, temperature, top_p, generator) for _ in range(3000)]),
+        minlength=4,
+    )
     found = (counts / 3000)[[1, 3, 0, 2]]
-    assert found == pytest.approx(torch.tensor(expected), abs=0.03) and not found[torch.tensor(expected) == 0].any()
+    assert (
+        found == pytest.approx(torch.tensor(expected), abs=0.03)
+        and not found[torch.tensor(expected) == 0].any()
+    )
 
 
 # ---- generate.py and the whole way at the command line ------------------------------------------------------------------------
 
+
 @pytest.fixture
 def say(monkeypatch, capsys):
     """generate.py in this process: flags -> what it prints."""
+
     def main(flags):
         monkeypatch.setattr(sys, "argv", ["generate.py", *shlex.split(flags)])
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
         generate.main()
         return capsys.readouterr().out
+
     return main
 
 
 def test_the_seed_decides_the_text_and_at_temperature_0_there_is_no_choice(say):
     prompt = "world.pth --prompt 'Hello\\n' --length 12 "
     text = say(prompt + "--seed 1")
-    assert text.startswith("Hello\n") and text == say(prompt + "--seed 1") != say(prompt + "--seed 2")
+    assert text.startswith("Hello\n") and text == say(prompt + "--seed 1") != say(
+        prompt + "--seed 2"
+    )
     assert say(prompt + "--temperature 0 --seed 1") == say(prompt + "--temperature 0 --seed 2")
 
 
@@ -290,7 +454,11 @@ def test_the_seed_decides_the_text_and_at_temperature_0_there_is_no_choice(say):
 def test_a_model_writes_the_same_with_the_bone_beside_it_and_merged_into_it(say, capsys, quant):
     merge.merge("world.pth", "world_ckpt.pth", "tuned.pth", quant)
     capsys.readouterr()
-    ways = (f"world.pth --bone world_ckpt.pth --quant {quant}", "tuned.pth", f"world.pth --quant {quant}")
+    ways = (
+        f"world.pth --bone world_ckpt.pth --quant {quant}",
+        "tuned.pth",
+        f"world.pth --quant {quant}",
+    )
     apart, tuned, base = (say(f"{way} --prompt 你好 --length 12 --temperature 0") for way in ways)
     assert apart == tuned != base
 
@@ -305,9 +473,16 @@ def test_the_arguments_of_a_run_in_the_current_folder_are_not_those_of_a_complet
 def test_rwkv_5_trains_merges_and_writes(say, capsys, quant):
     torch.manual_seed(0)
     model = rwkv6.init_model(2, 64, 65536, version="x052")
-    torch.save({name: p.detach() + 0.05 * torch.randn_like(p) for name, p in model.named_parameters()}, "old.pth")
+    torch.save(
+        {name: p.detach() + 0.05 * torch.randn_like(p) for name, p in model.named_parameters()},
+        "old.pth",
+    )
     data.write_binidx("x", [data.encode("one two three") + [0]] * 4)
-    train.train(train.parse_args(f"--load_model old.pth --data_file x --bone_r 32 --precision fp32 --quant {quant} --accelerator cpu --lr_init 1e-2".split()))
+    train.train(
+        train.parse_args(
+            f"--load_model old.pth --data_file x --bone_r 32 --precision fp32 --quant {quant} --accelerator cpu --lr_init 1e-2".split()
+        )
+    )
     merge.merge("old.pth", "out/rwkv-0.pth", "tuned.pth")
     capsys.readouterr()
     ways = ("old.pth --bone out/rwkv-0.pth", "tuned.pth", f"old.pth --quant {quant}")
@@ -318,10 +493,14 @@ def test_rwkv_5_trains_merges_and_writes(say, capsys, quant):
 def test_a_model_of_characters_writes_characters_and_any_of_them_may_be_the_first(say, capsys):
     torch.manual_seed(0)
     model = rwkv6.init_model(1, 64, 3)
-    model.head.weight.data.zero_()                                          # the likeliest is always the first
+    model.head.weight.data.zero_()  # the likeliest is always the first
     torch.save(dict(model.named_parameters()), "chars.pth")
-    for vocabulary, says in ((None, "and no vocab.json says what it is"), ({"0": "é", "1": "a"}, "vocab.json: not a vocabulary of 3 characters"),
-                             ({"0": "é", "1": "a", "2": "é"}, "not a vocabulary"), ([1], "not a vocabulary")):
+    for vocabulary, says in (
+        (None, "and no vocab.json says what it is"),
+        ({"0": "é", "1": "a"}, "vocab.json: not a vocabulary of 3 characters"),
+        ({"0": "é", "1": "a", "2": "é"}, "not a vocabulary"),
+        ([1], "not a vocabulary"),
+    ):
         vocabulary and pathlib.Path("vocab.json").write_text(json.dumps(vocabulary))
         assert says in refused(capsys, lambda: say("chars.pth --prompt a"))
     pathlib.Path("vocab.json").write_text(json.dumps({"0": "é", "1": "a", "2": "词"}))
@@ -332,23 +511,50 @@ def test_a_model_of_characters_writes_characters_and_any_of_them_may_be_the_firs
 
 def test_what_training_says_comes_next_works_for_characters_too(say, capsys, monkeypatch):
     pathlib.Path("t.txt").write_text("many words " * 20)
-    for flags in ("--n_layer 1 --n_embd 64 --proj_dir base", "--load_model base/rwkv-0.pth --bone_r 32"):
-        train.train(train.parse_args(f"{flags} --data_file t.txt --epoch_steps 1 --ctx_len 16 --accelerator cpu".split()))
-    monkeypatch.setattr(sys, "argv", capsys.readouterr().out.splitlines()[-1].removeprefix("next: python ").split())
+    for flags in (
+        "--n_layer 1 --n_embd 64 --proj_dir base",
+        "--load_model base/rwkv-0.pth --bone_r 32",
+    ):
+        train.train(
+            train.parse_args(
+                f"{flags} --data_file t.txt --epoch_steps 1 --ctx_len 16 --accelerator cpu".split()
+            )
+        )
+    monkeypatch.setattr(
+        sys, "argv", capsys.readouterr().out.splitlines()[-1].removeprefix("next: python ").split()
+    )
     merge.main()
     capsys.readouterr()
     assert say("out/tuned.pth --prompt many --length 3").startswith("many")
 
 
-@pytest.mark.parametrize("flags, says", [
-    ("gone.pth --prompt a", "gone.pth: No such file"), ("ckpt.pth --prompt a", "ckpt.pth: a Bone checkpoint"),
-    ("world.pth --bone world.pth --prompt a", "world.pth: holds no tensor named *.bone"),
-    ("world.pth --bone run/ckpt.pth --quant int8 --prompt a", "run/ckpt.pth: trained with --quant nf4 (run/args.json), but --quant is int8"),
-    ("world.pth --bone ckpt.pth --prompt a", "another model"), ("world.pth --bone nan.pth --prompt a", "nan.pth: ln_out.bias holds NaN"),
-    ("base.pth --prompt hello", "base.pth: its vocabulary of 300 "),
-    *[(f"world.pth --prompt a {flag}", flag) for flag in ("--temperature -1", "--temperature nan", "--top_p 0", "--top_p nan", "--length 0",
-                                                          f"--seed {2**64}", f"--seed {-2**63 - 1}")],
-])
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("gone.pth --prompt a", "gone.pth: No such file"),
+        ("ckpt.pth --prompt a", "ckpt.pth: a Bone checkpoint"),
+        ("world.pth --bone world.pth --prompt a", "world.pth: holds no tensor named *.bone"),
+        (
+            "world.pth --bone run/ckpt.pth --quant int8 --prompt a",
+            "run/ckpt.pth: trained with --quant nf4 (run/args.json), but --quant is int8",
+        ),
+        ("world.pth --bone ckpt.pth --prompt a", "another model"),
+        ("world.pth --bone nan.pth --prompt a", "nan.pth: ln_out.bias holds NaN"),
+        ("base.pth --prompt hello", "base.pth: its vocabulary of 300 "),
+        *[
+            (f"world.pth --prompt a {flag}", flag)
+            for flag in (
+                "--temperature -1",
+                "--temperature nan",
+                "--top_p 0",
+                "--top_p nan",
+                "--length 0",
+                f"--seed {2**64}",
+                f"--seed {-(2**63) - 1}",
+            )
+        ],
+    ],
+)
 def test_generating_refuses_what_cannot_work(capsys, say, flags, says):
     torch.save(read("world_ckpt.pth") | {"ln_out.bias": torch.full((64,), NAN)}, "nan.pth")
     pathlib.Path("run").mkdir()
@@ -358,29 +564,52 @@ def test_generating_refuses_what_cannot_work(capsys, say, flags, says):
 
 def test_a_chat_goes_on_until_an_empty_line():
     end = command("generate.py world.pth --length 3", input="hello\nagain\n\nnot read\n")
-    assert end.returncode == 0 and end.stdout.count("User: ") == 3 and end.stdout.count("Assistant:") == 2 and "Traceback" not in end.stderr
+    assert (
+        end.returncode == 0
+        and end.stdout.count("User: ") == 3
+        and end.stdout.count("Assistant:") == 2
+        and "Traceback" not in end.stderr
+    )
 
 
 def test_a_chat_survives_bytes_that_are_not_utf8():
-    end = command("generate.py world.pth --length 3", input="caf\udce9\nagain\n\n", errors="surrogateescape")  # \udce9: the byte e9
-    complaints = [line for line in end.stderr.splitlines() if "No CUDA runtime is found" not in line]     # of a CUDA build without a GPU
+    end = command(
+        "generate.py world.pth --length 3", input="caf\udce9\nagain\n\n", errors="surrogateescape"
+    )  # \udce9: the byte e9
+    complaints = [
+        line for line in end.stderr.splitlines() if "No CUDA runtime is found" not in line
+    ]  # of a CUDA build without a GPU
     assert end.returncode == 0 and end.stdout.count("Assistant:") == 2 and not complaints
 
 
 def test_from_text_to_a_tuned_model_that_writes():
-    pathlib.Path("t.jsonl").write_text("".join(json.dumps({"text": f"User: {i}?\n\nAssistant: 你好 {i}!"}) + "\n" for i in range(6)))
-    tuned = command("train.py --load_model world.pth --data_file t.jsonl --proj_dir 'my run' --bone_r 32 --micro_bsz 3 --loss_mask qa")
+    pathlib.Path("t.jsonl").write_text(
+        "".join(
+            json.dumps({"text": f"User: {i}?\n\nAssistant: 你好 {i}!"}) + "\n" for i in range(6)
+        )
+    )
+    tuned = command(
+        "train.py --load_model world.pth --data_file t.jsonl --proj_dir 'my run' --bone_r 32 --micro_bsz 3 --loss_mask qa"
+    )
     assert tuned.returncode == 0 and "epoch 0: 100%" in tuned.stderr, tuned.stderr
-    merged = command(tuned.stdout.splitlines()[-1].removeprefix("next: python "))      # to be typed as it stands
+    merged = command(
+        tuned.stdout.splitlines()[-1].removeprefix("next: python ")
+    )  # to be typed as it stands
     assert merged.returncode == 0 and "tuned.pth" in merged.stdout, merged.stderr
     said = command("generate.py 'my run/tuned.pth' --prompt 'User: 3?\\n\\nAssistant:' --length 5")
     assert said.returncode == 0 and said.stdout.startswith("User: 3?\n\nAssistant:"), said.stderr
 
 
-@pytest.mark.parametrize("line, says", [
-    ("train.py --load_model gone.pth --data_file x", "gone.pth: No such file or directory"),
-    ("merge.py code.pth ckpt.pth out.pth", "code.pth: not a PyTorch checkpoint; nothing was executed, a .pth as torch.save writes it is needed"),
-])
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("train.py --load_model gone.pth --data_file x", "gone.pth: No such file or directory"),
+        (
+            "merge.py code.pth ckpt.pth out.pth",
+            "code.pth: not a PyTorch checkpoint; nothing was executed, a .pth as torch.save writes it is needed",
+        ),
+    ],
+)
 def test_an_error_is_one_line_and_no_traceback(line, says):
     pathlib.Path("code.pth").write_bytes(pickle.dumps(os.getcwd))
     end = command(line)

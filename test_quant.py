@@ -49,8 +49,11 @@ def test_nf4_is_that_of_bitsandbytes(dtype):
     state.dtype = torch.float32
     assert q.dequantize(torch.float32).equal(bnb.dequantize_4bit(codes, state))
     state.dtype = torch.bfloat16
-    mine, theirs = (x.view(torch.int16).int() for x in (q.dequantize(torch.bfloat16), bnb.dequantize_4bit(codes, state)))
-    assert (mine - theirs).abs().max() <= 2                                # units in the last place
+    mine, theirs = (
+        x.view(torch.int16).int()
+        for x in (q.dequantize(torch.bfloat16), bnb.dequantize_4bit(codes, state))
+    )
+    assert (mine - theirs).abs().max() <= 2  # units in the last place
 
 
 def test_every_code_of_nf4_comes_back_as_its_value():
@@ -58,8 +61,16 @@ def test_every_code_of_nf4_comes_back_as_its_value():
     assert quant.quantize(values, "nf4").dequantize(torch.float32).equal(values)
 
 
-@pytest.mark.parametrize("blocksize, weight", [(64, torch.randn(256, 256)), (64, matrix().float()), (4096, torch.randn(256, 256)),
-                                               (4096, matrix().float()), (4096, torch.randn(256, 256) ** 3)])
+@pytest.mark.parametrize(
+    "blocksize, weight",
+    [
+        (64, torch.randn(256, 256)),
+        (64, matrix().float()),
+        (4096, torch.randn(256, 256)),
+        (4096, matrix().float()),
+        (4096, torch.randn(256, 256) ** 3),
+    ],
+)
 def test_int8_is_nearer_to_the_weight_than_the_8_bits_of_bitsandbytes(blocksize, weight):
     """4096 is its default. (Of its 8 bits those of blocks of 64 numbers with heavy tails alone, the cubes, are nearer.)"""
     bnb = pytest.importorskip("bitsandbytes.functional")
@@ -80,7 +91,9 @@ def test_int8_is_off_by_half_a_step_at_most():
     weight = matrix(dtype=torch.float32)
     q = quant.quantize(weight, "int8")
     error = (q.dequantize(torch.float32) - weight).view(-1, 64).abs().amax(1)
-    assert (error <= 0.5001 * q.scale.float()).all() and (q.scale.float() <= 1.01 * weight.view(-1, 64).abs().amax(1) / 127).all()
+    assert (error <= 0.5001 * q.scale.float()).all() and (
+        q.scale.float() <= 1.01 * weight.view(-1, 64).abs().amax(1) / 127
+    ).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,10 +101,13 @@ def test_a_quantized_layer_is_the_linear_layer_of_its_own_weight_and_keeps_no_de
     q = quant.quantize(matrix(), kind)
     x, gy = torch.randn(2, 5, 128).bfloat16().requires_grad_(), torch.randn(2, 5, 192).bfloat16()
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), LiveBytes([x, gy, *q.buffers()]) as live:
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+        LiveBytes([x, gy, *q.buffers()]) as live,
+    ):
         y = q(x)
         assert live.now == y.nbytes and not saved
-        gx, = torch.autograd.grad(y, x, gy)
+        (gx,) = torch.autograd.grad(y, x, gy)
     x2 = x.detach().requires_grad_()
     y2 = F.linear(x2, q.dequantize(torch.bfloat16))
     assert y.equal(y2) and gx.equal(torch.autograd.grad(y2, x2, gy)[0])
@@ -124,17 +140,25 @@ def test_nothing_temporary_is_larger_than_one_layer(kind):
     weight = torch.randn(4096, 1024).bfloat16()
     with LiveBytes([weight]) as live:
         q = quant.quantize(weight, kind)
-    assert live.peak < 2 * sum(b.nbytes for b in q.buffers()) + 30e6      # the pieces and what they are joined to; a piece's float32
+    assert (
+        live.peak < 2 * sum(b.nbytes for b in q.buffers()) + 30e6
+    )  # the pieces and what they are joined to; a piece's float32
     with LiveBytes(q.buffers()) as live:
         dense = q.dequantize(torch.bfloat16)
     assert live.peak < dense.nbytes + 10e6
 
 
-@pytest.mark.parametrize("kind, weight, words", [
-    ("fp4", torch.ones(64, 64), "'fp4' is unknown: int8 and nf4"), ("int8", torch.ones(3, 100), "3 x 100 is no multiple of 64 numbers"),
-    ("nf4", torch.ones(3, 100), "3 x 100 is no multiple of 64"), ("nf4", torch.full((64, 64), torch.nan), "NaN or infinite"),
-    ("int8", torch.full((64, 64), torch.inf), "NaN or infinite"), ("nf4", torch.full((64, 64), -torch.inf), "NaN or infinite"),
-])
+@pytest.mark.parametrize(
+    "kind, weight, words",
+    [
+        ("fp4", torch.ones(64, 64), "'fp4' is unknown: int8 and nf4"),
+        ("int8", torch.ones(3, 100), "3 x 100 is no multiple of 64 numbers"),
+        ("nf4", torch.ones(3, 100), "3 x 100 is no multiple of 64"),
+        ("nf4", torch.full((64, 64), torch.nan), "NaN or infinite"),
+        ("int8", torch.full((64, 64), torch.inf), "NaN or infinite"),
+        ("nf4", torch.full((64, 64), -torch.inf), "NaN or infinite"),
+    ],
+)
 def test_what_cannot_be_quantized_is_refused(kind, weight, words):
     with pytest.raises(ValueError, match=words):
         quant.quantize(weight, kind)
@@ -144,39 +168,63 @@ def test_a_model_whose_matrices_do_not_fit_the_block_is_refused_with_the_matrix_
     torch.manual_seed(0)
     odd = rwkv6.init_model(1, 20, 50, head_size=4)
     torch.save(odd.state_dict(), "odd.pth")
-    with pytest.raises(ValueError, match=r"odd.pth: blocks.0.att.receptance.weight: a weight of 20 x 20 is no multiple of 64"):
+    with pytest.raises(
+        ValueError,
+        match=r"odd.pth: blocks.0.att.receptance.weight: a weight of 20 x 20 is no multiple of 64",
+    ):
         rwkv6.load_model("odd.pth", quant="int8")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loading_quantizes_the_matrices_of_the_blocks_alone_from_the_dtype_of_the_file(base, kind):
-    model, plain = rwkv6.load_model("base.pth", torch.bfloat16, quant=kind), rwkv6.load_model("base.pth", torch.bfloat16)
+    model, plain = (
+        rwkv6.load_model("base.pth", torch.bfloat16, quant=kind),
+        rwkv6.load_model("base.pth", torch.bfloat16),
+    )
     layers = {name: m for name, m in model.named_modules() if isinstance(m, quant.Quantized)}
-    assert set(layers) == {name for name, m in plain.named_modules() if isinstance(m, torch.nn.Linear) and name != "head"}
-    assert all(q.dtype == torch.bfloat16 and q.codes.equal(quant.quantize(base["base"][f"{name}.weight"], kind).codes) for name, q in layers.items())
+    assert set(layers) == {
+        name
+        for name, m in plain.named_modules()
+        if isinstance(m, torch.nn.Linear) and name != "head"
+    }
+    assert all(
+        q.dtype == torch.bfloat16
+        and q.codes.equal(quant.quantize(base["base"][f"{name}.weight"], kind).codes)
+        for name, q in layers.items()
+    )
     assert all(p.equal(plain.get_parameter(name)) for name, p in model.named_parameters())
     assert bone.weight_shapes(model) == bone.weight_shapes(plain)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_saving_and_merging_under_quantization_give_the_logits_of_training_time(base, capsys, kind):
+def test_training_saving_and_merging_under_quantization_give_the_logits_of_training_time(
+    base, capsys, kind
+):
     data.write_binidx("x", [[1 + (7 * i + t) % 60 for t in range(30)] + [0] for i in range(12)])
     flags = f"--load_model base.pth --data_file x --bone_r 32 --ctx_len 32 --micro_bsz 4 --lr_init 1e-2 --lr_final 1e-2 --precision fp32 --quant {kind}"
     train.train(train.parse_args(flags.split()))
     model = bone.load_bone(rwkv6.load_model("base.pth", quant=kind), "out/rwkv-0.pth")
-    merge.merge("base.pth", "out/rwkv-0.pth", "tuned.pth")                # args.json remembers
+    merge.merge("base.pth", "out/rwkv-0.pth", "tuned.pth")  # args.json remembers
     assert f"{kind} base" in capsys.readouterr().out
     merged, plain = rwkv6.load_model("tuned.pth"), rwkv6.load_model("base.pth")
     with torch.no_grad():
         expected, found, untouched = (m(base["idx"]) for m in (model, merged, plain))
     bound = 1e-4 if base["base"]["emb.weight"].dtype == torch.float32 else 2e-2
     assert (found - expected).norm() < bound * (expected - untouched).norm()
-    with pytest.raises(ValueError, match=rf"trained with --quant {kind} \(out/args.json\), but --quant is none"):
+    with pytest.raises(
+        ValueError, match=rf"trained with --quant {kind} \(out/args.json\), but --quant is none"
+    ):
         merge.merge("base.pth", "out/rwkv-0.pth", "again.pth", "none")
     assert not os.path.exists("again.pth")
-    shutil.copy("out/rwkv-0.pth", "moved.pth")                            # no args.json there: the flag stands in
+    shutil.copy("out/rwkv-0.pth", "moved.pth")  # no args.json there: the flag stands in
     merge.merge("base.pth", "moved.pth", "again.pth", kind)
-    assert all(map(torch.equal, files.read_checkpoint("again.pth").values(), files.read_checkpoint("tuned.pth").values()))
+    assert all(
+        map(
+            torch.equal,
+            files.read_checkpoint("again.pth").values(),
+            files.read_checkpoint("tuned.pth").values(),
+        )
+    )
 
 
 def test_arguments_that_are_none_are_refused(base):
@@ -186,8 +234,11 @@ def test_arguments_that_are_none_are_refused(base):
         with pytest.raises(ValueError, match="args.json: not the arguments of a training run"):
             files.trained_quant("ckpt.pth", None)
     with open("args.json", "w") as f:
-        json.dump({"bone_r": 64}, f)                                      # of a version that had no --quant
-    assert files.trained_quant("ckpt.pth", "nf4") == "nf4" and files.trained_quant("ckpt.pth", None) == "none"
+        json.dump({"bone_r": 64}, f)  # of a version that had no --quant
+    assert (
+        files.trained_quant("ckpt.pth", "nf4") == "nf4"
+        and files.trained_quant("ckpt.pth", None) == "none"
+    )
 
 
 def test_quantized_training_reaches_the_loss_of_bfloat16(base):
@@ -206,4 +257,8 @@ def test_quantized_training_reaches_the_loss_of_bfloat16(base):
             optimizer.step()
             optimizer.zero_grad()
         losses[kind] = loss.item()
-    assert losses["none"] < 0.5 < 5 < first and losses["int8"] < 1.01 * losses["none"] and losses["nf4"] < 1.05 * losses["none"]
+    assert (
+        losses["none"] < 0.5 < 5 < first
+        and losses["int8"] < 1.01 * losses["none"]
+        and losses["nf4"] < 1.05 * losses["none"]
+    )

@@ -22,7 +22,7 @@ import resume
 import train
 from test_train import DEFAULTS, base_file, column, counting, folder, read, run  # noqa: F401 (two are fixtures)
 
-RUN = "--epoch_steps 3 --epoch_count 2 --save_steps 2 "     # states after 2, 3, 4 and 6 steps, checkpoints after 3 and 6
+RUN = "--epoch_steps 3 --epoch_count 2 --save_steps 2 "  # states after 2, 3, 4 and 6 steps, checkpoints after 3 and 6
 
 
 class Killed(BaseException):
@@ -31,11 +31,13 @@ class Killed(BaseException):
 
 def kill_at(monkeypatch, when):
     """The run ends, as if killed, before the optimizer steps whose number is in `when`."""
+
     def step(*arguments, plain=train.step, done=[-1], **options):
         done[0] += 1
         if done[0] in when:
             raise Killed
         return plain(*arguments, **options)
+
     monkeypatch.setattr(train, "step", step)
     monkeypatch.setattr(resume.Saver, "rescue", contextlib.nullcontext)
 
@@ -54,9 +56,20 @@ def curve(proj_dir):
 
 # ---- exact resume -------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags", ["", "--accumulate_grad_batches 2 --micro_bsz 2", "--dataload get", "--precision fp32 --bone_mode bone", "--quant nf4 --loss_mask none",
-                                   "--precision fp16 --train_parts time ln emb head --weight_decay 0.1 --warmup_steps 4",
-                                   "--load_model '' --n_layer 2 --n_embd 64 --vocab_size 300"], ids=lambda flags: flags[:20] or "plain")
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--accumulate_grad_batches 2 --micro_bsz 2",
+        "--dataload get",
+        "--precision fp32 --bone_mode bone",
+        "--quant nf4 --loss_mask none",
+        "--precision fp16 --train_parts time ln emb head --weight_decay 0.1 --warmup_steps 4",
+        "--load_model '' --n_layer 2 --n_embd 64 --vocab_size 300",
+    ],
+    ids=lambda flags: flags[:20] or "plain",
+)
 def test_a_run_killed_between_any_steps_and_resumed_is_the_run_that_never_was(monkeypatch, flags):
     data.write_binidx("held", counting([30, 12]))
     flags = RUN + "--lr_final 1e-3 --val_file held " + flags
@@ -71,8 +84,15 @@ def test_a_run_killed_between_any_steps_and_resumed_is_the_run_that_never_was(mo
         for name in ("rwkv-0.pth", "rwkv-1.pth"):
             assert same(read(f"{n}/{name}"), read(f"whole/{name}"))
         last, expected = read(f"{n}/resume-6.pth"), read("whole/resume-6.pth")
-        assert {"proj_dir", "resume"} == {k for k, v in about("whole/resume-6.pth")["args"].items() if about(f"{n}/resume-6.pth")["args"][k] != v}
-        assert all(about(f"{n}/resume-6.pth")[name] == about("whole/resume-6.pth")[name] for name in ("progress", "scaler", "base", "data"))
+        assert {"proj_dir", "resume"} == {
+            k
+            for k, v in about("whole/resume-6.pth")["args"].items()
+            if about(f"{n}/resume-6.pth")["args"][k] != v
+        }
+        assert all(
+            about(f"{n}/resume-6.pth")[name] == about("whole/resume-6.pth")[name]
+            for name in ("progress", "scaler", "base", "data")
+        )
         assert same({**last, "about": torch.ones(1)}, {**expected, "about": torch.ones(1)})
 
 
@@ -80,11 +100,18 @@ def test_a_run_killed_again_and_again_is_the_same_too(monkeypatch, capsys):
     run(RUN + "--proj_dir whole")
     for n in range(20):
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
-            kill_at(patch, {1})         # always after one step, which is saved
+            kill_at(patch, {1})  # always after one step, which is saved
             run(RUN + "--save_steps 1 --resume auto")
             break
-    assert re.findall(r"(\d)/3 \[[^]]*\]\n", capsys.readouterr().err)[-2:] == ["2", "3"]       # the bars of the last two runs
-    assert n == 5 and curve("out") == curve("whole") and same(read("out/rwkv-1.pth"), read("whole/rwkv-1.pth"))
+    assert re.findall(r"(\d)/3 \[[^]]*\]\n", capsys.readouterr().err)[-2:] == [
+        "2",
+        "3",
+    ]  # the bars of the last two runs
+    assert (
+        n == 5
+        and curve("out") == curve("whole")
+        and same(read("out/rwkv-1.pth"), read("whole/rwkv-1.pth"))
+    )
 
 
 def in_a_child(run_it):
@@ -105,8 +132,12 @@ def test_a_run_that_dies_before_any_operation_on_a_file_leaves_no_wrong_file_and
 
     def die_at(n):
         operations = itertools.count(1)
+
         def dying(plain):
-            return lambda *arguments, **options: os._exit(9) if next(operations) == n else plain(*arguments, **options)
+            return lambda *arguments, **options: (
+                os._exit(9) if next(operations) == n else plain(*arguments, **options)
+            )
+
         for name in ("open", "fsync", "replace", "unlink"):
             setattr(os, name, dying(getattr(os, name)))
         run(f"{flags} --proj_dir {n}")
@@ -118,29 +149,42 @@ def test_a_run_that_dies_before_any_operation_on_a_file_leaves_no_wrong_file_and
             break
         assert code == 9
         run(flags + f"--proj_dir {n}")
-        assert curve(str(n)) == curve("whole") and same(read(f"{n}/rwkv-0.pth"), read("whole/rwkv-0.pth")), n
+        assert curve(str(n)) == curve("whole") and same(
+            read(f"{n}/rwkv-0.pth"), read("whole/rwkv-0.pth")
+        ), n
         assert {*os.listdir(str(n))} == {*os.listdir("whole")}, n
     assert n > 20
 
 
-def test_a_file_is_on_disk_before_it_has_its_name_and_a_state_before_the_one_before_it_goes(monkeypatch):
+def test_a_file_is_on_disk_before_it_has_its_name_and_a_state_before_the_one_before_it_goes(
+    monkeypatch,
+):
     events, plain = [], {name: getattr(os, name) for name in ("fsync", "replace", "unlink")}
+
     def fsync(fd):
         events.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))))
         plain["fsync"](fd)
+
     def replace(old, new):
         events.append(("replace", os.path.basename(new)))
         plain["replace"](old, new)
+
     def unlink(path, **options):
         plain["unlink"](path, **options)
         events.append(("unlink", os.path.basename(path)))
+
     for operation in (fsync, replace, unlink):
         monkeypatch.setattr(os, operation.__name__, operation)
     run("--epoch_steps 2 --save_steps 1")
     named = [(n, name) for n, (kind, name) in enumerate(events) if kind == "replace"]
-    assert {"resume-1.pth", "resume-2.pth", "rwkv-0.pth", "args.json"} <= {name for _, name in named}
+    assert {"resume-1.pth", "resume-2.pth", "rwkv-0.pth", "args.json"} <= {
+        name for _, name in named
+    }
     for n, name in named:
-        assert events[n - 1] == ("fsync", f"{name}.{os.getpid()}.tmp") and events[n + 1] == ("fsync", "out")
+        assert events[n - 1] == ("fsync", f"{name}.{os.getpid()}.tmp") and events[n + 1] == (
+            "fsync",
+            "out",
+        )
     assert events.index(("unlink", "resume-1.pth")) > events.index(("replace", "resume-2.pth")) + 1
 
 
@@ -155,14 +199,18 @@ def test_a_complete_run_says_so_and_a_longer_one_goes_on(capsys):
     run(RUN)
     before = read("out/rwkv-1.pth")
     run(RUN + "--resume")
-    assert capsys.readouterr().out.endswith("out: this run is complete, 6 steps; a higher --epoch_count than 2 trains on\n")
+    assert capsys.readouterr().out.endswith(
+        "out: this run is complete, 6 steps; a higher --epoch_count than 2 trains on\n"
+    )
     run(RUN + "--epoch_count 3 --resume")
-    assert "step 6 of 9, with other --epoch_count 3 (was 2)" in capsys.readouterr().out and column("step") == [*range(9)]
+    assert "step 6 of 9, with other --epoch_count 3 (was 2)" in capsys.readouterr().out and column(
+        "step"
+    ) == [*range(9)]
     assert same(read("out/rwkv-1.pth"), before) and os.path.exists("out/rwkv-2.pth")
 
 
 def test_the_picture_of_a_run_that_was_killed_over_it_is_drawn_later(monkeypatch):
-    run(RUN)                                                        # the tests are without matplotlib
+    run(RUN)  # the tests are without matplotlib
     monkeypatch.delitem(sys.modules, "matplotlib.figure")
     pytest.importorskip("matplotlib.figure")
     run(RUN + "--resume")
@@ -191,9 +239,11 @@ def test_the_order_of_train_parts_is_none():
 
 def test_the_random_state_goes_on_too(monkeypatch):
     drawn = []
+
     def step(*arguments, plain=train.step, **options):
         drawn.append(torch.rand(1).item())
         return plain(*arguments, **options)
+
     monkeypatch.setattr(train, "step", step)
     run("--epoch_steps 4 --proj_dir whole")
     with monkeypatch.context() as patch:
@@ -213,10 +263,15 @@ def refused_at_the_end(capsys, main):
 
 # ---- signals ------------------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def handlers():
     before = {number: signal.getsignal(number) for number in files.STOPPING}
-    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL), (signal.SIGHUP, signal.SIG_DFL)):
+    for number, handler in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGTERM, signal.SIG_DFL),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
         signal.signal(number, handler)
     yield
     for number, handler in before.items():
@@ -234,47 +289,93 @@ def ended(flags, monkeypatch, name, function):
 def signalling(name, number, at, times=1, pause=0.0):
     """train.NAME or resume.NAME, during whose call number `at` the signal comes, `times` times, a pause in between."""
     plain, calls = getattr(resume if hasattr(resume, name) else train, name), itertools.count(1)
+
     def function(*arguments, **options):
         for n in range(times * (next(calls) == at)):
             time.sleep(pause * n)
             signal.raise_signal(number)
         return plain(*arguments, **options)
+
     return function
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-@pytest.mark.parametrize("name, at, step", [("step", 2, 2), ("step", 3, 3), ("val_loss", 2, 3), ("save_stream", 1, 2), ("save_stream", 2, 3), ("save_stream", 3, 3)])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(monkeypatch, capsys, handlers, number, code, name, at, step):
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+@pytest.mark.parametrize(
+    "name, at, step",
+    [
+        ("step", 2, 2),
+        ("step", 3, 3),
+        ("val_loss", 2, 3),
+        ("save_stream", 1, 2),
+        ("save_stream", 2, 3),
+        ("save_stream", 3, 3),
+    ],
+)
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
+    monkeypatch, capsys, handlers, number, code, name, at, step
+):
     """step 3 ends the epoch: a held-out loss, a checkpoint and a state follow it."""
     flags = RUN + "--val_file x "
     run(flags + "--proj_dir whole")
     monkeypatch.setattr(sys, "argv", ["train.py", "--some", "flags"])
     assert ended(flags, monkeypatch, name, signalling(name, number, at)) == code
     said = capsys.readouterr()
-    assert f"stopped at step {step}; to go on from step {step}: python train.py --some flags --resume\n" in said.out
-    assert [*resume.states("out")][-1] == step and not [name for name in os.listdir("out") if name.endswith(".tmp") or name == ".lock"]
+    assert (
+        f"stopped at step {step}; to go on from step {step}: python train.py --some flags --resume\n"
+        in said.out
+    )
+    assert [*resume.states("out")][-1] == step and not [
+        name for name in os.listdir("out") if name.endswith(".tmp") or name == ".lock"
+    ]
     run(flags + "--resume")
-    assert curve("out") == curve("whole") and all(same(read(f"out/rwkv-{n}.pth"), read(f"whole/rwkv-{n}.pth")) for n in range(2))
+    assert curve("out") == curve("whole") and all(
+        same(read(f"out/rwkv-{n}.pth"), read(f"whole/rwkv-{n}.pth")) for n in range(2)
+    )
 
 
 def test_a_second_signal_does_not_wait(monkeypatch, capsys, handlers):
     run(RUN + "--proj_dir whole")
-    assert ended(RUN, monkeypatch, "step", signalling("step", signal.SIGINT, 6, times=2, pause=0.3)) == 130
-    assert [*resume.states("out")] == [4] and column("step") == [0, 1, 2, 3, 4] and "to go on from step 4" in capsys.readouterr().out
+    assert (
+        ended(RUN, monkeypatch, "step", signalling("step", signal.SIGINT, 6, times=2, pause=0.3))
+        == 130
+    )
+    assert (
+        [*resume.states("out")] == [4]
+        and column("step") == [0, 1, 2, 3, 4]
+        and "to go on from step 4" in capsys.readouterr().out
+    )
     run(RUN + "--resume")
     assert curve("out") == curve("whole") and same(read("out/rwkv-1.pth"), read("whole/rwkv-1.pth"))
 
 
-@pytest.mark.parametrize("number, pause", [(signal.SIGINT, 0.0), (signal.SIGTERM, 0.3), (signal.SIGHUP, 0.0)])
-def test_a_signal_that_comes_twice_at_once_and_a_request_repeated_are_no_impatience(monkeypatch, handlers, number, pause):
-    assert ended(RUN, monkeypatch, "step", signalling("step", number, 5, times=2, pause=pause)) == 128 + number
+@pytest.mark.parametrize(
+    "number, pause", [(signal.SIGINT, 0.0), (signal.SIGTERM, 0.3), (signal.SIGHUP, 0.0)]
+)
+def test_a_signal_that_comes_twice_at_once_and_a_request_repeated_are_no_impatience(
+    monkeypatch, handlers, number, pause
+):
+    assert (
+        ended(RUN, monkeypatch, "step", signalling("step", number, 5, times=2, pause=pause))
+        == 128 + number
+    )
     assert [*resume.states("out")] == [5]
 
 
 def test_a_ctrl_c_that_ends_the_reader_of_the_output_too_saves_and_exits_with_130(handlers):
     """As with `python train.py ... 2>&1 | tee log`."""
-    command = [sys.executable, str(pathlib.Path(train.__file__)), *shlex.split(DEFAULTS + "--epoch_steps 100000 --save_steps 0")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    command = [
+        sys.executable,
+        str(pathlib.Path(train.__file__)),
+        *shlex.split(DEFAULTS + "--epoch_steps 100000 --save_steps 0"),
+    ]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not os.path.exists("out/loss.csv") or len(column("step")) < 3:
         process.stdout.read1()
     process.send_signal(signal.SIGINT)
@@ -285,17 +386,31 @@ def test_a_ctrl_c_that_ends_the_reader_of_the_output_too_saves_and_exits_with_13
 
 
 def test_a_signal_while_nothing_is_trained_yet_saves_nothing(monkeypatch, capsys, handlers):
-    assert ended("--val_file x", monkeypatch, "val_loss", signalling("val_loss", signal.SIGTERM, 1)) == 143
+    assert (
+        ended("--val_file x", monkeypatch, "val_loss", signalling("val_loss", signal.SIGTERM, 1))
+        == 143
+    )
     assert not resume.states("out")
 
 
 def test_a_real_process_is_stopped_and_goes_on(handlers):
-    command = [sys.executable, str(pathlib.Path(train.__file__)), *shlex.split(DEFAULTS + "--epoch_steps 100000 --proj_dir out --resume auto")]
+    command = [
+        sys.executable,
+        str(pathlib.Path(train.__file__)),
+        *shlex.split(DEFAULTS + "--epoch_steps 100000 --proj_dir out --resume auto"),
+    ]
     for resumed in (False, True):
         written = os.path.getsize("out/loss.csv") if resumed else 0
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # a shell may have it ignored
-        while not os.path.exists("out/loss.csv") or os.path.getsize("out/loss.csv") < written + 200:      # a few steps more
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # a shell may have it ignored
+        while (
+            not os.path.exists("out/loss.csv") or os.path.getsize("out/loss.csv") < written + 200
+        ):  # a few steps more
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=60)
@@ -308,8 +423,11 @@ def test_whatever_ends_a_run_its_steps_are_saved(monkeypatch, capsys):
         if next(steps) == 2:
             raise torch.OutOfMemoryError("no memory")
         return plain(*arguments, **options)
+
     monkeypatch.setattr(train, "step", step)
-    assert refused_at_the_end(capsys, lambda: run("--epoch_steps 4")) == "no memory\n" and [*resume.states("out")] == [1]
+    assert refused_at_the_end(capsys, lambda: run("--epoch_steps 4")) == "no memory\n" and [
+        *resume.states("out")
+    ] == [1]
     run("--epoch_steps 4 --resume")
     assert column("step") == [0, 1, 2, 3]
 
@@ -320,6 +438,7 @@ def test_half_a_step_is_not_saved(monkeypatch):
         if next(steps) == 2:
             raise RuntimeError("after the weights have changed, before the step is counted")
         return result
+
     monkeypatch.setattr(train, "update", update)
     with pytest.raises(RuntimeError):
         run("--epoch_steps 4 --save_steps 0")

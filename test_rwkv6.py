@@ -17,7 +17,10 @@ FORMS = ["reference", "chunked", "compiled"]
 def reference(request, tmp_path_factory):
     """The reference's tiny RWKV-6 or RWKV-5: base.pth and ckpt.pth in a folder, and the numbers computed from them."""
     folder = tmp_path_factory.mktemp(request.param)
-    fixture = torch.load(os.path.join(os.path.dirname(__file__), "fixtures", f"{request.param}_bone.pth"), weights_only=True)
+    fixture = torch.load(
+        os.path.join(os.path.dirname(__file__), "fixtures", f"{request.param}_bone.pth"),
+        weights_only=True,
+    )
     for name in ("base", "ckpt"):
         torch.save(fixture[name], folder / f"{name}.pth")
     return folder, fixture
@@ -95,7 +98,9 @@ def test_twenty_steps_of_training_are_the_reference_s(reference):
     for expected, expected_norm in zip(fixture["traj_losses"], fixture["traj_grad_norms"]):
         loss = loss_fn(model, idx[:, :-1], idx[:, 1:], fixture["mask"])
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config["grad_clip"])
+        norm = torch.nn.utils.clip_grad_norm_(
+            [p for p in model.parameters() if p.requires_grad], config["grad_clip"]
+        )
         optimizer.step()
         optimizer.zero_grad()
         assert loss.item() == pytest.approx(expected, rel=1e-4)
@@ -108,11 +113,15 @@ def test_twenty_steps_of_training_are_the_reference_s(reference):
 def test_the_rwkv_package_reads_the_merged_model_and_agrees(reference, tmp_path):
     folder, fixture = reference
     import merge
+
     # A float32 file: of a bfloat16 one the package rounds the normalized embedding to bfloat16 while loading.
-    torch.save({name: tensor.float() for name, tensor in fixture["base"].items()}, tmp_path / "base.pth")
+    torch.save(
+        {name: tensor.float() for name, tensor in fixture["base"].items()}, tmp_path / "base.pth"
+    )
     merge.merge(tmp_path / "base.pth", folder / "ckpt.pth", tmp_path / "merged.pth")
     os.environ["RWKV_JIT_ON"], os.environ["RWKV_CUDA_ON"] = "0", "0"
     from rwkv.model import RWKV
+
     judge = RWKV(model=str(tmp_path / "merged"), strategy="cpu fp32")
     ours = rwkv6.load_model(tmp_path / "merged.pth", torch.float32)(fixture["idx"][:1])
     theirs, _ = judge.forward(fixture["idx"][0].tolist(), None, full_output=True)
@@ -124,7 +133,7 @@ def test_recurrent_mode_is_parallel_mode(reference, form):
     model, idx = load(folder, fixture), fixture["idx"]
     state, logits = model.empty_state(), []
     with torch.no_grad():
-        for part in idx.split([1, 1, 7, 1, 20, 11], dim=1):      # a token at a time and in pieces
+        for part in idx.split([1, 1, 7, 1, 20, 11], dim=1):  # a token at a time and in pieces
             out, state = model(part, state)
             logits.append(out)
         assert (torch.cat(logits, 1) - model(idx)).abs().max() < 1e-5
@@ -149,7 +158,9 @@ def test_matrices_keep_the_dtype_of_the_file_and_the_small_rest_is_float32(refer
     model = rwkv6.load_model(reference[0] / "base.pth")
     assert model.blocks[0].att.key.weight.dtype == model.emb.weight.dtype == torch.bfloat16
     assert model.blocks[0].att.time_decay.dtype == model.blocks[0].ln1.weight.dtype == torch.float32
-    assert (model(reference[1]["idx"]).float() - load(*reference, bone_from=None)(reference[1]["idx"])).abs().max() < 0.1    # without autocast too
+    assert (
+        model(reference[1]["idx"]).float() - load(*reference, bone_from=None)(reference[1]["idx"])
+    ).abs().max() < 0.1  # without autocast too
 
 
 def test_a_new_model_is_initialized_as_rwkv_lm_describes():
@@ -158,9 +169,11 @@ def test_a_new_model_is_initialized_as_rwkv_lm_describes():
     assert model.emb.weight.abs().max() <= 1e-4 and ffn.key.weight.shape == (448, 128)
     for zero in (att.output, ffn.value, ffn.receptance):
         assert not zero.weight.any()
-    head = model.head.weight                                     # orthogonal columns of length 0.5 sqrt(vocab / n_embd)
+    head = model.head.weight  # orthogonal columns of length 0.5 sqrt(vocab / n_embd)
     torch.testing.assert_close(head.T @ head, torch.eye(128) * 0.25 * 300 / 128, rtol=0, atol=1e-4)
-    torch.testing.assert_close(att.key.weight @ att.key.weight.T, torch.eye(128) * 0.01, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        att.key.weight @ att.key.weight.T, torch.eye(128) * 0.01, rtol=0, atol=1e-5
+    )
     assert att.time_decay[0, 0, 0] == -6 and att.time_decay[0, 0, -1] == -1
     assert att.ln_x.weight[0].item() == pytest.approx((2 / 3) ** 0.7)
     i = torch.arange(128) / 128
@@ -172,10 +185,16 @@ def test_a_new_model_is_initialized_as_rwkv_lm_describes():
     torch.testing.assert_close(old.ffn.time_mix_r[0, 0], i ** (2 / 3))
     extras = rwkv6.init_model(3, 128, 300, pre_ffn=True, head_qk=16)
     torch.testing.assert_close(extras.blocks[0].ffnPre.time_mix_k[0, 0], i)
-    torch.testing.assert_close(extras.head_k.weight @ extras.head_k.weight.T, torch.eye(16) * 0.01, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        extras.head_k.weight @ extras.head_k.weight.T, torch.eye(16) * 0.01, rtol=0, atol=1e-5
+    )
     assert not extras.head_q.weight.any() and not extras.blocks[0].ffnPre.value.weight.any()
-    assert old.att.time_decay.shape == (2, 64) and old.att.time_decay.flatten().equal(att.time_decay.flatten())
-    assert all(p.isfinite().all() for p in model.parameters()) and model(torch.arange(5)[None]).shape == (1, 5, 300)
+    assert old.att.time_decay.shape == (2, 64) and old.att.time_decay.flatten().equal(
+        att.time_decay.flatten()
+    )
+    assert all(p.isfinite().all() for p in model.parameters()) and model(
+        torch.arange(5)[None]
+    ).shape == (1, 5, 300)
     assert all(p.isfinite().all() for p in rwkv6.init_model(1, 64, 50).parameters())
 
 
@@ -193,7 +212,7 @@ def test_pre_ffn_and_head_qk_are_what_rwkv_lm_defines(with_extras, tmp_path):
     model, idx = with_extras, torch.randint(30, (2, 9))
     block, x = model.blocks[0], model.emb(idx)
     x = block.ln0(x)
-    h = block.ln1(x)                                                     # a channel mix in place of the time mix, of RWKV-5 in RWKV-6 too
+    h = block.ln1(x)  # a channel mix in place of the time mix, of RWKV-5 in RWKV-6 too
     before, pre = torch.nn.functional.pad(h, (0, 0, 1, -1)), block.ffnPre
     k, r = (h * mix + before * (1 - mix) for mix in (pre.time_mix_k, pre.time_mix_r))
     x = x + torch.sigmoid(pre.receptance(r)) * pre.value(torch.relu(pre.key(k)) ** 2)
@@ -202,9 +221,16 @@ def test_pre_ffn_and_head_qk_are_what_rwkv_lm_defines(with_extras, tmp_path):
     c = (model.head_q(x) @ model.head_k(x).mT / 16).masked_fill(torch.ones(9, 9).tril() == 0, 0)
     expected = model.head(x) + c @ torch.nn.functional.one_hot(idx, 30).float()
     assert (model(idx) - expected).abs().max() < 1e-5 and c.abs().max() > 0.1
-    torch.save(dict(model.named_parameters()) | {"copy_mask": torch.ones(9, 9).tril()}, tmp_path / "extras.pth")     # as RWKV-PEFT saves it
+    torch.save(
+        dict(model.named_parameters()) | {"copy_mask": torch.ones(9, 9).tril()},
+        tmp_path / "extras.pth",
+    )  # as RWKV-PEFT saves it
     loaded = rwkv6.load_model(tmp_path / "extras.pth")
-    assert loaded.config == model.config and "pre_ffn, head_qk 16" in str(model.config) and loaded(idx).equal(model(idx))
+    assert (
+        loaded.config == model.config
+        and "pre_ffn, head_qk 16" in str(model.config)
+        and loaded(idx).equal(model(idx))
+    )
     with pytest.raises(ValueError, match="at least 2"):
         rwkv6.init_model(1, 64, 30, pre_ffn=True)
 
@@ -218,15 +244,22 @@ def test_pre_ffn_and_head_qk_in_recurrent_mode_and_in_the_loss(with_extras):
     assert (torch.cat(logits, 1) - model(idx)).abs().max() < 1e-5
     targets, mask = torch.randint(30, (2, 9)), torch.rand(2, 9).round()
     logits = model(idx)
-    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none") @ mask.flatten() / mask.sum()
+    plain = (
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        @ mask.flatten()
+        / mask.sum()
+    )
     wrapped = plain + 0.5e-4 / 18 * logits.max(-1).values.square().sum()
     ours, parameters = loss_fn(model, idx, targets, mask), list(model.parameters())
     assert ours.item() == pytest.approx(plain.item(), rel=1e-5)
-    for a, e in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(wrapped, parameters)):
+    for a, e in zip(
+        torch.autograd.grad(ours, parameters), torch.autograd.grad(wrapped, parameters)
+    ):
         assert (a - e).norm() <= 1e-4 * e.norm()
 
 
 # ---- checkpoints that are not for us --------------------------------------------------------------------------------------------
+
 
 def refused(tmp_path, checkpoint, words):
     torch.save(checkpoint, tmp_path / "x.pth")
@@ -235,15 +268,18 @@ def refused(tmp_path, checkpoint, words):
     assert "\n" not in str(error.value) and "x.pth" in str(error.value)
 
 
-@pytest.mark.parametrize("names, words", [
-    (["blocks.0.att.time_mix_k", "blocks.0.att.time_first"], "an RWKV-4"),
-    (["blocks.0.att.time_mix_k", "blocks.0.att.ln_x.weight"], "an RWKV-5.0 or 5.1"),
-    (["blocks.0.att.r_k", "blocks.0.att.x_r"], "an RWKV-7"),
-    (["blocks.0.att.key.bone"], "a Bone checkpoint"),
-    (["model.layers.0.mlp.weight"], "not an RWKV-6"),
-    (["blocks.0.att.time_maa_x"], "not a complete x060"),
-    (["blocks.0.att.time_mix_g"], "not a complete x052"),
-])
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (["blocks.0.att.time_mix_k", "blocks.0.att.time_first"], "an RWKV-4"),
+        (["blocks.0.att.time_mix_k", "blocks.0.att.ln_x.weight"], "an RWKV-5.0 or 5.1"),
+        (["blocks.0.att.r_k", "blocks.0.att.x_r"], "an RWKV-7"),
+        (["blocks.0.att.key.bone"], "a Bone checkpoint"),
+        (["model.layers.0.mlp.weight"], "not an RWKV-6"),
+        (["blocks.0.att.time_maa_x"], "not a complete x060"),
+        (["blocks.0.att.time_mix_g"], "not a complete x052"),
+    ],
+)
 def test_other_checkpoints_are_named_for_what_they_are(tmp_path, names, words):
     refused(tmp_path, {name: torch.ones(4, 4) for name in names}, words)
 
@@ -255,7 +291,9 @@ def test_missing_misshapen_and_nan_tensors_are_named(reference, tmp_path):
     refused(tmp_path, {**base, "blocks.1.extra": torch.ones(2)}, "blocks.1.extra is not part of")
     refused(tmp_path, {**base, name: torch.ones(128, 64)}, f"{name} is .128, 64.")
     refused(tmp_path, {**base, name: torch.full((128, 128), float("nan"))}, f"{name} holds NaN")
-    refused(tmp_path, {**base, name: torch.full((128, 128), float("inf"))}, f"{name} holds NaN or inf")
+    refused(
+        tmp_path, {**base, name: torch.full((128, 128), float("inf"))}, f"{name} holds NaN or inf"
+    )
 
 
 class Evil:

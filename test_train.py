@@ -24,21 +24,30 @@ import rwkv6
 import train
 
 EXPECTED = memory.expected
-DEFAULTS = ("--load_model base.pth --data_file x --bone_r 16 --ctx_len 32 --micro_bsz 4 --epoch_steps 4 --lr_init 1e-2 --lr_final 1e-2 "
-            "--accelerator cpu --grad_cp 0 ")
+DEFAULTS = (
+    "--load_model base.pth --data_file x --bone_r 16 --ctx_len 32 --micro_bsz 4 --epoch_steps 4 --lr_init 1e-2 --lr_final 1e-2 "
+    "--accelerator cpu --grad_cp 0 "
+)
 
 
 def tiny(dtype=torch.bfloat16, n_embd=64, vocab_size=300):
     """A base model as a dict: initialized, then disturbed, so that no tensor is zero and every gradient flows."""
     torch.manual_seed(0)
     model = rwkv6.init_model(2, n_embd, vocab_size)
-    return {name: (p.detach() + 0.05 * torch.randn_like(p)).to(dtype) for name, p in model.named_parameters()}
+    return {
+        name: (p.detach() + 0.05 * torch.randn_like(p)).to(dtype)
+        for name, p in model.named_parameters()
+    }
 
 
 def bone_of(base, r=16, mode="bat"):
     """A checkpoint of new bones and the time and ln parts of the base in the file `base`."""
     model = bone.add_bone(rwkv6.load_model(base), r, mode)
-    return {name: p.detach() for name, p in model.named_parameters() if name.endswith(".bone") or "time" in name or "ln" in name}
+    return {
+        name: p.detach()
+        for name, p in model.named_parameters()
+        if name.endswith(".bone") or "time" in name or "ln" in name
+    }
 
 
 def counting(lengths):
@@ -61,7 +70,9 @@ def folder(base_file, tmp_path, monkeypatch):
     """Every test stands in a folder with base.pth and the data set x, 12 documents; as if without matplotlib, and without looking for memory, which
     take longer than the training."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(memory, "expected", lambda *_: {"weights": 0, "optimizer": 0, "workspace": 0})
+    monkeypatch.setattr(
+        memory, "expected", lambda *_: {"weights": 0, "optimizer": 0, "workspace": 0}
+    )
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     shutil.copy(base_file, "base.pth")
     data.write_binidx("x", counting([20, 33, 40, 9, 25, 30, 33, 12, 28, 33, 31, 18]))
@@ -91,6 +102,7 @@ def column(name, proj_dir="out"):
 
 # ---- what a run does ----------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("mode, matplotlib", [("bat", True), ("bone", False)])
 def test_training_lowers_the_loss_and_writes_its_files(monkeypatch, capsys, mode, matplotlib):
     if matplotlib:
@@ -99,45 +111,88 @@ def test_training_lowers_the_loss_and_writes_its_files(monkeypatch, capsys, mode
     run(f"--epoch_steps 24 --bone_mode {mode}")
     losses, checkpoint, new = column("loss"), read("out/rwkv-0.pth"), bone_of("base.pth", 16, mode)
     assert len(losses) == 24 and losses[-1] < 0.75 * losses[0]
-    assert set(os.listdir("out")) == {"rwkv-0.pth", "resume-24.pth", "args.json", "train_log.txt", "loss.csv"} | ({"loss.png"} if matplotlib else set())
-    assert json.load(open("out/args.json"))["bone_r"] == 16 and "epoch 0: mean loss" in open("out/train_log.txt").read()
-    assert type(checkpoint) is dict and {n: t.shape for n, t in checkpoint.items()} == {n: t.shape for n, t in new.items()}
-    assert all(t.dtype == torch.bfloat16 and not t.equal(new[name]) for name, t in checkpoint.items())
+    assert set(os.listdir("out")) == {
+        "rwkv-0.pth",
+        "resume-24.pth",
+        "args.json",
+        "train_log.txt",
+        "loss.csv",
+    } | ({"loss.png"} if matplotlib else set())
+    assert (
+        json.load(open("out/args.json"))["bone_r"] == 16
+        and "epoch 0: mean loss" in open("out/train_log.txt").read()
+    )
+    assert type(checkpoint) is dict and {n: t.shape for n, t in checkpoint.items()} == {
+        n: t.shape for n, t in new.items()
+    }
+    assert all(
+        t.dtype == torch.bfloat16 and not t.equal(new[name]) for name, t in checkpoint.items()
+    )
     wrote, follow = capsys.readouterr().out.splitlines()[-2:]
-    assert re.fullmatch(r"wrote out/rwkv-0.pth%s; peak memory \d+\.\d\d GB" % (" and out/loss.png" * matplotlib), wrote)
+    assert re.fullmatch(
+        r"wrote out/rwkv-0.pth%s; peak memory \d+\.\d\d GB" % (" and out/loss.png" * matplotlib),
+        wrote,
+    )
     assert follow == "next: python merge.py base.pth out/rwkv-0.pth out/tuned.pth"
 
 
-@pytest.mark.parametrize("flags, expected", [
-    ("", {"bone", "time", "ln"}), ("--train_parts", {"bone"}), ("--train_parts time", {"bone", "time"}),
-    ("--train_parts emb head", {"bone", "emb", "head"}), ("""--train_parts '["time",' '"ln"]'""", {"bone", "time", "ln"}),
-])
-def test_train_parts_says_what_is_trained_and_the_rest_stays_to_the_bit(monkeypatch, flags, expected):
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("", {"bone", "time", "ln"}),
+        ("--train_parts", {"bone"}),
+        ("--train_parts time", {"bone", "time"}),
+        ("--train_parts emb head", {"bone", "emb", "head"}),
+        ("""--train_parts '["time",' '"ln"]'""", {"bone", "time", "ln"}),
+    ],
+)
+def test_train_parts_says_what_is_trained_and_the_rest_stays_to_the_bit(
+    monkeypatch, flags, expected
+):
     models, build = [], train.build_model
     monkeypatch.setattr(train, "build_model", lambda *a: models.append(build(*a)) or models[-1])
     run(flags)
     checkpoint, base = read("out/rwkv-0.pth"), read("base.pth")
     for name, p in models[-1][0].named_parameters():
-        kinds = {"bone"} if name.endswith(".bone") else {kind for kind in ("time", "ln", "emb", "head") if kind in name}
+        kinds = (
+            {"bone"}
+            if name.endswith(".bone")
+            else {kind for kind in ("time", "ln", "emb", "head") if kind in name}
+        )
         assert (name in checkpoint) == bool(kinds & expected), name
-        assert name.endswith(".bone") or (name in checkpoint) == (not p.equal(base[name].to(p.dtype))), name
+        assert name.endswith(".bone") or (name in checkpoint) == (
+            not p.equal(base[name].to(p.dtype))
+        ), name
 
 
 def test_a_run_is_a_function_of_its_command_line():
     for proj_dir, flags in (("a", ""), ("b", ""), ("c", "--grad_cp 1"), ("d", "--random_seed 2")):
         run(f"--proj_dir {proj_dir} {flags}")
-    assert column("loss", "a") == column("loss", "b") and all(map(torch.equal, read("a/rwkv-0.pth").values(), read("b/rwkv-0.pth").values()))
-    assert column("loss", "c") == pytest.approx(column("loss", "a"), rel=1e-4)      # recomputed activations are the same activations
+    assert column("loss", "a") == column("loss", "b") and all(
+        map(torch.equal, read("a/rwkv-0.pth").values(), read("b/rwkv-0.pth").values())
+    )
+    assert column("loss", "c") == pytest.approx(
+        column("loss", "a"), rel=1e-4
+    )  # recomputed activations are the same activations
     assert column("loss", "d") != column("loss", "a")
 
 
-@pytest.mark.parametrize("dtype, precision, near", [(torch.float32, "fp32", 1e-5), (torch.bfloat16, "fp32", 1e-5), (torch.float32, "bf16", 2e-2)])
+@pytest.mark.parametrize(
+    "dtype, precision, near",
+    [(torch.float32, "fp32", 1e-5), (torch.bfloat16, "fp32", 1e-5), (torch.float32, "bf16", 2e-2)],
+)
 def test_the_first_loss_is_that_of_the_base_and_checkpoints_have_its_dtype(dtype, precision, near):
     torch.save(tiny(dtype), "base.pth")
     run(f"--precision {precision}")
     idx, targets, mask = data.batch(data.Binidx("x"), 0, 4, 32)
-    losses = F.cross_entropy(rwkv6.load_model("base.pth", torch.float32)(idx).flatten(0, 1), targets.flatten(), reduction="none")
-    assert column("loss")[0] == pytest.approx((losses @ mask.flatten() / mask.sum()).item(), rel=near)
+    losses = F.cross_entropy(
+        rwkv6.load_model("base.pth", torch.float32)(idx).flatten(0, 1),
+        targets.flatten(),
+        reduction="none",
+    )
+    assert column("loss")[0] == pytest.approx(
+        (losses @ mask.flatten() / mask.sum()).item(), rel=near
+    )
     assert {tensor.dtype for tensor in read("out/rwkv-0.pth").values()} == {dtype}
 
 
@@ -145,37 +200,65 @@ def test_held_out_loss_is_the_mean_over_its_tokens_before_and_after(capsys):
     data.write_binidx("held", counting([30, 12, 40]))
     run("--val_file held --epoch_count 2 --epoch_steps 8")
     before, middle, after = column("val_loss")
-    assert after < middle < before and re.search(f"before training: {before:.4f}\n(.|\n)*, held-out loss {after:.4f}\n", capsys.readouterr().out)
+    assert after < middle < before and re.search(
+        f"before training: {before:.4f}\n(.|\n)*, held-out loss {after:.4f}\n",
+        capsys.readouterr().out,
+    )
     model, found = rwkv6.load_model("base.pth", torch.float32), []
     for micro_bsz in (1, 2, 3):
-        found.append(train.val_loss(model, data.Binidx("held"), micro_bsz, 32, "pad", contextlib.nullcontext()))
-    assert found == pytest.approx(found[:1] * 3, rel=1e-5) and found[0] == pytest.approx(before, rel=2e-2)
+        found.append(
+            train.val_loss(
+                model, data.Binidx("held"), micro_bsz, 32, "pad", contextlib.nullcontext()
+            )
+        )
+    assert found == pytest.approx(found[:1] * 3, rel=1e-5) and found[0] == pytest.approx(
+        before, rel=2e-2
+    )
 
 
-@pytest.mark.parametrize("flags, steps", [
-    ("", 3), ("--accumulate_grad_batches 2", 2), ("--micro_bsz 5 --loss_mask none", 3), ("--dataload only --micro_bsz 1", 12),
-    ("--dataload get", 3), ("--dataload get --ctx_len 8 --micro_bsz 4", 10),
-])
+@pytest.mark.parametrize(
+    "flags, steps",
+    [
+        ("", 3),
+        ("--accumulate_grad_batches 2", 2),
+        ("--micro_bsz 5 --loss_mask none", 3),
+        ("--dataload only --micro_bsz 1", 12),
+        ("--dataload get", 3),
+        ("--dataload get --ctx_len 8 --micro_bsz 4", 10),
+    ],
+)
 def test_an_epoch_is_the_data_once(flags, steps):
-    run("--epoch_steps 0 " + flags)                # 12 documents, 312 tokens
+    run("--epoch_steps 0 " + flags)  # 12 documents, 312 tokens
     assert len(column("loss")) == steps and all(0 < loss < 20 for loss in column("loss"))
 
 
-@pytest.mark.parametrize("flags, saved", [
-    ("--epoch_count 3 --epoch_save 2", {1, 2}), ("--epoch_count 2 --epoch_save 9", {1}), ("--epoch_begin 5 --epoch_count 2", {5, 6}),
-])
+@pytest.mark.parametrize(
+    "flags, saved",
+    [
+        ("--epoch_count 3 --epoch_save 2", {1, 2}),
+        ("--epoch_count 2 --epoch_save 9", {1}),
+        ("--epoch_begin 5 --epoch_count 2", {5, 6}),
+    ],
+)
 def test_checkpoints_are_named_by_epoch(flags, saved):
     run("--epoch_steps 1 " + flags)
-    assert {path.name for path in pathlib.Path("out").glob("rwkv-*.pth")} == {f"rwkv-{epoch}.pth" for epoch in saved}
+    assert {path.name for path in pathlib.Path("out").glob("rwkv-*.pth")} == {
+        f"rwkv-{epoch}.pth" for epoch in saved
+    }
 
 
 def test_bone_load_goes_on_where_the_checkpoint_ended():
     torch.save(tiny(torch.float32), "base.pth")
     run("--precision fp32 --epoch_count 2 --proj_dir whole")
     run("--precision fp32 --proj_dir half")
-    flags = DEFAULTS.replace("--bone_r 16 ", "") + "--precision fp32 --epoch_begin 1 --bone_load half/rwkv-0.pth --proj_dir half"
-    train.train(train.parse_args(flags.split()))        # rank and mode are the checkpoint's
-    assert column("loss", "half")[:5] == pytest.approx(column("loss", "whole")[:5], rel=1e-5) and column("step", "half") == list(range(8))
+    flags = (
+        DEFAULTS.replace("--bone_r 16 ", "")
+        + "--precision fp32 --epoch_begin 1 --bone_load half/rwkv-0.pth --proj_dir half"
+    )
+    train.train(train.parse_args(flags.split()))  # rank and mode are the checkpoint's
+    assert column("loss", "half")[:5] == pytest.approx(
+        column("loss", "whole")[:5], rel=1e-5
+    ) and column("step", "half") == list(range(8))
 
 
 def test_training_goes_on_over_the_quantized_base_of_the_checkpoint():
@@ -189,7 +272,13 @@ def test_training_goes_on_over_the_quantized_base_of_the_checkpoint():
 
 def test_data_that_is_not_there_is_found_out_before_the_base_is_loaded(monkeypatch):
     devices, load = [], rwkv6.load_model
-    monkeypatch.setattr(rwkv6, "load_model", lambda path, dtype, device, quant: devices.append(device.type) or load(path, dtype, device, quant))
+    monkeypatch.setattr(
+        rwkv6,
+        "load_model",
+        lambda path, dtype, device, quant: (
+            devices.append(device.type) or load(path, dtype, device, quant)
+        ),
+    )
     for flags in ("--data_file gone", "--val_file gone"):
         with pytest.raises(FileNotFoundError):
             run(flags)
@@ -211,36 +300,66 @@ def test_what_a_loaded_checkpoint_trained_is_in_the_next_checkpoint():
 
 def test_pretraining_saves_a_complete_model():
     run("--load_model '' --n_layer 2 --n_embd 64 --vocab_size 300 --epoch_steps 20")
-    assert rwkv6.load_model("out/rwkv-0.pth").config == rwkv6.init_model(2, 64, 300).config and column("loss")[-1] < 0.9 * column("loss")[0]
+    assert (
+        rwkv6.load_model("out/rwkv-0.pth").config == rwkv6.init_model(2, 64, 300).config
+        and column("loss")[-1] < 0.9 * column("loss")[0]
+    )
 
 
 # ---- optimizer, learning rate -------------------------------------------------------------------------------------------------
 
-def reference_learning_rate(global_step, epoch_begin, epoch_count, epoch_steps, lr_init, lr_final, warmup_steps):
+
+def reference_learning_rate(
+    global_step, epoch_begin, epoch_count, epoch_steps, lr_init, lr_final, warmup_steps
+):
     """As RWKV-PEFT has it: global_step counts from the beginning of the run, real_step from epoch 0."""
     real_step = global_step + epoch_begin * epoch_steps
     if lr_final == lr_init:
         lr = lr_init
     else:
-        assert epoch_count * epoch_steps != warmup_steps                # where the reference divides by zero
+        assert epoch_count * epoch_steps != warmup_steps  # where the reference divides by zero
         progress = (real_step - warmup_steps + 1) / (epoch_count * epoch_steps - warmup_steps)
         progress = min(1, max(0, progress))
-        lr = lr_init + (lr_final - lr_init) * progress if 0 in (lr_final, lr_init) else lr_init * math.exp(math.log(lr_final / lr_init) * progress)
+        lr = (
+            lr_init + (lr_final - lr_init) * progress
+            if 0 in (lr_final, lr_init)
+            else lr_init * math.exp(math.log(lr_final / lr_init) * progress)
+        )
     return lr * (0.2 + 0.8 * global_step / warmup_steps) if global_step < warmup_steps else lr
 
 
 @pytest.mark.parametrize("warmup_steps", [-1, 0, 1, 7, 35])
-@pytest.mark.parametrize("lr_init, lr_final", [(1e-3, 1e-3), (1e-2, 1e-4), (1e-3, 0), (0, 1e-3), (1e-5, 1e-3)])
+@pytest.mark.parametrize(
+    "lr_init, lr_final", [(1e-3, 1e-3), (1e-2, 1e-4), (1e-3, 0), (0, 1e-3), (1e-5, 1e-3)]
+)
 @pytest.mark.parametrize("epoch_begin, epoch_count", [(0, 1), (0, 3), (1, 3), (3, 2)])
-def test_the_learning_rate_of_every_step_is_the_reference_s(epoch_begin, epoch_count, lr_init, lr_final, warmup_steps):
+def test_the_learning_rate_of_every_step_is_the_reference_s(
+    epoch_begin, epoch_count, lr_init, lr_final, warmup_steps
+):
     for n in range(epoch_count * 10):
-        ours = train.learning_rate(epoch_begin * 10 + n, epoch_begin * 10, epoch_count * 10, lr_init, lr_final, warmup_steps)
-        assert ours == pytest.approx(reference_learning_rate(n, epoch_begin, epoch_count, 10, lr_init, lr_final, warmup_steps), rel=1e-9), n
+        ours = train.learning_rate(
+            epoch_begin * 10 + n,
+            epoch_begin * 10,
+            epoch_count * 10,
+            lr_init,
+            lr_final,
+            warmup_steps,
+        )
+        assert ours == pytest.approx(
+            reference_learning_rate(
+                n, epoch_begin, epoch_count, 10, lr_init, lr_final, warmup_steps
+            ),
+            rel=1e-9,
+        ), n
 
 
 def test_a_run_follows_the_curve():
-    run("--epoch_begin 1 --epoch_count 3 --epoch_steps 4 --lr_init 1e-2 --lr_final 1e-3 --warmup_steps 2")
-    assert column("lr") == pytest.approx([reference_learning_rate(n, 1, 3, 4, 1e-2, 1e-3, 2) for n in range(12)], rel=1e-6)
+    run(
+        "--epoch_begin 1 --epoch_count 3 --epoch_steps 4 --lr_init 1e-2 --lr_final 1e-3 --warmup_steps 2"
+    )
+    assert column("lr") == pytest.approx(
+        [reference_learning_rate(n, 1, 3, 4, 1e-2, 1e-3, 2) for n in range(12)], rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("version", ["x060", "x052"])
@@ -248,11 +367,19 @@ def test_a_run_follows_the_curve():
 def test_parameters_are_grouped_as_the_reference_groups_them(version, layerwise_lr, weight_decay):
     model = bone.add_bone(rwkv6.init_model(2, 64, 300, version=version), 16).requires_grad_(True)
     names = {p: name for name, p in model.named_parameters()}
-    found = {names[p]: (group["lr"], group["lr_scale"], group["weight_decay"])
-             for group in train.make_optimizer(model, 1e-3, weight_decay=weight_decay, layerwise_lr=layerwise_lr).param_groups for p in group["params"]}
+    found = {
+        names[p]: (group["lr"], group["lr_scale"], group["weight_decay"])
+        for group in train.make_optimizer(
+            model, 1e-3, weight_decay=weight_decay, layerwise_lr=layerwise_lr
+        ).param_groups
+        for p in group["params"]
+    }
     for p, name in names.items():
         if layerwise_lr and "time_" in name:
-            scale, decay = 2.0 if name in ("blocks.0.att.time_decay", "blocks.1.att.time_decay") else 1.0, 0.0
+            scale, decay = (
+                2.0 if name in ("blocks.0.att.time_decay", "blocks.1.att.time_decay") else 1.0,
+                0.0,
+            )
         else:
             scale, decay = 1.0, weight_decay if len([n for n in p.shape if n > 1]) >= 2 else 0.0
         assert found[name] == (1e-3 * scale, scale, decay), name
@@ -260,13 +387,16 @@ def test_parameters_are_grouped_as_the_reference_groups_them(version, layerwise_
 
 # ---- what is refused ----------------------------------------------------------------------------------------------------------
 
+
 class Code:
     def __reduce__(self):
         return os.mkdir, ("executed",)
 
 
 def save(content, path="bad.pth"):
-    pathlib.Path(path).write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    pathlib.Path(path).write_bytes(content) if isinstance(content, bytes) else torch.save(
+        content, path
+    )
 
 
 def a_flipped_bit():
@@ -295,7 +425,11 @@ def test_attributes_of_a_tensor_in_a_file_are_left_there():
     tensor.detach = tensor.note = 1
     save({"a": tensor, "b": torch.nn.Parameter(torch.ones(3))})
     read_again = files.read_checkpoint("bad.pth")
-    assert read_again["a"].equal(torch.ones(2)) and {*vars(read_again["a"])} == {"is_mapped"} and not read_again["b"].requires_grad
+    assert (
+        read_again["a"].equal(torch.ones(2))
+        and {*vars(read_again["a"])} == {"is_mapped"}
+        and not read_again["b"].requires_grad
+    )
 
 
 def of_an_nf4_run():
@@ -307,74 +441,223 @@ def of_an_nf4_run():
 BASE, BONES, ONE = "--load_model bad.pth", "--bone_load bad.pth", torch.ones(1)
 
 
-@pytest.mark.parametrize("flags, says, prepare", [
-    ("--load_model gone.pth", "gone.pth: No such file", None),
-    (BASE, "bad.pth: not a PyTorch checkpoint", lambda: save(b"")),
-    (BASE, "bad.pth: not a PyTorch checkpoint", lambda: save(b"version https://git-lfs.github.com/spec/v1\n")),
-    (BASE, "bad.pth: a cut or damaged", lambda: save(pathlib.Path("base.pth").read_bytes()[:20_000])),
-    (BASE, "nothing was executed", lambda: save({"emb.weight": Code()})),
-    (BASE, "bad.pth: not a model checkpoint", lambda: save([1, 2])),
-    (BASE, "bad.pth: a cut or damaged PyTorch checkpoint (the checksum of", a_flipped_bit),
-    (BASE, "bad.pth: a cut or damaged PyTorch checkpoint (it claims to hold more than it does)", compressed),
-    (BASE, "bad.pth: head.weight claims to be (1099511627776, 64), which the file does not hold", lambda: save(tiny() | {"head.weight": torch.ones(1, 64).expand(2**40, 64)})),
-    (BASE, "tensors that share their content claim", lambda: save(tiny() | dict.fromkeys(map(str, range(500)), tiny()["head.weight"]))),
-    (BASE, "bad.pth: a cut or damaged PyTorch checkpoint (its tensors are not what it holds)", reaching_into_the_next),
-    (BASE, "bad.pth: not a PyTorch checkpoint", lambda: torch.save(tiny(), "bad.pth", _use_new_zipfile_serialization=False)),
-    (BASE, "1000000000 blocks", lambda: save(tiny() | {"blocks.999999999.att.time_maa_x": ONE})),
-    (BASE, "bad.pth: two\\nlines is torch.int64", lambda: save(tiny() | {"two\nlines": torch.ones(1, dtype=torch.int64)})),
-    (BASE, "bad.pth: an RWKV-4", lambda: save({"blocks.0.att.time_mix_k": ONE})),
-    (BASE, "bad.pth: an RWKV-5", lambda: save({"blocks.0.att.time_mix_k": ONE, "blocks.0.att.ln_x.weight": ONE})),
-    (BASE, "bad.pth: an RWKV-7", lambda: save({"blocks.0.att.r_k": ONE, "blocks.0.att.x_r": ONE})),
-    (BASE, "bad.pth: not an RWKV-6", lambda: save({"anything": ONE})),
-    (BASE, "bad.pth: a Bone checkpoint", lambda: save(bone_of("base.pth"))),
-    (BASE, "bad.pth: head.weight is missing", lambda: save({n: t for n, t in tiny().items() if n != "head.weight"})),
-    (BASE, "bad.pth: head.weight is (300, 60)", lambda: save(tiny() | {"head.weight": torch.ones(300, 60)})),
-    (BASE, "bad.pth: head.weight holds NaN", lambda: save(tiny() | {"head.weight": torch.full((300, 64), float("nan"))})),
-    (BONES + " --bone_r 16", "bad.pth: has bone_r 32", lambda: save(bone_of("base.pth", 32))),
-    (BONES + " --bone_mode bat", "bad.pth: has bone_mode bone", lambda: save(bone_of("base.pth", 16, "bone"))),
-    (BONES, "trained on another model", lambda: (save(tiny(n_embd=128)), save(bone_of("bad.pth")))),
-    (BONES, "bad.pth: holds no tensor named *.bone", lambda: save(tiny())),
-    (BONES, "bad.pth: blocks.0.att.key.bone holds NaN", lambda: save(bone_of("base.pth") | {"blocks.0.att.key.bone": torch.full((4, 16, 16), float("nan"))})),
-    ("--data_file gone", "gone", None), ("--val_file gone", "gone", None),
-    ("--data_file ''", "--data_file is missing", None), ("", "x.bin: ", lambda: os.truncate("x.bin", 600)), ("", "x.idx: ", lambda: os.truncate("x.idx", 200)),
-    ("", "document 1 holds token 300, but the model's vocabulary is 300", lambda: data.write_binidx("x", [[1, 2], [3, 300, 0]])),
-    ("--data_file t.jsonl", "t.jsonl: holds no document", lambda: save(b"\n", "t.jsonl")),
-    ("--data_file t.jsonl", "t.jsonl, line 2: not JSON", lambda: save(b'{"text": "a"}\noops\n', "t.jsonl")),
-    ("--data_file t.jsonl", 't.jsonl, line 3: has no "text"', lambda: save(b'{"text": "a"}\n\n{"prompt": "b"}\n', "t.jsonl")),
-    ("--loss_mask qa", "x: no answer", None),
-    ("--data_file qa --loss_mask qa --val_file x", "x: no answer", lambda: data.write_binidx("qa", [[1 + b for b in b"User: a\n\nAssistant: b"]])),
-    ("--dataload only", "--micro_bsz 1", None), ("--dataload get --ctx_len 400", "--ctx_len 311", None),
-    ("--n_layer 3", "base.pth: has n_layer 2, but --n_layer is 3", None), ("--n_embd 128", "base.pth: has n_embd 64, but --n_embd is 128", None),
-    ("--bone_r 24", "24 does not divide blocks.0.att.receptance (64 x 64); this model takes [8, 16, 32]", None),
-    ("--load_model ''", "--load_model is missing", None), ("--load_model '' --n_layer 2 --n_embd 60", "n_embd 60 must be a multiple", None),
-    ("--train_parts foo", "--train_parts foo is unknown: time, ln, emb and head", None), ("--accelerator gpu", "use --accelerator cpu", None),
-    ("--proj_dir base.pth", "base.pth", None),
-    ("--proj_dir old", "old/rwkv-0.pth: already there", lambda: (os.mkdir("old"), save(b"of an earlier run", "old/rwkv-0.pth"))),
-    ("--bone_load old/rwkv-0.pth --quant int8", "old/rwkv-0.pth: trained with --quant nf4 (old/args.json), but --quant is int8; use nf4", of_an_nf4_run),
-    ("--proj_dir old --epoch_begin 1", "old/rwkv-0.pth: trained with --quant nf4 (old/args.json), but --quant is none; use nf4", of_an_nf4_run),
-    *[(flag, flag.replace(" ", ": ") + " must be a number of at least", None) for flag in ("--bone_r 0", "--micro_bsz 0", "--epoch_count 0", "--epoch_steps -1", "--lr_init -1", "--lr_init nan",
-                                                 "--lr_init inf", "--lr_final nan", "--warmup_steps -2", "--ctx_len 0")],
-    ("--beta2 1.5", "beta", None),
-])
-def test_what_cannot_work_is_refused_in_one_line_that_names_it(monkeypatch, capsys, flags, says, prepare):
+@pytest.mark.parametrize(
+    "flags, says, prepare",
+    [
+        ("--load_model gone.pth", "gone.pth: No such file", None),
+        (BASE, "bad.pth: not a PyTorch checkpoint", lambda: save(b"")),
+        (
+            BASE,
+            "bad.pth: not a PyTorch checkpoint",
+            lambda: save(b"version https://git-lfs.github.com/spec/v1\n"),
+        ),
+        (
+            BASE,
+            "bad.pth: a cut or damaged",
+            lambda: save(pathlib.Path("base.pth").read_bytes()[:20_000]),
+        ),
+        (BASE, "nothing was executed", lambda: save({"emb.weight": Code()})),
+        (BASE, "bad.pth: not a model checkpoint", lambda: save([1, 2])),
+        (BASE, "bad.pth: a cut or damaged PyTorch checkpoint (the checksum of", a_flipped_bit),
+        (
+            BASE,
+            "bad.pth: a cut or damaged PyTorch checkpoint (it claims to hold more than it does)",
+            compressed,
+        ),
+        (
+            BASE,
+            "bad.pth: head.weight claims to be (1099511627776, 64), which the file does not hold",
+            lambda: save(tiny() | {"head.weight": torch.ones(1, 64).expand(2**40, 64)}),
+        ),
+        (
+            BASE,
+            "tensors that share their content claim",
+            lambda: save(tiny() | dict.fromkeys(map(str, range(500)), tiny()["head.weight"])),
+        ),
+        (
+            BASE,
+            "bad.pth: a cut or damaged PyTorch checkpoint (its tensors are not what it holds)",
+            reaching_into_the_next,
+        ),
+        (
+            BASE,
+            "bad.pth: not a PyTorch checkpoint",
+            lambda: torch.save(tiny(), "bad.pth", _use_new_zipfile_serialization=False),
+        ),
+        (
+            BASE,
+            "1000000000 blocks",
+            lambda: save(tiny() | {"blocks.999999999.att.time_maa_x": ONE}),
+        ),
+        (
+            BASE,
+            "bad.pth: two\\nlines is torch.int64",
+            lambda: save(tiny() | {"two\nlines": torch.ones(1, dtype=torch.int64)}),
+        ),
+        (BASE, "bad.pth: an RWKV-4", lambda: save({"blocks.0.att.time_mix_k": ONE})),
+        (
+            BASE,
+            "bad.pth: an RWKV-5",
+            lambda: save({"blocks.0.att.time_mix_k": ONE, "blocks.0.att.ln_x.weight": ONE}),
+        ),
+        (
+            BASE,
+            "bad.pth: an RWKV-7",
+            lambda: save({"blocks.0.att.r_k": ONE, "blocks.0.att.x_r": ONE}),
+        ),
+        (BASE, "bad.pth: not an RWKV-6", lambda: save({"anything": ONE})),
+        (BASE, "bad.pth: a Bone checkpoint", lambda: save(bone_of("base.pth"))),
+        (
+            BASE,
+            "bad.pth: head.weight is missing",
+            lambda: save({n: t for n, t in tiny().items() if n != "head.weight"}),
+        ),
+        (
+            BASE,
+            "bad.pth: head.weight is (300, 60)",
+            lambda: save(tiny() | {"head.weight": torch.ones(300, 60)}),
+        ),
+        (
+            BASE,
+            "bad.pth: head.weight holds NaN",
+            lambda: save(tiny() | {"head.weight": torch.full((300, 64), float("nan"))}),
+        ),
+        (BONES + " --bone_r 16", "bad.pth: has bone_r 32", lambda: save(bone_of("base.pth", 32))),
+        (
+            BONES + " --bone_mode bat",
+            "bad.pth: has bone_mode bone",
+            lambda: save(bone_of("base.pth", 16, "bone")),
+        ),
+        (
+            BONES,
+            "trained on another model",
+            lambda: (save(tiny(n_embd=128)), save(bone_of("bad.pth"))),
+        ),
+        (BONES, "bad.pth: holds no tensor named *.bone", lambda: save(tiny())),
+        (
+            BONES,
+            "bad.pth: blocks.0.att.key.bone holds NaN",
+            lambda: save(
+                bone_of("base.pth")
+                | {"blocks.0.att.key.bone": torch.full((4, 16, 16), float("nan"))}
+            ),
+        ),
+        ("--data_file gone", "gone", None),
+        ("--val_file gone", "gone", None),
+        ("--data_file ''", "--data_file is missing", None),
+        ("", "x.bin: ", lambda: os.truncate("x.bin", 600)),
+        ("", "x.idx: ", lambda: os.truncate("x.idx", 200)),
+        (
+            "",
+            "document 1 holds token 300, but the model's vocabulary is 300",
+            lambda: data.write_binidx("x", [[1, 2], [3, 300, 0]]),
+        ),
+        ("--data_file t.jsonl", "t.jsonl: holds no document", lambda: save(b"\n", "t.jsonl")),
+        (
+            "--data_file t.jsonl",
+            "t.jsonl, line 2: not JSON",
+            lambda: save(b'{"text": "a"}\noops\n', "t.jsonl"),
+        ),
+        (
+            "--data_file t.jsonl",
+            't.jsonl, line 3: has no "text"',
+            lambda: save(b'{"text": "a"}\n\n{"prompt": "b"}\n', "t.jsonl"),
+        ),
+        ("--loss_mask qa", "x: no answer", None),
+        (
+            "--data_file qa --loss_mask qa --val_file x",
+            "x: no answer",
+            lambda: data.write_binidx("qa", [[1 + b for b in b"User: a\n\nAssistant: b"]]),
+        ),
+        ("--dataload only", "--micro_bsz 1", None),
+        ("--dataload get --ctx_len 400", "--ctx_len 311", None),
+        ("--n_layer 3", "base.pth: has n_layer 2, but --n_layer is 3", None),
+        ("--n_embd 128", "base.pth: has n_embd 64, but --n_embd is 128", None),
+        (
+            "--bone_r 24",
+            "24 does not divide blocks.0.att.receptance (64 x 64); this model takes [8, 16, 32]",
+            None,
+        ),
+        ("--load_model ''", "--load_model is missing", None),
+        ("--load_model '' --n_layer 2 --n_embd 60", "n_embd 60 must be a multiple", None),
+        ("--train_parts foo", "--train_parts foo is unknown: time, ln, emb and head", None),
+        ("--accelerator gpu", "use --accelerator cpu", None),
+        ("--proj_dir base.pth", "base.pth", None),
+        (
+            "--proj_dir old",
+            "old/rwkv-0.pth: already there",
+            lambda: (os.mkdir("old"), save(b"of an earlier run", "old/rwkv-0.pth")),
+        ),
+        (
+            "--bone_load old/rwkv-0.pth --quant int8",
+            "old/rwkv-0.pth: trained with --quant nf4 (old/args.json), but --quant is int8; use nf4",
+            of_an_nf4_run,
+        ),
+        (
+            "--proj_dir old --epoch_begin 1",
+            "old/rwkv-0.pth: trained with --quant nf4 (old/args.json), but --quant is none; use nf4",
+            of_an_nf4_run,
+        ),
+        *[
+            (flag, flag.replace(" ", ": ") + " must be a number of at least", None)
+            for flag in (
+                "--bone_r 0",
+                "--micro_bsz 0",
+                "--epoch_count 0",
+                "--epoch_steps -1",
+                "--lr_init -1",
+                "--lr_init nan",
+                "--lr_init inf",
+                "--lr_final nan",
+                "--warmup_steps -2",
+                "--ctx_len 0",
+            )
+        ],
+        ("--beta2 1.5", "beta", None),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line_that_names_it(
+    monkeypatch, capsys, flags, says, prepare
+):
     def contents():
         return {path: path.read_bytes() for path in pathlib.Path().rglob("*") if path.is_file()}
+
     prepare and prepare()
     before = contents()
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(SystemExit) as end:
         files.run_cli(lambda: run(flags))
     error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and says in error
-    assert contents() == before and not os.path.isdir("out") and not os.path.isdir("executed")    # nothing written, nothing harmed
+    assert (
+        end.value.code == 2
+        and error.startswith("error: ")
+        and error.count("\n") == 1
+        and says in error
+    )
+    assert (
+        contents() == before and not os.path.isdir("out") and not os.path.isdir("executed")
+    )  # nothing written, nothing harmed
 
 
-@pytest.mark.parametrize("flags, says", [("--lr_inti 1e-4", "did you mean --lr_init?"), ("--micro_bsz two", "--micro_bsz"), ("--bone_mode lora", "--bone_mode")])
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--lr_inti 1e-4", "did you mean --lr_init?"),
+        ("--micro_bsz two", "--micro_bsz"),
+        ("--bone_mode lora", "--bone_mode"),
+    ],
+)
 def test_a_mistyped_flag_is_no_run(capsys, flags, says):
     with pytest.raises(SystemExit) as end:
         files.run_cli(lambda: run(flags))
     error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and says in error and not os.path.exists("out")
+    assert (
+        end.value.code == 2
+        and error.startswith("error: ")
+        and error.count("\n") == 1
+        and says in error
+        and not os.path.exists("out")
+    )
 
 
 def test_help_is_a_page_in_groups(capsys, monkeypatch):
@@ -383,4 +666,7 @@ def test_help_is_a_page_in_groups(capsys, monkeypatch):
         train.parse_args(["--help"])
     page = capsys.readouterr().out
     assert end.value.code == 0 and max(map(len, page.splitlines())) <= 80
-    assert all(f"\n{title}:\n" in page for title in ("model", "Bone", "data", "training", "optimizer (Adam)", "machine"))
+    assert all(
+        f"\n{title}:\n" in page
+        for title in ("model", "Bone", "data", "training", "optimizer (Adam)", "machine")
+    )

@@ -25,14 +25,21 @@ def inputs(B, T, H, N, decay=None, seed=0):
     low, high = (math.log(-math.log(d)) for d in (1e-8, 1 - 1e-8))
     w = torch.rand(B, T, H, N, generator=g) * (high - low) + low
     if decay is not None:
-        w = torch.full_like(w, math.log(-math.log(decay))) + 0.05 * torch.randn(B, T, H, N, generator=g)
+        w = torch.full_like(w, math.log(-math.log(decay))) + 0.05 * torch.randn(
+            B, T, H, N, generator=g
+        )
     u, state = torch.randn(H, N, generator=g), torch.randn(B, H, N, N, generator=g)
     return [x.double() for x in (r, k, v, w, u, state)]
 
 
 def run(tensors, impl, dtype):
     """y, state and the gradients of every input under one fixed random output gradient."""
-    leaves = [x.to(torch.promote_types(dtype, torch.float32) if i in (3, 4, 5) else dtype).requires_grad_() for i, x in enumerate(tensors)]
+    leaves = [
+        x.to(
+            torch.promote_types(dtype, torch.float32) if i in (3, 4, 5) else dtype
+        ).requires_grad_()
+        for i, x in enumerate(tensors)
+    ]
     y, state = wkv6.wkv6(*leaves, impl=impl)
     g = torch.Generator().manual_seed(1)
     gy, gstate = (torch.randn(x.shape, generator=g).to(x) for x in (y, state))
@@ -44,7 +51,9 @@ def check(tensors, impl, dtype, bound, exact=None):
         pytest.skip(kernel_problem())
     if dtype != torch.float32:  # the loop sees the rounded inputs, so that only the form is judged
         tensors = [x.to(dtype).double() if i < 3 else x for i, x in enumerate(tensors)]
-    for name, ours, exact in zip(NAMES, run(tensors, impl, dtype), exact or run(tensors, "reference", torch.float64)):
+    for name, ours, exact in zip(
+        NAMES, run(tensors, impl, dtype), exact or run(tensors, "reference", torch.float64)
+    ):
         assert ours.isfinite().all(), name
         error = ((ours.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
         assert error <= bound, f"{name}: relative error {error:.1e}"
@@ -68,7 +77,9 @@ def test_batches_heads_and_head_sizes(impl, N):
     check(inputs(3, 37, 2, N), impl, torch.float32, 1e-5)
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])  # half a step is 2e-3, and 2.4e-4
+@pytest.mark.parametrize(
+    "dtype, bound", [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)]
+)  # half a step is 2e-3, and 2.4e-4
 @pytest.mark.parametrize("impl", ["chunked", "compiled", "auto"])
 def test_inputs_of_16_bits_are_accumulated_in_float32(impl, dtype, bound):
     check(inputs(2, 300, 2, 64), impl, dtype, bound)
@@ -77,7 +88,10 @@ def test_inputs_of_16_bits_are_accumulated_in_float32(impl, dtype, bound):
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
 def test_autocast_has_no_say_in_it(impl):
     """The products of the chunked form would be in bfloat16 else: 2e-3 off, where it is 1e-7."""
-    tensors = [x.to(torch.bfloat16 if i < 3 else torch.float32) for i, x in enumerate(inputs(1, 100, 2, 64))]
+    tensors = [
+        x.to(torch.bfloat16 if i < 3 else torch.float32)
+        for i, x in enumerate(inputs(1, 100, 2, 64))
+    ]
     plain = wkv6.wkv6(*tensors, impl=impl)
     with torch.autocast("cpu", torch.bfloat16):
         inside = wkv6.wkv6(*tensors, impl=impl)
@@ -88,7 +102,10 @@ def test_autocast_has_no_say_in_it(impl):
 def test_fla_s_operator_is_called_by_its_definition(monkeypatch, old):
     """In its place stands the definition that flash-linear-attention documents: w is the log of the decay, scale a factor of r, and in
     older releases head_first has to be False."""
-    def chunk_rwkv6_old(r, k, v, w, u, scale=None, initial_state=None, output_final_state=False, head_first=True):
+
+    def chunk_rwkv6_old(
+        r, k, v, w, u, scale=None, initial_state=None, output_final_state=False, head_first=True
+    ):
         assert not head_first
         return chunk_rwkv6(r, k, v, w, u, scale, initial_state, output_final_state)
 
@@ -99,7 +116,12 @@ def test_fla_s_operator_is_called_by_its_definition(monkeypatch, old):
             y.append(((state + u[..., None] * kv) * (r[:, t] * scale)[..., None]).sum(-2))
             state = state * w[:, t].exp()[..., None] + kv
         return torch.stack(y, 1), state if output_final_state else None
-    monkeypatch.setitem(sys.modules, "fla.ops.rwkv6", SimpleNamespace(chunk_rwkv6=chunk_rwkv6_old if old else chunk_rwkv6))
+
+    monkeypatch.setitem(
+        sys.modules,
+        "fla.ops.rwkv6",
+        SimpleNamespace(chunk_rwkv6=chunk_rwkv6_old if old else chunk_rwkv6),
+    )
     check(inputs(2, 20, 2, 32), "fla", torch.float32, 1e-5)
 
 
@@ -120,8 +142,13 @@ def test_the_formula_of_the_docstring():
     d = torch.exp(-torch.exp(w))
     (r0, r1, r2), (k0, k1, k2), (v0, v1, v2), (_, d1, _) = (x[0, :, 0] for x in (r, k, v, d))
     u = u[0]
-    expected = torch.stack([(r0 @ (u * k0)) * v0, (r1 @ (u * k1)) * v1 + (r1 @ k0) * v0,
-                            (r2 @ (u * k2)) * v2 + (r2 @ k1) * v1 + (r2 @ (d1 * k0)) * v0])
+    expected = torch.stack(
+        [
+            (r0 @ (u * k0)) * v0,
+            (r1 @ (u * k1)) * v1 + (r1 @ k0) * v0,
+            (r2 @ (u * k2)) * v2 + (r2 @ k1) * v1 + (r2 @ (d1 * k0)) * v0,
+        ]
+    )
     for impl in ("reference", "chunked"):
         torch.testing.assert_close(wkv6.wkv6(r, k, v, w, u[None], impl=impl)[0][0, :, 0], expected)
 
@@ -137,8 +164,14 @@ def test_opcheck_of_the_compiled_operators():
     for dtype in (torch.float32, torch.bfloat16):
         r, k, v, w, u, state = (x.float() for x in inputs(1, 5, 2, 32, 0.9))
         r, k, v = (x.to(dtype).requires_grad_() for x in (r, k, v))
-        torch.library.opcheck(torch.ops.wkv6.forward.default, (r, k, v, w.requires_grad_(), u.requires_grad_(), state.requires_grad_()))
-        torch.library.opcheck(torch.ops.wkv6.backward.default, tuple(x.detach() for x in (r, k, v, w, u, state, r, state)))
+        torch.library.opcheck(
+            torch.ops.wkv6.forward.default,
+            (r, k, v, w.requires_grad_(), u.requires_grad_(), state.requires_grad_()),
+        )
+        torch.library.opcheck(
+            torch.ops.wkv6.backward.default,
+            tuple(x.detach() for x in (r, k, v, w, u, state, r, state)),
+        )
 
 
 @pytest.mark.parametrize("impl", ["chunked", "compiled"])
@@ -146,8 +179,13 @@ def test_torch_compile_takes_it_whole(impl):
     if impl == "compiled" and kernel_problem():
         pytest.skip(kernel_problem())
     leaves = [x.float().requires_grad_() for x in inputs(1, 20, 1, 64, 0.9)]
-    compiled = torch.compile(lambda *x: wkv6.wkv6(*x, impl=impl)[0].sin().sum(), fullgraph=True, backend="aot_eager")
-    for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(wkv6.wkv6(*leaves, impl=impl)[0].sin().sum(), leaves)):
+    compiled = torch.compile(
+        lambda *x: wkv6.wkv6(*x, impl=impl)[0].sin().sum(), fullgraph=True, backend="aot_eager"
+    )
+    for a, b in zip(
+        torch.autograd.grad(compiled(*leaves), leaves),
+        torch.autograd.grad(wkv6.wkv6(*leaves, impl=impl)[0].sin().sum(), leaves),
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -155,7 +193,12 @@ def test_wrong_shapes_are_refused():
     if kernel_problem():
         pytest.skip(kernel_problem())
     r, k, v, w, u, state = (x.float() for x in inputs(1, 5, 2, 32))
-    for bad in ([r, k[:, :4], v, w, u, state], [r, k, v, w, u[:1], state], [r, k, v, w, u, state.double()], [r, k.bfloat16(), v, w, u, state]):
+    for bad in (
+        [r, k[:, :4], v, w, u, state],
+        [r, k, v, w, u[:1], state],
+        [r, k, v, w, u, state.double()],
+        [r, k.bfloat16(), v, w, u, state],
+    ):
         with pytest.raises(RuntimeError, match="wkv6"):
             wkv6.wkv6(*bad, impl="compiled")
 
@@ -168,7 +211,14 @@ TRY = "import torch, wkv6; y, _ = wkv6.wkv6(*(torch.zeros(1, 2, 1, 32) for _ in 
 def build(tmp_path, script=TRY, **environment):
     """Run one WKV in a fresh process with an empty kernel cache."""
     env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), **environment}
-    return subprocess.Popen([sys.executable, "-c", script], cwd=HERE, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=HERE,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 @pytest.mark.parametrize("trouble", ["no compiler", "broken compiler", "folder is a file"])
@@ -186,7 +236,9 @@ def test_a_build_that_fails_says_so_in_one_line_and_the_chunked_form_takes_over(
     process = build(tmp_path, **environment)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and "not to be had" in out
-    notes = [line for line in err.splitlines() if line.startswith("note: ")]  # PyTorch may warn, too
+    notes = [
+        line for line in err.splitlines() if line.startswith("note: ")
+    ]  # PyTorch may warn, too
     assert len(notes) == 1 and "chunked form" in notes[0], err
     assert "Traceback" not in err
 
@@ -202,6 +254,7 @@ def test_a_second_process_waits_and_a_killed_build_leaves_nothing_to_wait_for(tm
     if kernel_problem():
         pytest.skip(kernel_problem())
     import time
+
     killed = build(tmp_path)
     while not list(tmp_path.glob("wkv6/tmp*/build.ninja")):
         assert killed.poll() is None

@@ -55,10 +55,16 @@ class Emulator:
         flags = ["-O1", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-Dwkv6=wkv6_emulated"]
         with pytest.MonkeyPatch.context() as patch:
             import ninja
+
             patch.setenv("PATH", f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{ninja.BIN_DIR}")
-            cpp_extension.load("emulated", sources, build_directory=str(folder),
-                               is_python_module=False, extra_cflags=flags,
-                               extra_include_paths=[str(folder), str(HERE)])
+            cpp_extension.load(
+                "emulated",
+                sources,
+                build_directory=str(folder),
+                is_python_module=False,
+                extra_cflags=flags,
+                extra_include_paths=[str(folder), str(HERE)],
+            )
         self.library = ctypes.CDLL(str(folder / "emulated.so"))
         self.launch = self.launch_of_library = torch.ops.wkv6_emulated.launch.default
 
@@ -74,12 +80,20 @@ class Emulator:
 
     def counted(self, name, *tensors):
         """MB loaded, MB stored, the number of blocks of each launch, and the most shared memory of one, while an operator runs."""
-        counters = {what: ctypes.c_int64.in_dll(self.library, f"emulator_{what}") for what in ("loaded", "stored", "launches", "shared_bytes")}
+        counters = {
+            what: ctypes.c_int64.in_dll(self.library, f"emulator_{what}")
+            for what in ("loaded", "stored", "launches", "shared_bytes")
+        }
         for counter in counters.values():
             counter.value = 0
         self(name, *tensors)
         loaded, stored, launches, shared_bytes = (counter.value for counter in counters.values())
-        return loaded / 1e6, stored / 1e6, list((ctypes.c_int64 * 16).in_dll(self.library, "emulator_blocks"))[:launches], shared_bytes
+        return (
+            loaded / 1e6,
+            stored / 1e6,
+            list((ctypes.c_int64 * 16).in_dll(self.library, "emulator_blocks"))[:launches],
+            shared_bytes,
+        )
 
     def __call__(self, name, *tensors):
         """Call wkv6_gpu.forward or backward, with NaN in what it makes before it writes there."""
@@ -106,7 +120,12 @@ def emulator(tmp_path_factory):
     return Emulator(tmp_path_factory.mktemp("emulator"))
 
 
-@pytest.fixture(params=["emulated", *(pytest.param(name, marks=ON_GPU) for name in ("on a GPU", "on a GPU, by NVRTC"))])
+@pytest.fixture(
+    params=[
+        "emulated",
+        *(pytest.param(name, marks=ON_GPU) for name in ("on a GPU", "on a GPU, by NVRTC")),
+    ]
+)
 def kernels(request):
     """A function of tensors and dtype: y, state and the gradients of every input."""
     if request.param == "emulated":
@@ -121,7 +140,9 @@ def kernels(request):
         wkv6_gpu.register(compiled._launch_of_nvrtc(), "CUDA")
     else:
         wkv6_gpu.register(compiled._find_launch(), "CUDA")
-    return lambda tensors, dtype: [x.cpu() for x in run([x.cuda() for x in tensors], "compiled", dtype)]
+    return lambda tensors, dtype: [
+        x.cpu() for x in run([x.cuda() for x in tensors], "compiled", dtype)
+    ]
 
 
 def converted(tensors, dtype):
@@ -145,6 +166,7 @@ def check(kernels, shape, decay, dtype, bound):
 
 # ---- the numbers ----------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("decay", [None, 1e-8, 0.5, 0.99, 1 - 1e-8])
 @pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 64, 65, 300, 3000])
 def test_every_output_is_that_of_the_float64_loop(kernels, T, decay):
@@ -153,13 +175,19 @@ def test_every_output_is_that_of_the_float64_loop(kernels, T, decay):
 
 def test_decays_of_exactly_0_and_1(kernels):
     tensors = [x.clone() for x in float64_loop((2, 70, 1, 64), None, torch.float32)[0]]
-    tensors[3] = torch.tensor([-200.0, -1.0, 5.0, 80.0], dtype=torch.float64)[torch.randint(4, tensors[3].shape, generator=torch.Generator().manual_seed(0))]
-    for name, ours, exact in zip(NAMES, kernels(tensors, torch.float32), run(tensors, "reference", torch.float64)):
+    tensors[3] = torch.tensor([-200.0, -1.0, 5.0, 80.0], dtype=torch.float64)[
+        torch.randint(4, tensors[3].shape, generator=torch.Generator().manual_seed(0))
+    ]
+    for name, ours, exact in zip(
+        NAMES, kernels(tensors, torch.float32), run(tensors, "reference", torch.float64)
+    ):
         assert (ours.double() - exact).norm() <= 1e-5 * exact.norm(), name
 
 
 @pytest.mark.parametrize("shape", [(3, 37, 2, 64), (2, 130, 3, 32)])
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)])  # half a step is 2e-3, and 2.4e-4
+@pytest.mark.parametrize(
+    "dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)]
+)  # half a step is 2e-3, and 2.4e-4
 def test_batches_heads_head_sizes_and_inputs_of_16_bits(kernels, shape, dtype, bound):
     check(kernels, shape, None, dtype, bound)
 
@@ -168,7 +196,13 @@ def test_batches_heads_head_sizes_and_inputs_of_16_bits(kernels, shape, dtype, b
 @pytest.mark.parametrize("T", [16, 100, 500])
 def test_any_chunk_size_will_do(emulator, T, chunk):
     emulator.set(chunk=chunk)
-    check(lambda tensors, dtype: emulator.run(converted(tensors, dtype)), (1, T, 2, 64), 0.9, torch.float32, 1e-5)
+    check(
+        lambda tensors, dtype: emulator.run(converted(tensors, dtype)),
+        (1, T, 2, 64),
+        0.9,
+        torch.float32,
+        1e-5,
+    )
 
 
 def test_thousands_of_decays_near_1_do_not_drift(emulator):
@@ -178,7 +212,9 @@ def test_thousands_of_decays_near_1_do_not_drift(emulator):
     r, k, v = (torch.randn(1, 30000, 1, 64, generator=g) for _ in range(3))
     w = torch.linspace(math.log(1e-7), math.log(1e-4), 64).expand(r.shape).contiguous()
     tensors = [r, k, v, w, torch.zeros(1, 64), torch.randn(1, 1, 64, 64, generator=g)]
-    for ours, exact in zip(emulator("forward", *tensors), wkv6.wkv6(*(x.double() for x in tensors), impl="chunked")):
+    for ours, exact in zip(
+        emulator("forward", *tensors), wkv6.wkv6(*(x.double() for x in tensors), impl="chunked")
+    ):
         assert (ours - exact).norm() <= 3e-6 * exact.norm()
 
 
@@ -190,6 +226,7 @@ def test_the_same_bits_in_every_run(kernels):
 
 
 # ---- what a GPU may do that a loop does not --------------------------------------------------------------------------------------
+
 
 def outputs(emulator, T=100, **settings):
     emulator.set(**settings)
@@ -208,26 +245,38 @@ def test_threads_warps_and_blocks_may_run_in_any_order(emulator, order):
     assert not differ(outputs(emulator), outputs(emulator, order=order))
 
 
-@pytest.mark.parametrize("line", [n for n, line in enumerate(SOURCE.splitlines(), 1) if "__syncthreads()" in line])
+@pytest.mark.parametrize(
+    "line", [n for n, line in enumerate(SOURCE.splitlines(), 1) if "__syncthreads()" in line]
+)
 def test_a_missing_barrier_is_found_out(emulator, line):
     """Every barrier is needed, and the test above would fail without it."""
     right = outputs(emulator)
     assert not differ(right, outputs(emulator))
-    assert any(differ(right, outputs(emulator, order=order, skipped_barrier=line)) for order in range(6))
+    assert any(
+        differ(right, outputs(emulator, order=order, skipped_barrier=line)) for order in range(6)
+    )
 
 
 def test_what_does_not_fit_the_kernels_is_refused(emulator):
     r, k, v, w, u, state = converted(inputs(1, 5, 2, 64), torch.bfloat16)
-    for bad, words in (([r, k[:, :4], v, w, u, state], "one shape"),
-                       ([r, k, v, w, u[:1], state], "u must be"),
-                       ([r, k, v, w.double(), u, state], "float32"),
-                       ([r, k.float(), v, w, u, state], "one dtype"),
-                       ([r.double(), k.double(), v.double(), w, u, state], "float64"),
-                       ([r.mT.contiguous().mT, k, v, w, u, state], "contiguous"),
-                       ([r, k.to("meta"), v, w, u, state], "meta"),
-                       ([r, k, v, w, u, torch.zeros(8193)[1:].view(state.shape)], "aligned"),
-                       ([*(x[:, :0] for x in (r, k, v, w)), u, state], "empty"),
-                       ([*(x[..., :48].contiguous() for x in (r, k, v, w, u)), state[..., :48, :48].contiguous()], "head size 48")):
+    for bad, words in (
+        ([r, k[:, :4], v, w, u, state], "one shape"),
+        ([r, k, v, w, u[:1], state], "u must be"),
+        ([r, k, v, w.double(), u, state], "float32"),
+        ([r, k.float(), v, w, u, state], "one dtype"),
+        ([r.double(), k.double(), v.double(), w, u, state], "float64"),
+        ([r.mT.contiguous().mT, k, v, w, u, state], "contiguous"),
+        ([r, k.to("meta"), v, w, u, state], "meta"),
+        ([r, k, v, w, u, torch.zeros(8193)[1:].view(state.shape)], "aligned"),
+        ([*(x[:, :0] for x in (r, k, v, w)), u, state], "empty"),
+        (
+            [
+                *(x[..., :48].contiguous() for x in (r, k, v, w, u)),
+                state[..., :48, :48].contiguous(),
+            ],
+            "head size 48",
+        ),
+    ):
         with pytest.raises(RuntimeError, match=f"wkv6: .*{words}"):
             emulator("forward", *bad)
 
@@ -316,7 +365,9 @@ def test_the_operators_can_be_had_for_other_devices(emulator):
         y, state = torch.ops.wkv6.forward.default.redispatch(key, *tensors)
         gradients = torch.ops.wkv6.backward.default.redispatch(key, *tensors, y, state)
     expected = emulator("forward", *tensors)
-    assert not differ([*expected, *emulator("backward", *tensors, *expected)], [y, state, *gradients])
+    assert not differ(
+        [*expected, *emulator("backward", *tensors, *expected)], [y, state, *gradients]
+    )
 
 
 def test_autocast_changes_nothing(emulator):
@@ -379,18 +430,26 @@ def test_float16_under_nvrtc_is_converted_by_the_gpu_s_own_instructions():
 
 # ---- what the head comment says --------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("heads, model", [(32, "1.6B"), (64, "7B")])
 def test_the_counts_of_the_head_comment(emulator, heads, model):
     emulator.set()
     tensors = converted(inputs(1, 1024, heads, 64, 0.9), torch.bfloat16)
     for name, more in (("forward", []), ("backward", [tensors[2], tensors[5]])):
-        blocks, loaded, stored = re.search(rf"// +{model} +{name} +(\d+) +([\d.]+) +([\d.]+)", SOURCE).groups()
+        blocks, loaded, stored = re.search(
+            rf"// +{model} +{name} +(\d+) +([\d.]+) +([\d.]+)", SOURCE
+        ).groups()
         mb_loaded, mb_stored, launched, shared_bytes = emulator.counted(name, *tensors, *more)
         assert f"{mb_loaded:.1f} {mb_stored:.1f}" == f"{loaded} {stored}"
-        assert {launched[0], *launched[2::2], launched[-1]} == {int(blocks)} and min(launched) >= 256 and shared_bytes <= 48 << 10
+        assert (
+            {launched[0], *launched[2::2], launched[-1]} == {int(blocks)}
+            and min(launched) >= 256
+            and shared_bytes <= 48 << 10
+        )
 
 
 # ---- nvcc -----------------------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def ptxas(tmp_path_factory):
@@ -401,23 +460,62 @@ def ptxas(tmp_path_factory):
     supported = subprocess.check_output([NVCC, "--list-gpu-arch"], text=True)
     architectures = [arch for arch in ARCHITECTURES if f"compute_{arch}\n" in supported]
     assert architectures
-    flags = ["-std=c++17", "-O3", "-Werror=all-warnings", "-Xptxas=-v", "-Xcompiler=-Wall,-Wno-unknown-pragmas", *cpp_extension.COMMON_NVCC_FLAGS,
-             *(f"-I{path}" for path in cpp_extension.include_paths())]
+    flags = [
+        "-std=c++17",
+        "-O3",
+        "-Werror=all-warnings",
+        "-Xptxas=-v",
+        "-Xcompiler=-Wall,-Wno-unknown-pragmas",
+        *cpp_extension.COMMON_NVCC_FLAGS,
+        *(f"-I{path}" for path in cpp_extension.include_paths()),
+    ]
 
     def compile(arch):
-        return subprocess.run([NVCC, *flags, f"-gencode=arch=compute_{arch},code=sm_{arch}", "-c", "wkv6_cuda.cu", "-o", folder / f"{arch}.o"],
-                              cwd=HERE, text=True, stderr=subprocess.PIPE)
-    for arch, process in zip(architectures, multiprocessing.pool.ThreadPool(os.cpu_count()).map(compile, architectures)):
+        return subprocess.run(
+            [
+                NVCC,
+                *flags,
+                f"-gencode=arch=compute_{arch},code=sm_{arch}",
+                "-c",
+                "wkv6_cuda.cu",
+                "-o",
+                folder / f"{arch}.o",
+            ],
+            cwd=HERE,
+            text=True,
+            stderr=subprocess.PIPE,
+        )
+
+    for arch, process in zip(
+        architectures, multiprocessing.pool.ThreadPool(os.cpu_count()).map(compile, architectures)
+    ):
         assert process.returncode == 0 and "warning" not in process.stderr, process.stderr
         for report in process.stderr.split("Compiling entry function")[1:]:
-            kernel = re.search(r"(chunk_states|scan|along_values|along_keys)I(?:(?:N3c10\d)?(f|BFloat16|Half)E?)?.*?Li(\d+)E", report).groups()
-            stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report).groups())
-            table[arch, kernel] = int(re.search(r"Used (\d+) registers", report)[1]), stack, stores + loads
+            kernel = re.search(
+                r"(chunk_states|scan|along_values|along_keys)I(?:(?:N3c10\d)?(f|BFloat16|Half)E?)?.*?Li(\d+)E",
+                report,
+            ).groups()
+            stack, stores, loads = map(
+                int,
+                re.search(
+                    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
+                    report,
+                ).groups(),
+            )
+            table[arch, kernel] = (
+                int(re.search(r"Used (\d+) registers", report)[1]),
+                stack,
+                stores + loads,
+            )
     return table
 
 
 def test_ptxas_keeps_everything_in_registers(ptxas):
     for (arch, (kernel, dtype, N)), (registers, stack, spills) in ptxas.items():
-        print(f"sm_{arch:<4} {kernel:<13} {dtype or '':<9} N {N}   {registers:3} registers   {stack} bytes of stack, {spills} of spills")
+        print(
+            f"sm_{arch:<4} {kernel:<13} {dtype or '':<9} N {N}   {registers:3} registers   {stack} bytes of stack, {spills} of spills"
+        )
         assert stack == spills == 0, (arch, kernel, dtype, N)
-    assert len(ptxas) == len({arch for arch, _ in ptxas}) * 2 * (3 * 3 + 1)   # two head sizes; three kernels for three dtypes, and the scan
+    assert len(ptxas) == len({arch for arch, _ in ptxas}) * 2 * (
+        3 * 3 + 1
+    )  # two head sizes; three kernels for three dtypes, and the scan

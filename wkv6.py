@@ -44,15 +44,32 @@ def wkv6(r, k, v, w, u, state=None, impl="auto"):
     B, T, H, N = r.shape
     device = r.device.type
     if state is None:
-        state = torch.zeros(B, H, N, N, device=r.device, dtype=torch.promote_types(r.dtype, torch.float32))
+        state = torch.zeros(
+            B, H, N, N, device=r.device, dtype=torch.promote_types(r.dtype, torch.float32)
+        )
     if impl == "auto":
         head_size_fits = N in COMPILED_HEAD_SIZES.get(device, GPU_HEAD_SIZES)
         fits = head_size_fits and r.dtype != torch.float64
         impl = "compiled" if fits and not kernel_problem(device) else "chunked"
     if impl == "fla":
         from fla.ops.rwkv6 import chunk_rwkv6
-        layout = {"head_first": False} if "head_first" in inspect.signature(chunk_rwkv6).parameters else {}  # of older releases
-        y, state = chunk_rwkv6(r, k, v, -torch.exp(w.float()), u, scale=1.0, initial_state=state, output_final_state=True, **layout)
+
+        layout = (
+            {"head_first": False}
+            if "head_first" in inspect.signature(chunk_rwkv6).parameters
+            else {}
+        )  # of older releases
+        y, state = chunk_rwkv6(
+            r,
+            k,
+            v,
+            -torch.exp(w.float()),
+            u,
+            scale=1.0,
+            initial_state=state,
+            output_final_state=True,
+            **layout,
+        )
         return y.to(r.dtype), state
     if impl == "compiled":
         if problem := kernel_problem(device):
@@ -60,8 +77,12 @@ def wkv6(r, k, v, w, u, state=None, impl="auto"):
         if r.dtype == torch.float16 and device == "cpu":  # whose kernel does not read it
             y, state = wkv6(r.float(), k.float(), v.float(), w, u, state, impl)
             return y.half(), state
-        return torch.ops.wkv6.forward(*(x.contiguous() for x in (r, k, v, w.float(), u.float(), state)))
-    with torch.autocast(device, enabled=False):     # which would do the products of a float32 state in 16 bits
+        return torch.ops.wkv6.forward(
+            *(x.contiguous() for x in (r, k, v, w.float(), u.float(), state))
+        )
+    with torch.autocast(
+        device, enabled=False
+    ):  # which would do the products of a float32 state in 16 bits
         return {"reference": _reference, "chunked": _chunked}[impl](r, k, v, w, u, state)
 
 
@@ -71,7 +92,7 @@ def _reference(r, k, v, w, u, state):
     d = torch.exp(-torch.exp(w))
     y = []
     for t in range(r.shape[1]):
-        kv = k[:, t, :, :, None] * v[:, t, :, None, :]                    # (B, H, N, N)
+        kv = k[:, t, :, :, None] * v[:, t, :, None, :]  # (B, H, N, N)
         y.append(torch.einsum("bhi,bhij->bhj", r[:, t], S + u[..., None] * kv))
         S = d[:, t, :, :, None] * S + kv
     return torch.stack(y, 1).to(dtypes[0]), S.to(dtypes[1])
@@ -96,21 +117,25 @@ def _chunked(r, k, v, w, u, state, chunk=64):
     compute = torch.promote_types(r.dtype, torch.float32)
     chunk = min(chunk, 1 << (T - 1).bit_length())
 
-    def cut(x):                                                           # (B, T, H, N) -> (B, H, chunks, chunk, N), zeros at the end
+    def cut(x):  # (B, T, H, N) -> (B, H, chunks, chunk, N), zeros at the end
         return F.pad(x.to(compute).transpose(1, 2), (0, 0, 0, -T % chunk)).unflatten(2, (-1, chunk))
 
-    log_d = cut(-torch.exp(w.to(compute)))                                # 0, that is decay 1, in the padding
+    log_d = cut(-torch.exp(w.to(compute)))  # 0, that is decay 1, in the padding
     r, k, v, S = cut(r), cut(k), cut(v), state.to(compute)
 
     y = (r * k * u.to(compute)[:, None, None]).sum(-1, keepdim=True) * v
     half = 1
     while half < chunk:
-        (_, r2), (k1, _), (v1, _), (log_d1, log_d2) = (x.unflatten(3, (-1, 2, half)).unbind(4) for x in (r, k, v, log_d))
-        seen = (r2 * torch.exp(_before(log_d2))) @ (k1 * torch.exp(_after(log_d1))).mT        # (..., half, half)
+        (_, r2), (k1, _), (v1, _), (log_d1, log_d2) = (
+            x.unflatten(3, (-1, 2, half)).unbind(4) for x in (r, k, v, log_d)
+        )
+        seen = (r2 * torch.exp(_before(log_d2))) @ (
+            k1 * torch.exp(_after(log_d1))
+        ).mT  # (..., half, half)
         y = y + F.pad(seen @ v1, (0, 0, half, 0)).reshape(y.shape)
         half *= 2
 
-    kv = (k * torch.exp(_after(log_d))).mT @ v                            # what each chunk adds to the state
+    kv = (k * torch.exp(_after(log_d))).mT @ v  # what each chunk adds to the state
     decay = torch.exp(log_d.sum(-2))[..., None]
     states = []
     for decay_c, kv_c in zip(decay.unbind(2), kv.unbind(2)):
@@ -123,14 +148,26 @@ def _chunked(r, k, v, w, u, state, chunk=64):
 # ---- the compiled kernel -------------------------------------------------------------------------------------------------------
 
 LIBRARY = torch.library.Library("wkv6", "DEF")
-LIBRARY.define("forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state) -> (Tensor, Tensor)")
-LIBRARY.define("backward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state, Tensor gy, Tensor gstate)"
-               " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
-torch.library.register_fake("wkv6::forward", lambda r, k, v, w, u, state: (torch.empty_like(r), torch.empty_like(state)))
-torch.library.register_fake("wkv6::backward", lambda *inputs: tuple(torch.empty_like(x) for x in inputs[:6]))
+LIBRARY.define(
+    "forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "backward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state, Tensor gy, Tensor gstate)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+torch.library.register_fake(
+    "wkv6::forward", lambda r, k, v, w, u, state: (torch.empty_like(r), torch.empty_like(state))
+)
+torch.library.register_fake(
+    "wkv6::backward", lambda *inputs: tuple(torch.empty_like(x) for x in inputs[:6])
+)
 torch.library.register_autograd(
-    "wkv6::forward", lambda ctx, gy, gstate: torch.ops.wkv6.backward(*ctx.saved_tensors, gy.contiguous(), gstate.contiguous()),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    "wkv6::forward",
+    lambda ctx, gy, gstate: torch.ops.wkv6.backward(
+        *ctx.saved_tensors, gy.contiguous(), gstate.contiguous()
+    ),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 @torch.compiler.assume_constant_result
