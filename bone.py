@@ -170,7 +170,7 @@ def rank_and_mode(checkpoint, path):
     """Rank and mode of a Bone checkpoint (dict of tensors), read off the shapes. ValueError where it holds no bone or several ranks."""
     shapes = [tensor.shape for name, tensor in checkpoint.items() if name.endswith(".bone")]
     for shape in shapes:
-        if len(shape) not in (2, 3) or len(shape) == 3 and shape[1] != shape[2]:
+        if len(shape) not in (2, 3) or (len(shape) == 3 and shape[1] != shape[2]):
             raise ValueError(
                 f"{path}: a bone is {tuple(shape)}; (in/r, r, r) or (r, out) is needed, so it is damaged, or of another method"
             )

@@ -476,8 +476,8 @@ def batch(
     "only"; T is ctx_len for "get"."""
     if (
         dataload not in ("pad", "only", "get")
-        or isinstance(loss_mask, str)
-        and loss_mask not in ("pad", "none", *MARKERS)
+        or (isinstance(loss_mask, str)
+        and loss_mask not in ("pad", "none", *MARKERS))
     ):
         raise ValueError(
             f"--dataload {dataload} --loss_mask {loss_mask}: there are pad, only, get and pad, none, qa, se"

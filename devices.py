@@ -64,7 +64,7 @@ def rank():
 
 def started_here():
     """Whether `python train.py`, on this machine alone, is what started this world."""
-    return size() == 1 or "LAUNCHER" in os.environ and size() == int(os.environ["LOCAL_WORLD_SIZE"])
+    return size() == 1 or ("LAUNCHER" in os.environ and size() == int(os.environ["LOCAL_WORLD_SIZE"]))
 
 
 def shares(strategy, n=None):

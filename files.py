@@ -48,8 +48,8 @@ def check_pickle(content):
         ):
             reusable.add(argument)
         if (
-            code.name in ("BINGET", "LONG_BINGET", "GET")
-            and argument not in reusable
+            (code.name in ("BINGET", "LONG_BINGET", "GET")
+            and argument not in reusable)
             or code.name in ("DUP", "MEMOIZE", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ")
         ):
             raise ValueError("its parts contain one another")

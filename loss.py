@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 import data
 import devices
 
-
 LOGITS = 1 << 24  # how many the head makes at once
 
 

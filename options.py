@@ -34,10 +34,7 @@ REFUSED = {  # values that RWKV-PEFT takes, and why they are not taken here
     "quant": {"4bit": ONLY_NF4, "fp4": ONLY_NF4},
     "train_type": {"state": f"would train initial states; {RWKV_PEFT}"},
     "peft": {
-        **{
-            method: f"is another method than Bone; {RWKV_PEFT}"
-            for method in ("lora", "pissa", "state")
-        },
+        **dict.fromkeys(("lora", "pissa", "state"), f"is another method than Bone; {RWKV_PEFT}"),
         "disha": "is Bone's later name there; use --peft bone",
         "none": "would train every parameter; RWKV-LM (github.com/BlinkDL/RWKV-LM) does",
     },

@@ -330,8 +330,8 @@ def config_of(checkpoint, path):
     version = next((version[name] for name in version if name in names), "")
     if (
         not version
-        or version == "x052"
-        and checkpoint.get(f"{att}time_decay", checkpoint[f"{att}time_mix_g"]).ndim == 1
+        or (version == "x052"
+        and checkpoint.get(f"{att}time_decay", checkpoint[f"{att}time_mix_g"]).ndim == 1)
     ):
         kinds = {"r_k": "7", "x_r": "7", "ln_x.weight": "5.0 or 5.1", "time_mix_k": "4"}
         kind = next(

@@ -32,16 +32,13 @@ import resume
 import train
 from test_train import (
     DEFAULTS,
-    base_file,
     bone_of,
     column,
     counting,
-    folder,
     read,
     run,
     tiny,
-    true_memory,
-)  # noqa: F401 (three are fixtures)
+)
 
 STRATEGIES = ["ddp", *(f"deepspeed_stage_{stage}" for stage in "123")]
 SAVING = "--val_file held --epoch_count 2 --save_steps 1 --keep 9"

@@ -25,7 +25,6 @@ from test_options import refused
 from test_resume import about, curve, refused_at_the_end, same
 from test_train import base_file, column, counting, folder, read, run, tiny  # noqa: F401 (two are fixtures)
 
-
 # ---- a disk that fails --------------------------------------------------------------------------------------------------------
 
 

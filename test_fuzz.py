@@ -497,8 +497,8 @@ def try_one(prepared, folder, seed, out):
             if (
                 program is not resuming
                 or not changed <= {"args.json", "train_log.txt", "loss.csv", "loss.png"}
-                or code == 2
-                and "could not be saved" not in error
+                or (code == 2
+                and "could not be saved" not in error)
             ):
                 wrong = f"a file was changed: {[str(path) for path, content in before.items() if after.get(path) != content]}, exit code {code}: {error}"
         elif (

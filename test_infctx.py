@@ -5,8 +5,8 @@ import contextlib
 import pytest
 import torch
 
-import build
 import bone
+import build
 import data
 import loss
 import memory

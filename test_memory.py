@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import bench
-import build
 import bone
+import build
 import compiled
 import files
 import loss
@@ -164,7 +164,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded_with_the_fla
 
 def test_from_scratch_and_going_on_are_expected_too():
     parts = build.expected_memory(
-        train.parse_args("--n_layer 1 --n_embd 64 --data_file x --ctx_len 8".split()), CPU
+        train.parse_args(["--n_layer", "1", "--n_embd", "64", "--data_file", "x", "--ctx_len", "8"]), CPU
     )[1]
     assert parts["weights"] * 2 == parts["optimizer"]  # everything is trained
     assert (

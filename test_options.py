@@ -268,7 +268,7 @@ def test_each_quantization_with_each_set_of_parts_trains_saves_resumes_and_merge
     for name, tensor in tuned.items():
         adapted = name.removesuffix("weight") + "bone" in second
         assert tensor.equal(second.get(name, base[name])) or adapted, name
-        assert not tensor.equal(base[name]) or not adapted and name not in second, name
+        assert not tensor.equal(base[name]) or (not adapted and name not in second), name
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,6 @@ from log import Log, draw
 from loss import count_tokens, loss_fn, step, val_loss
 from options import parse_args
 
-
 OF_A_MACHINE = (
     "load_model",
     "data_file",
@@ -228,8 +227,8 @@ def prepare(args, built):
     if not devices.rank():  # whose folder counts
         complete = bool(state) and (
             state.progress.step > last
-            or state.progress.step == last
-            and os.path.exists(paths[last])
+            or (state.progress.step == last
+            and os.path.exists(paths[last]))
         )
         gone = (
             bool(state)
@@ -349,7 +348,7 @@ def run(args, device, built):
             f"going on from {state.path}: step {progress.step} of {last}"
             + f", with other {', '.join(plan.changes)}" * bool(plan.changes)
             + f"; a step still has {N} micro batches, shared out among {devices.size()}"
-            * (N != args.accumulate_grad_batches * devices.size())
+            * (args.accumulate_grad_batches * devices.size() != N)
         )
     elif plan.held_out:
         print(f"held-out loss before training: {log.point(first, val_loss=held_out_loss()):.4f}")
@@ -436,7 +435,7 @@ def run(args, device, built):
                 progress.losses.clear()
             else:
                 missing.append(paths[progress.step])
-            if progress.step in paths or args.save_steps and progress.step % args.save_steps == 0:
+            if progress.step in paths or (args.save_steps and progress.step % args.save_steps == 0):
                 saver.save_state()
             if progress.step < last:
                 progress.losses.clear()
