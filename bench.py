@@ -21,12 +21,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import build
+import corpus
 import data
 import devices
 import rwkv6
 import train
+from archive import save_stream
 from bone import BoneLinear, add_bone
-from files import run_cli, save_stream
+from cli import run_cli
 from loss import count_tokens
 from memory import reuse_freed
 from quant import dense, quantize
@@ -357,7 +359,7 @@ def prepare_run(folder, config, ctx_len, *, r, steps=2, accelerator="cpu"):
     base, prefix = f"{folder}/base.pth", f"{folder}/x"
     if not os.path.exists(base):
         random_checkpoint(config.n_layer, config.n_embd, config.vocab_size, base)
-    data.write_binidx(prefix, torch.randint(1, config.vocab_size, (2, ctx_len + 1)).tolist())
+    corpus.write_binidx(prefix, torch.randint(1, config.vocab_size, (2, ctx_len + 1)).tolist())
     flags = f"--ctx_len {ctx_len} --epoch_steps {steps} --bone_r {r} --accelerator {accelerator}"
     paths = ["--load_model", base, "--data_file", prefix, "--proj_dir", f"{folder}/out"]
     return [*paths, *flags.split()]

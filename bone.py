@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files import all_finite, read_checkpoint
 from quant import FrozenLinear, Quantized, dense, product
 
 
@@ -79,14 +78,6 @@ class Bat(torch.autograd.Function):
         segments(gx, r).baddbmm_(gz, B)
         x_dtype, bone_dtype = ctx.dtypes
         return gx.to(x_dtype), None, gB.to(bone_dtype), None
-
-
-def weight_shapes(model):
-    """{name: shape} of every parameter of a base model, the quantized ones included."""
-    quantized = {
-        f"{name}.weight": m.shape for name, m in model.named_modules() if isinstance(m, Quantized)
-    }
-    return {name: p.shape for name, p in model.named_parameters()} | quantized
 
 
 def bone_shape(weight_shape, r, mode):
@@ -164,73 +155,6 @@ def add_bone(model, r, mode="bat"):
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, BoneLinear(weight, r, mode))
     return model
-
-
-def rank_and_mode(checkpoint, path):
-    """Rank and mode of a Bone checkpoint (dict of tensors), read off the shapes. ValueError where it holds no bone or several ranks."""
-    shapes = [tensor.shape for name, tensor in checkpoint.items() if name.endswith(".bone")]
-    for shape in shapes:
-        if len(shape) not in (2, 3) or (len(shape) == 3 and shape[1] != shape[2]):
-            raise ValueError(
-                f"{path}: a bone is {tuple(shape)}; (in/r, r, r) or (r, out) is needed, so it is damaged, or of another method"
-            )
-    found = {(shape[-2], "bat" if len(shape) == 3 else "bone") for shape in shapes}
-    if not found:
-        raise ValueError(
-            f"{path}: holds no tensor named *.bone; it is not a Bone checkpoint (a base model, or another method's?)"
-        )
-    if len(found) > 1:
-        raise ValueError(
-            f"{path}: mixes {' and '.join(f'{mode} r {r}' for r, mode in sorted(found))}; one rank and one mode are needed"
-        )
-    return found.pop()
-
-
-@torch.no_grad()
-def load_bone(model, path):
-    """Put Bone layers into `model` and load a checkpoint: rank and mode from the file, bones and trained parts into place.
-
-    Returns the model. ValueError, with the model unchanged, where a tensor of the file has no counterpart of its shape.
-    """
-    checkpoint = read_checkpoint(path)
-    r, mode = check_fits(checkpoint, weight_shapes(model), path)
-    add_bone(model, r, mode)
-    parameters = dict(model.named_parameters())
-    for name, tensor in checkpoint.items():
-        parameters[name].copy_(tensor.view_as(parameters[name]))
-    return model
-
-
-def check_fits(checkpoint, shapes, path):
-    """Rank and mode of a Bone checkpoint; ValueError unless its tensors are finite and fit the base model's {name: shape}."""
-    r, mode = rank_and_mode(checkpoint, path)
-    for name, tensor in checkpoint.items():
-        linear = (
-            shapes.get(name.removesuffix("bone") + "weight", ())
-            if name.endswith(".bone") and name.startswith("blocks.")
-            else ()
-        )
-        linear = linear if len(linear) == 2 else None
-        expected = bone_shape(linear, r, mode) if linear else shapes.get(name)
-        if expected is None:
-            raise ValueError(
-                f"{path}: {name} has no counterpart in the base model; it was trained on another model"
-            )
-        if mode == "bat" and linear and any(n % r for n in linear):
-            raise ValueError(
-                f"{path}: r {r} of {name} does not divide {tuple(linear)}; it was trained on another model"
-            )
-        if [n for n in tensor.shape if n != 1] != [
-            n for n in expected if n != 1
-        ]:  # time_maa_*: (1, 1, C) and (C,) are both about
-            raise ValueError(
-                f"{path}: {name} is {tuple(tensor.shape)}, but this base model needs {tuple(expected)}; it was trained on another model"
-            )
-        if not all_finite(tensor):
-            raise ValueError(
-                f"{path}: {name} holds NaN or infinite values; its training went wrong, use an earlier checkpoint"
-            )
-    return r, mode
 
 
 @torch.no_grad()

@@ -10,11 +10,13 @@ import os
 import torch
 
 import bone
-import data
+import checkpoint
+import corpus
 import devices
 import memory
 import rwkv6
-from files import read_checkpoint, trained_quant
+import tokenizer
+from archive import read_checkpoint, trained_quant
 from loss import LOGITS, apart, loss_fn, tensors
 from quant import Quantized
 
@@ -46,11 +48,11 @@ def build_model(args, device):
     else:
         loaded = read_checkpoint(args.bone_load) if args.bone_load else {}
         r, mode = (
-            bone.rank_and_mode(loaded, args.bone_load)
+            checkpoint.rank_and_mode(loaded, args.bone_load)
             if loaded
             else (args.bone_r or 64, args.bone_mode or "bat")
         )
-        model = rwkv6.load_model(args.load_model, DTYPES[args.precision], device, args.quant)
+        model = checkpoint.load_model(args.load_model, DTYPES[args.precision], device, args.quant)
         config = vars(model.config) | {"my_testing": model.config.version}
         for flag, value, path in (
             ("bone_r", r, args.bone_load),
@@ -66,7 +68,9 @@ def build_model(args, device):
                     f"{path}: has {flag} {value}, but --{flag} is {given}; drop --{flag} to use {value}"
                 )
             setattr(args, flag, value)
-        bone.load_bone(model, args.bone_load) if args.bone_load else bone.add_bone(model, r, mode)
+        checkpoint.load_bone(model, args.bone_load) if args.bone_load else bone.add_bone(
+            model, r, mode
+        )
         for name, p in model.named_parameters():
             if not name.endswith(".bone") and any(part in name for part in args.train_parts):
                 p.data = p.data.float()
@@ -102,7 +106,9 @@ def build_shares(args, device):
     for name in [name for name in parameters if name.endswith(".bone")]:
         parameters[name].zero_()
     for name, tensor in itertools.chain(
-        rwkv6.stream(args.load_model, model.config, DTYPES[args.precision], device, args.quant),
+        checkpoint.stream(
+            args.load_model, model.config, DTYPES[args.precision], device, args.quant
+        ),
         loaded.items(),
     ):
         whole = (
@@ -118,7 +124,7 @@ def build_shares(args, device):
 def count(model):
     """Numbers of trained parameters and of all, the quantized ones included."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trained, sum(math.prod(shape) for shape in bone.weight_shapes(model).values())
+    return trained, sum(math.prod(shape) for shape in checkpoint.weight_shapes(model).values())
 
 
 def precision(args, device):
@@ -144,8 +150,8 @@ def emulates_bf16(device):
 
 def open_documents(args, vocab_size=None):
     """Training and held-out data, None where there is none. What characters mean is said by a vocab.json beside the base or in proj_dir."""
-    kind, vocabulary = args.data_type or data.kind_of(args.data_file), None
-    if kind in data.CHARACTERS:
+    kind, vocabulary = args.data_type or corpus.kind_of(args.data_file), None
+    if kind in tokenizer.CHARACTERS:
         found, here = (
             os.path.join(folder, "vocab.json")
             for folder in (os.path.dirname(args.load_model), args.proj_dir)
@@ -156,14 +162,14 @@ def open_documents(args, vocab_size=None):
                 "A World model reads none: write the text as a .jsonl"
             )
         vocabularies = [
-            data.read_vocabulary(path)
+            tokenizer.read_vocabulary(path)
             for path in (found, here)
             if os.path.exists(path) and (args.load_model or path == here)
         ]
         if len({*vocabularies}) > 1:
             raise ValueError(f"{here}: has other characters than {found}; give another --proj_dir")
         vocabulary = next(iter(vocabularies), None)
-    documents = data.open_data(args.data_file, vocab_size, kind, args.ctx_len, vocabulary)
+    documents = corpus.open_data(args.data_file, vocab_size, kind, args.ctx_len, vocabulary)
     if documents.vocabulary and vocab_size not in (None, documents.vocab_size()):
         raise ValueError(
             f"{args.data_file or kind}: has {documents.vocab_size()} characters, but the model's vocabulary is {vocab_size}; "
@@ -173,9 +179,9 @@ def open_documents(args, vocab_size=None):
                 else "drop --vocab_size"
             )
         )
-    if kind in data.CHARACTERS and (kind == "dummy" or not args.data_type):
-        kind = "utf-16le" if data.kind_of(args.val_file) == "utf-16le" else "utf-8"
-    return documents, data.open_data(
+    if kind in tokenizer.CHARACTERS and (kind == "dummy" or not args.data_type):
+        kind = "utf-16le" if corpus.kind_of(args.val_file) == "utf-16le" else "utf-8"
+    return documents, corpus.open_data(
         args.val_file, vocab_size, kind, args.ctx_len, documents.vocabulary
     ) if args.val_file else None
 

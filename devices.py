@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from files import STOPPING, in_words
+from cli import STOPPING, in_words
 from quant import (
     Quantized,
 )  # PyTorch's engines are imported where they are used: that takes seconds, which one process need not wait
@@ -64,7 +64,9 @@ def rank():
 
 def started_here():
     """Whether `python train.py`, on this machine alone, is what started this world."""
-    return size() == 1 or ("LAUNCHER" in os.environ and size() == int(os.environ["LOCAL_WORLD_SIZE"]))
+    return size() == 1 or (
+        "LAUNCHER" in os.environ and size() == int(os.environ["LOCAL_WORLD_SIZE"])
+    )
 
 
 def shares(strategy, n=None):

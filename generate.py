@@ -8,11 +8,12 @@ import sys
 
 import torch
 
-import bone
+import checkpoint
 import data
 import devices
-import rwkv6
-from files import Parser, run_cli, trained_quant
+import tokenizer
+from archive import trained_quant
+from cli import Parser, run_cli
 from quant import FORMATS
 
 
@@ -26,10 +27,10 @@ def sample(logits, temperature, top_p, generator):
 
 
 @torch.no_grad()
-def stream(model, state, tokens, length, temperature, top_p, generator, stop="", vocabulary=data):
+def stream(model, state, tokens, length, temperature, top_p, generator, stop="", vocabulary=tokenizer):
     """Read `tokens`, then yield (text, state, unread) while the model writes: whole characters only, up to `length` tokens, the end of
     the document, or the text `stop`, which is not shown. The last `unread` are the tokens that the last state has yet to read for
-    the text to end in a blank line. vocabulary: what the tokens are, RWKV World's in data, or a data.Vocabulary."""
+    the text to end in a blank line. vocabulary: what the tokens are, RWKV World's in tokenizer, or a tokenizer.Vocabulary."""
     device = model.emb.weight.device
     decoder, held = (
         codecs.getincrementaldecoder("utf-8")("replace"),
@@ -58,7 +59,7 @@ def stream(model, state, tokens, length, temperature, top_p, generator, stop="",
     yield (
         held + decoder.decode(b"", final=True),
         state,
-        tokens + (data.encode("\n\n") if vocabulary is data else []),
+        tokens + (tokenizer.encode("\n\n") if vocabulary is tokenizer else []),
     )
 
 
@@ -105,10 +106,10 @@ def main():
             raise ValueError(f"--{flag} {getattr(args, flag)} must be {need}")
 
     quant = trained_quant(args.bone or "", args.quant)
-    model = rwkv6.load_model(args.model, device=devices.find(), quant=quant)
+    model = checkpoint.load_model(args.model, device=devices.find(), quant=quant)
     if args.bone:
-        bone.load_bone(model, args.bone)
-    vocabulary, characters = data, os.path.join(os.path.dirname(args.model), "vocab.json")
+        checkpoint.load_bone(model, args.bone)
+    vocabulary, characters = tokenizer, os.path.join(os.path.dirname(args.model), "vocab.json")
     if model.config.vocab_size < 65530:
         if not os.path.exists(characters):
             raise ValueError(
@@ -116,7 +117,7 @@ def main():
             )
         if args.prompt is None:
             raise ValueError(f"{args.model}: a model of characters cannot chat; use --prompt")
-        vocabulary = data.read_vocabulary(characters, model.config.vocab_size)
+        vocabulary = tokenizer.read_vocabulary(characters, model.config.vocab_size)
 
     settings = (args.length, args.temperature, args.top_p, torch.Generator().manual_seed(args.seed))
     state, unread = model.empty_state(), []
@@ -133,7 +134,7 @@ def main():
     with contextlib.suppress(EOFError):
         while message := input("User: ").strip():
             print("Assistant:", end="")
-            tokens = unread + data.encode(f"User: {message}\n\nAssistant:")
+            tokens = unread + tokenizer.encode(f"User: {message}\n\nAssistant:")
             for text, state, unread in stream(model, state, tokens, *settings, stop="\n\n"):
                 print(text, end="", flush=True)
             print()

@@ -10,7 +10,7 @@ import time
 from tqdm import tqdm
 
 import devices
-from files import atomic_path
+from archive import atomic_path
 
 
 class Log:

@@ -11,17 +11,17 @@ import re
 import torch
 from tqdm import tqdm
 
-from bone import check_fits, merge_weight
-from files import (
-    Parser,
+from archive import (
     all_finite,
     read_checkpoint,
     release,
-    run_cli,
     save_safetensors,
     save_stream,
     trained_quant,
 )
+from bone import merge_weight
+from checkpoint import check_fits
+from cli import Parser, run_cli
 from quant import FORMATS, quantize
 
 

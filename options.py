@@ -13,7 +13,7 @@ import re
 
 import torch
 
-from files import Parser
+from cli import Parser
 
 SWITCH = (0, 1)
 STRATEGIES = (

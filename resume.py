@@ -28,17 +28,16 @@ import filelock
 import torch
 
 import devices
-from files import (
+from archive import (
     ABOUT,
-    STOPPING,
     all_finite,
-    let_go_of_broken_output,
     read_tensors,
     release,
     remove_leftovers,
     save_stream,
     trained_quant,
 )
+from cli import STOPPING, let_go_of_broken_output
 
 # Flags that say what a step computes; with another value a state would mean something else. Paths may differ: contents are compared.
 FIXED = (

@@ -8,8 +8,9 @@ import struct
 import numpy as np
 import pytest
 
-from data import Binidx, decode_bytes, encode, jsonl_to_binidx, open_data, write_binidx
+from corpus import Binidx, jsonl_to_binidx, open_data, write_binidx
 from test_data import in_tmp_path, make, write_jsonl  # noqa: F401, in_tmp_path is an autouse fixture
+from tokenizer import decode_bytes, encode
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bone import BoneLinear, add_bone, load_bone, merge_weight
+from bone import BoneLinear, add_bone, merge_weight
+from checkpoint import load_bone
 
 
 def naive_weight(weight, b):

@@ -10,20 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+import corpus
 import data
-from data import (
-    Binidx,
-    batch,
-    check_mask,
-    collate,
-    decode_bytes,
-    encode,
-    jsonl_to_binidx,
-    qa_mask,
-    run_cli,
-    token_bytes,
-    write_binidx,
-)
+import tokenizer
+from corpus import Binidx, jsonl_to_binidx, write_binidx
+from data import batch, check_mask, collate, qa_mask, run_cli
+from tokenizer import decode_bytes, encode, token_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -493,7 +485,7 @@ def test_the_program_itself_ends_without_a_traceback():
 def test_a_text_is_cut_into_pieces_that_share_a_token_and_leave_none_out():
     for n, ctx_len in ((10, 3), (11, 3), (2, 5), (9, 1)):
         np.save("n.npy", np.arange(n))
-        pieces = [piece.tolist() for piece in data.open_data("n.npy", ctx_len=ctx_len)]
+        pieces = [piece.tolist() for piece in corpus.open_data("n.npy", ctx_len=ctx_len)]
         assert [token for piece in pieces for token in piece[1:]] == list(range(1, n)) and all(
             a[-1] == b[0] for a, b in zip(pieces, pieces[1:])
         )
@@ -514,13 +506,13 @@ def test_a_text_is_cut_into_pieces_that_share_a_token_and_leave_none_out():
 )
 def test_the_kind_of_data_is_told_by_the_file(name, content, kind):
     content is None or pathlib.Path(name).write_bytes(content)
-    assert data.kind_of(name) == kind
+    assert corpus.kind_of(name) == kind
     if kind.startswith("utf") and content:
-        assert sorted(data.open_data(name).vocabulary) == [" ", "é", "词"]
+        assert sorted(corpus.open_data(name).vocabulary) == [" ", "é", "词"]
 
 
 def test_the_dummy_text_is_that_of_rwkv_lm():
-    text = data.open_data("", kind="dummy")
+    text = corpus.open_data("", kind="dummy")
     assert text.vocabulary.decode_bytes(
         text.tokens[:30]
     ).decode() == ".0+0=0..1+1=2..2+4=6..3+9=12.."[:30] and sorted("0123456789.+=") == list(
@@ -536,14 +528,14 @@ def test_without_shuffling_documents_come_in_the_order_of_the_file():
 
 
 def test_se_counts_what_follows_mask1_up_to_mask0_and_qa_is_one_case_of_it():
-    tokens = data.encode("<q>one<a>two, three<q>four<a>five") + [0]
+    tokens = tokenizer.encode("<q>one<a>two, three<q>four<a>five") + [0]
     mask = data.qa_mask(tokens, "<a>", "<q>")
     assert (
-        data.decode_bytes(token for token, counts in zip(tokens, mask) if counts)
+        tokenizer.decode_bytes(token for token, counts in zip(tokens, mask) if counts)
         == b"two, threefive"
         and mask[-1] == 1
     )
-    tokens = data.encode("User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d") + [0]
+    tokens = tokenizer.encode("User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d") + [0]
     assert data.qa_mask(tokens).tolist() == data.qa_mask(tokens, "Assistant:", "User:").tolist()
     ours, theirs = (
         data.collate([np.array(tokens)], 40, mask)[2] for mask in ("qa", ("Assistant:", "User:"))

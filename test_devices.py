@@ -23,10 +23,11 @@ import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+import archive
 import build
+import corpus
 import data
 import devices
-import files
 import loss
 import resume
 import train
@@ -144,7 +145,7 @@ def compare(flags, documents, passes, **chunks):
 
 
 def gradients():
-    documents = [data.Binidx("x")[i] for i in (1, 2, 3, 7, 5)]
+    documents = [corpus.Binidx("x")[i] for i in (1, 2, 3, 7, 5)]
     cases = [
         ("--grad_cp 1 --quant nf4 --bone_load bones.pth", "pad", {}),
         ("--train_parts time ln emb head --bone_load bones.pth", "none", {}),
@@ -196,7 +197,7 @@ def trouble():
     for strategy in STRATEGIES:
         with pytest.MonkeyPatch.context() as patch:
 
-            def full(*arguments, plain=files.save_stream, saves=itertools.count(1)):
+            def full(*arguments, plain=archive.save_stream, saves=itertools.count(1)):
                 if next(saves) == 2:
                     raise OSError(errno.ENOSPC, "No space left on device")
                 plain(*arguments)
@@ -277,8 +278,8 @@ def whole_documents():
         {name: t + 0.01 * torch.randn_like(t) for name, t in bone_of("base.pth").items()},
         "bones.pth",
     )
-    data.write_binidx("x", counting([20, 33, 40, 9, 25, 30, 33, 12, 28, 33, 31, 18]))
-    data.write_binidx("held", counting([30, 12, 40]))
+    corpus.write_binidx("x", counting([20, 33, 40, 9, 25, 30, 33, 12, 28, 33, 31, 18]))
+    corpus.write_binidx("held", counting([30, 12, 40]))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -527,7 +528,7 @@ def test_the_death_of_what_started_the_ranks_ends_them_with_all_saved(whole_docu
 def test_an_error_of_one_rank_ends_all_and_is_said_once(whole_documents):
     pathlib.Path("program.py").write_text(f"""import sys
 sys.path.insert(0, {os.path.dirname(train.__file__)!r})
-import devices, files, train
+import cli, devices, train
 
 def step(*arguments, plain=train.step, steps=[], **options):
     steps.append(0)
@@ -536,7 +537,7 @@ def step(*arguments, plain=train.step, steps=[], **options):
     return plain(*arguments, **options)
 
 train.step = step
-devices.leave(lambda: files.run_cli(lambda: train.train(train.parse_args())))
+devices.leave(lambda: cli.run_cli(lambda: train.train(train.parse_args())))
 """)
     process, _ = begin("deepspeed_stage_2", "program.py")
     out, errors = process.communicate(timeout=60)

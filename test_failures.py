@@ -16,8 +16,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import archive
+import corpus
 import data
-import files
 import resume
 import train
 from log import Log
@@ -55,7 +56,7 @@ def test_a_full_disk_ends_no_training_and_harms_no_earlier_file(monkeypatch, cap
     def check_then(action):
         assert (
             [*resume.states("out")] == [2]
-            and files.read_tensors("out/resume-2.pth")
+            and archive.read_tensors("out/resume-2.pth")
             and not [*pathlib.Path("out").glob("*.tmp")]
         )
         action()
@@ -138,7 +139,7 @@ def test_a_folder_that_vanishes_is_made_again_with_what_describes_it_and_its_loc
     run("--epoch_steps 4 --save_steps 1 --quant nf4")
     assert (
         [*resume.states("out")] == [4]
-        and files.trained_quant("out/rwkv-0.pth", None) == "nf4"
+        and archive.trained_quant("out/rwkv-0.pth", None) == "nf4"
         and not os.path.exists("out/.lock")
     )
 
@@ -227,7 +228,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights_and_its_documents_a
         f"--micro_bsz 1 --accumulate_grad_batches 2 --ctx_len 16 --dataload {dataload} --epoch_steps 6"
     )
     said, losses = capsys.readouterr().out, column("loss")
-    documents, bad = data.Binidx("x"), []
+    documents, bad = corpus.Binidx("x"), []
     for n in range(12):
         [row] = data.rows_of(documents, n, 1, 16, dataload)
         read_by_the_model = (
@@ -294,7 +295,9 @@ def test_a_state_from_before_the_first_step_that_was_taken_is_gone_on_from(monke
     with monkeypatch.context() as patch:
         spoiled_steps(patch, {0, 1})
         run("--epoch_steps 4 --save_steps 1 --keep 4 --proj_dir whole")
-    assert not any(name.startswith("exp_avg") for name in files.read_tensors("whole/resume-2.pth"))
+    assert not any(
+        name.startswith("exp_avg") for name in archive.read_tensors("whole/resume-2.pth")
+    )
     os.mkdir("parts")
     os.rename("whole/resume-2.pth", "parts/resume-2.pth")
     run("--epoch_steps 4 --proj_dir parts --resume")
@@ -481,7 +484,7 @@ def a_link(name, target):
         (
             "--resume",
             "--data_file x has another content than x had when this was saved",
-            lambda: (spoil_state()(), data.write_binidx("x", counting([20] * 12))),
+            lambda: (spoil_state()(), corpus.write_binidx("x", counting([20] * 12))),
         ),
         (
             "--resume",
@@ -594,10 +597,10 @@ def test_no_link_in_the_folder_leads_a_file_outside(monkeypatch):
 
 def test_a_temporary_file_is_never_one_that_lies_there(monkeypatch):
     monkeypatch.setattr(
-        files, "remove_leftovers", lambda pattern: None
+        archive, "remove_leftovers", lambda pattern: None
     )  # as if it came to lie there a moment later
     os.symlink(os.path.abspath("outside"), f"a.{os.getpid()}.tmp")
-    with pytest.raises(FileExistsError), files.atomic_path("a"):
+    with pytest.raises(FileExistsError), archive.atomic_path("a"):
         pass
     assert not os.path.exists("outside") and not os.path.exists("a")
 

@@ -23,11 +23,13 @@ import torch
 from safetensors.torch import load_file
 
 import bone
+import cli
 import compiled
+import corpus
 import data
-import files
 import generate
 import merge
+import tokenizer
 import train
 from quant import quantize
 from test_train import bone_of, counting, tiny
@@ -335,7 +337,7 @@ def first_loss(flags):
 def training():
     loss = first_loss("--proj_dir new")
     documents = [
-        [document.tolist() for document in data.Binidx(path)] for path in ("x", "original/x")
+        [document.tolist() for document in corpus.Binidx(path)] for path in ("x", "original/x")
     ]
     if same(plain("base.pth"), plain("original/base.pth")) and documents[0] == documents[1]:
         assert loss == pathlib.Path("original/loss").read_text(), loss
@@ -358,7 +360,7 @@ def resuming():
 
 
 def reading():
-    documents = [document.tolist() for document in data.open_data("x", 300)]
+    documents = [document.tolist() for document in corpus.open_data("x", 300)]
     idx, tokens = pathlib.Path("x.idx").read_bytes(), pathlib.Path("x.bin").read_bytes()
     code, n = struct.unpack_from("<BQ", idx, 17)
     dtype = np.dtype({1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}[code])
@@ -373,7 +375,7 @@ def reading():
 
 
 def reading_npy():
-    tokens = data.open_data("t.npy", 300).tokens
+    tokens = corpus.open_data("t.npy", 300).tokens
     assert np.load("t.npy", allow_pickle=False).tolist() == tokens.tolist()
 
 
@@ -384,10 +386,10 @@ def converting():
         for line in pathlib.Path("t.jsonl").read_bytes().split(b"\n")
     ]
     texts = [text for line in lines if line and (text := json.loads(line)["text"])]
-    documents = [document.tolist() for document in data.Binidx("new")]
+    documents = [document.tolist() for document in corpus.Binidx("new")]
     assert (
         all(document[-1] == 0 for document in documents)
-        and [data.decode_bytes(document[:-1]).decode() for document in documents] == texts
+        and [tokenizer.decode_bytes(document[:-1]).decode() for document in documents] == texts
     )
 
 
@@ -441,7 +443,7 @@ def prepare(folder):
         )
         pathlib.Path("run/args.json").write_text('{"quant": "none", "bone_r": 16}')
         pathlib.Path("vocab.json").write_text(json.dumps({i: chr(97 + i) for i in range(300)}))
-        data.write_binidx("x", counting([20, 33, 40, 9, 25]))
+        corpus.write_binidx("x", counting([20, 33, 40, 9, 25]))
         np.save("t.npy", np.arange(200, dtype=np.int32) % 90)
         pathlib.Path("t.jsonl").write_text(
             "".join(json.dumps({"text": f"{i} 很好 and more"}) + "\n" for i in range(8)),
@@ -475,7 +477,7 @@ def try_one(prepared, folder, seed, out):
         start, began, wrong = peak(), time.perf_counter(), ""
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
             try:
-                files.run_cli(program)
+                cli.run_cli(program)
                 code = 0
             except SystemExit as end:
                 code = end.code
@@ -497,8 +499,7 @@ def try_one(prepared, folder, seed, out):
             if (
                 program is not resuming
                 or not changed <= {"args.json", "train_log.txt", "loss.csv", "loss.png"}
-                or (code == 2
-                and "could not be saved" not in error)
+                or (code == 2 and "could not be saved" not in error)
             ):
                 wrong = f"a file was changed: {[str(path) for path, content in before.items() if after.get(path) != content]}, exit code {code}: {error}"
         elif (

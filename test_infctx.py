@@ -7,6 +7,7 @@ import torch
 
 import bone
 import build
+import corpus
 import data
 import loss
 import memory
@@ -64,7 +65,7 @@ def trained(flags="", version="x060"):
 def test_loss_and_every_gradient_are_those_of_the_whole_row(flags, version, loss_mask):
     model = trained(flags, version)
     documents = [
-        data.Binidx("x")[i] for i in (1, 2, 3, 7)
+        corpus.Binidx("x")[i] for i in (1, 2, 3, 7)
     ]  # 33, 40, 9 and 12 tokens; the ids are bytes + 1
     batch = data.collate(documents, 32, ("P", "d") if loss_mask == "se" else loss_mask)
     assert batch[2].sum() > 0
@@ -76,7 +77,7 @@ def test_loss_and_every_gradient_are_those_of_the_whole_row(flags, version, loss
 
 def test_bptt_cuts_the_gradient_between_groups_of_chunks():
     model = trained()
-    batch = data.collate([data.Binidx("x")[i] for i in (1, 2)], 32, "pad")
+    batch = data.collate([corpus.Binidx("x")[i] for i in (1, 2)], 32, "pad")
     found = gradients(model, batch, chunk_ctx=5, bptt=3)
     model.zero_grad()
     state, total = model.empty_state(), 0.0
@@ -102,11 +103,11 @@ def test_a_run_cuts_no_document_and_lets_no_state_into_the_next():
     run(f"{flags} --proj_dir b --ctx_len 8 --train_type infctx --chunk_ctx 7")
     for name in ("loss", "val_loss"):
         assert column(name, "b") == pytest.approx(column(name, "a"), rel=2e-5), name
-    assert max(data.Binidx("x").sizes) == 40
+    assert max(corpus.Binidx("x").sizes) == 40
 
 
 def test_a_document_longer_than_ctx_len_counts_to_its_end_where_markers_do_too():
-    x = [data.Binidx("x")[2]]  # 40 tokens, counting from 74
+    x = [corpus.Binidx("x")[2]]  # 40 tokens, counting from 74
     assert data.collate(x, 8, "pad", cut=False)[0].shape == (1, 39) and data.collate(x, 8, "pad")[
         0
     ].shape == (1, 8)
@@ -114,7 +115,7 @@ def test_a_document_longer_than_ctx_len_counts_to_its_end_where_markers_do_too()
         data.collate(x, 8, ("b", "q"), cut=False)[2].sum() == ord("q") - ord("b") - 1
         and data.collate(x, 8, ("b", "q"))[2].sum() == 0
     )
-    short = [data.Binidx("x")[3]]
+    short = [corpus.Binidx("x")[3]]
     assert data.collate(short + x, 16, "none", cut=False)[0].shape == (2, 39) and data.collate(
         short, 16, "none", cut=False
     )[0].shape == (1, 16)
@@ -123,7 +124,7 @@ def test_a_document_longer_than_ctx_len_counts_to_its_end_where_markers_do_too()
 @pytest.mark.parametrize("flags", ["", "--quant nf4"])
 def test_recomputing_a_block_repeats_no_product(monkeypatch, flags):
     """Each weight is multiplied once without a graph for each chunk but the last, once with one, and once in the backward pass."""
-    model, batch, made = trained(flags), data.collate([data.Binidx("x")[1]], 32, "pad"), []
+    model, batch, made = trained(flags), data.collate([corpus.Binidx("x")[1]], 32, "pad"), []
     for module in (bone, quant):
         monkeypatch.setattr(
             module,
@@ -197,7 +198,7 @@ def test_the_expected_peak_is_what_the_tensors_of_a_real_step_take(true_memory, 
         },
         "base.pth",
     )
-    data.write_binidx("x", counting([100, 300]))
+    corpus.write_binidx("x", counting([100, 300]))
     parts = build.expected_memory(args, torch.device("cpu"))[1]
     model, *_ = train.build_model(args, torch.device("cpu"))
     idx = torch.randint(300, (2, 299))

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import bone
-import data
+import checkpoint
+import corpus
 import merge
 import rwkv6
 from test_options import refused
@@ -16,9 +17,9 @@ from test_train import base_file, folder, read, run  # noqa: F401 (two are fixtu
 HERE = pathlib.Path(__file__).parent
 
 
-def merge_of_the_reference(base, checkpoint):
+def merge_of_the_reference(base, tensors):
     """What merge_bone.py of RWKV-PEFT does, with its roundings: every tensor of the checkpoint goes in, bones are multiplied out."""
-    w = base | checkpoint
+    w = base | tensors
     for name in [
         name for name in w if name.endswith(".weight") and name.removesuffix("weight") + "bone" in w
     ]:
@@ -35,7 +36,7 @@ def test_checkpoints_go_both_ways_between_rwkv_peft_and_here(version):
     fixture = read(HERE / "fixtures" / f"{version}_bone.pth")
     for name in ("base", "ckpt"):
         torch.save(fixture[name], f"{name}.pth")
-    data.write_binidx("x", fixture["idx"].tolist())
+    corpus.write_binidx("x", fixture["idx"].tolist())
     run(f"--bone_r 32 --my_testing {version} --epoch_steps 2")
     ours = read("out/rwkv-0.pth")
     assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {
@@ -51,7 +52,7 @@ def test_checkpoints_go_both_ways_between_rwkv_peft_and_here(version):
                 tensor.dtype == theirs[name].dtype
                 and (tensor - theirs[name]).float().norm() <= 1e-2 * theirs[name].float().norm()
             ), name
-    mode = bone.rank_and_mode(ours, "")
+    mode = checkpoint.rank_and_mode(ours, "")
     assert mode == (32, "bat")
 
 
@@ -74,7 +75,7 @@ def test_a_st_file_is_what_the_converter_of_ai00_makes_of_the_merged_model(versi
         )
         expected[name] = (tensor.transpose(-2, -1) if lies else tensor).half()
     with pytest.raises(ValueError, match="tuned.st: not a PyTorch checkpoint .a .st is for Ai00.;"):
-        rwkv6.load_model("tuned.st")
+        checkpoint.load_model("tuned.st")
     found = load_file("tuned.st")
     assert found.keys() == expected.keys() and all(
         found[name].equal(tensor) for name, tensor in expected.items()
@@ -106,7 +107,7 @@ def test_web_rwkv_reads_the_merged_model_and_agrees(version):
         {name: p.detach() + 0.05 * torch.randn_like(p) for name, p in base.named_parameters()},
         "base.pth",
     )
-    tuned = bone.add_bone(rwkv6.load_model("base.pth"), 32)
+    tuned = bone.add_bone(checkpoint.load_model("base.pth"), 32)
     trained = {
         name: p
         for name, p in tuned.named_parameters()
@@ -117,8 +118,8 @@ def test_web_rwkv_reads_the_merged_model_and_agrees(version):
     )
     merge.merge("base.pth", "ckpt.pth", "tuned.st")
     models = [
-        bone.load_bone(rwkv6.load_model("base.pth"), "ckpt.pth"),
-        rwkv6.load_model("base.pth"),
+        checkpoint.load_bone(checkpoint.load_model("base.pth"), "ckpt.pth"),
+        checkpoint.load_model("base.pth"),
     ]
     judge = web_rwkv_py.Model("tuned.st")
     for n in (1, 5, 17, 32):

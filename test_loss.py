@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import checkpoint
+import corpus
 import data
-import rwkv6
 import train
 from loss import HeadLoss, largest_of_rows, loss_fn
 from test_train import arguments, base_file, folder  # noqa: F401 (two are fixtures)
@@ -51,7 +52,10 @@ def test_the_largest_of_a_row_is_the_first_of_equals(width):
 
 
 def test_a_frozen_head_gets_no_gradient_and_no_token_that_counts_is_no_loss():
-    model, ones = rwkv6.load_model("base.pth", torch.float32), torch.ones(2, 5, dtype=torch.int64)
+    model, ones = (
+        checkpoint.load_model("base.pth", torch.float32),
+        torch.ones(2, 5, dtype=torch.int64),
+    )
     model.head.requires_grad_(False)
     loss = loss_fn(model, ones, ones, torch.zeros(2, 5))
     loss.backward()
@@ -64,7 +68,7 @@ def test_four_micro_batches_of_one_row_are_one_of_four(loss_mask):
     """Each padded to its own length, or to ctx_len; the loss's mask, and the L2 wrap, see no difference."""
     model, *_ = train.build_model(arguments("--precision fp32"), torch.device("cpu"))
     documents, losses, grads = (
-        [data.Binidx("x")[i] for i in (1, 3, 5, 7)],
+        [corpus.Binidx("x")[i] for i in (1, 3, 5, 7)],
         [],
         [],
     )  # 32, 8, 29 and 11 tokens count

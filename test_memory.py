@@ -11,11 +11,13 @@ import zipfile
 import pytest
 import torch
 
+import archive
 import bench
 import bone
 import build
+import checkpoint
+import cli
 import compiled
-import files
 import loss
 import memory
 import rwkv6
@@ -39,7 +41,7 @@ def folder(tmp_path, monkeypatch):
         },
         "base.pth",
     )
-    model = bone.add_bone(rwkv6.load_model("base.pth"), 32)
+    model = bone.add_bone(checkpoint.load_model("base.pth"), 32)
     torch.save(
         {
             name: torch.randn_like(p).bfloat16()
@@ -143,9 +145,9 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded_with_the_fla
     monkeypatch, capsys
 ):
     monkeypatch.setattr(memory, "available", lambda device: 10e6)
-    devices, load = [], rwkv6.load_model
+    devices, load = [], checkpoint.load_model
     monkeypatch.setattr(
-        rwkv6,
+        checkpoint,
         "load_model",
         lambda path, dtype, device, quant: (
             devices.append(device.type) or load(path, dtype, device, quant)
@@ -164,7 +166,10 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded_with_the_fla
 
 def test_from_scratch_and_going_on_are_expected_too():
     parts = build.expected_memory(
-        train.parse_args(["--n_layer", "1", "--n_embd", "64", "--data_file", "x", "--ctx_len", "8"]), CPU
+        train.parse_args(
+            ["--n_layer", "1", "--n_embd", "64", "--data_file", "x", "--ctx_len", "8"]
+        ),
+        CPU,
     )[1]
     assert parts["weights"] * 2 == parts["optimizer"]  # everything is trained
     assert (
@@ -176,19 +181,19 @@ def test_from_scratch_and_going_on_are_expected_too():
 @linux
 def test_a_tensor_that_was_read_gives_its_pages_back_and_can_be_read_again():
     torch.save({"a": torch.randn(4_000_000), "b": torch.randn(4_000_000)}, "big.pth")
-    mapped = files.read_checkpoint("big.pth")
+    mapped = archive.read_checkpoint("big.pth")
     before = status("RssFile")
     total = mapped["a"].sum()
     assert status("RssFile") > before + 15e6
-    files.release(mapped["a"])
+    archive.release(mapped["a"])
     assert status("RssFile") < before + 1e6 and mapped["a"].sum() == total
 
 
 def test_releasing_a_tensor_that_is_not_mapped_leaves_it_alone():
     tensors = {"a": torch.randn(4_000_000)}
     torch.save(tensors, "a.pth")
-    for tensor in (tensors["a"].clone(), files.read_checkpoint("a.pth")["a"] + 0):
-        files.release(tensor)
+    for tensor in (tensors["a"].clone(), archive.read_checkpoint("a.pth")["a"] + 0):
+        archive.release(tensor)
         assert tensor.equal(tensors["a"])
 
 
@@ -198,14 +203,14 @@ def test_releasing_a_tensor_that_is_not_mapped_leaves_it_alone():
 def test_loading_takes_the_model_and_one_tensor_of_the_file(dtype, quant):
     bench.random_checkpoint(2, 512, 65536, "base.pth")
     torch.save(
-        {name: tensor.to(dtype) for name, tensor in files.read_checkpoint("base.pth").items()},
+        {name: tensor.to(dtype) for name, tensor in archive.read_checkpoint("base.pth").items()},
         "base.pth.2",
     )
     load = f"""
-import torch, rwkv6, memory
+import torch, checkpoint, memory
 cpu = torch.device("cpu")
 before = memory.peak(cpu)
-model = rwkv6.load_model("base.pth.2", torch.bfloat16, quant="{quant}")
+model = checkpoint.load_model("base.pth.2", torch.bfloat16, quant="{quant}")
 print(memory.peak(cpu) - before, sum(t.nbytes for t in memory.tensors(model)))
 """
     said = subprocess.check_output(
@@ -226,7 +231,7 @@ def test_a_streamed_file_is_what_torch_save_writes():
         "f": torch.tensor(1.5),
     }
     tensors["g"] = tensors["a.b"].t()  # not contiguous, and a storage shared with a.b
-    files.save_stream(tensors, tensors.get, "x.pth")
+    archive.save_stream(tensors, tensors.get, "x.pth")
     torch.save(
         {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
         "y.pth",
@@ -297,7 +302,7 @@ def test_a_tensor_can_grow_and_shrink_across_the_size_from_which_memory_is_reuse
 
 def test_a_tensor_that_no_memory_can_hold_is_one_line(heap, capsys):
     with pytest.raises(SystemExit) as end:
-        files.run_cli(lambda: torch.empty(1 << 60, dtype=torch.uint8))
+        cli.run_cli(lambda: torch.empty(1 << 60, dtype=torch.uint8))
     assert (
         end.value.code == 2
         and capsys.readouterr().err == f"error: no memory for a tensor of {1 << 60} bytes\n"

@@ -14,11 +14,13 @@ import pytest
 import torch
 
 import bone
-import data
-import files
+import checkpoint
+import cli
+import corpus
 import generate
 import merge
 import rwkv6
+import tokenizer
 import train
 
 HERE = pathlib.Path(__file__).parent
@@ -40,7 +42,7 @@ def trained(base, mode="bat", r=16):
     torch.manual_seed(1)
     dtype, model = (
         torch.load(base, weights_only=True)["emb.weight"].dtype,
-        bone.add_bone(rwkv6.load_model(base), r, mode),
+        bone.add_bone(checkpoint.load_model(base), r, mode),
     )
     parts = {
         name: p.detach()
@@ -55,12 +57,12 @@ def models(tmp_path_factory):
     """base.pth and ckpt.pth, small; world.pth and world_ckpt.pth, of one block, with the whole World vocabulary. One thread is enough."""
     folder, threads = tmp_path_factory.mktemp("models"), torch.get_num_threads()
     torch.set_num_threads(1)
-    for base, checkpoint, content in (
+    for base, tuned, content in (
         ("base", "ckpt", tiny()),
         ("world", "world_ckpt", tiny(vocab_size=65536, n_layer=1)),
     ):
         torch.save(content, folder / f"{base}.pth")
-        torch.save(trained(folder / f"{base}.pth"), folder / f"{checkpoint}.pth")
+        torch.save(trained(folder / f"{base}.pth"), folder / f"{tuned}.pth")
     yield folder
     torch.set_num_threads(threads)
 
@@ -86,7 +88,7 @@ def refused(capsys, main):
     """The one line on stderr with which main() ends, with exit code 2 and every file as it was."""
     before = contents()
     with pytest.raises(SystemExit) as end:
-        files.run_cli(main)
+        cli.run_cli(main)
     error = capsys.readouterr().err
     assert (
         end.value.code == 2
@@ -120,24 +122,24 @@ def test_the_merged_model_is_base_and_bone(capsys, dtype, mode, near):
     torch.save(tiny(dtype), "base.pth")
     torch.save(trained("base.pth", mode), "ckpt.pth")
     merge.merge("base.pth", "ckpt.pth", "tuned.pth")
-    base, checkpoint, tuned = read("base.pth"), read("ckpt.pth"), read("tuned.pth")
+    base, tensors, tuned = read("base.pth"), read("ckpt.pth"), read("tuned.pth")
     assert {n: (t.shape, t.dtype) for n, t in tuned.items()} == {
         n: (t.shape, t.dtype) for n, t in base.items()
     }
     for name, tensor in tuned.items():
-        bones = name.removesuffix("weight") + "bone" in checkpoint
-        assert bones != tensor.equal(checkpoint.get(name, base[name])), (
+        bones = name.removesuffix("weight") + "bone" in tensors
+        assert bones != tensor.equal(tensors.get(name, base[name])), (
             name
         )  # trained parts taken over, the rest untouched
     whole, apart = (
-        rwkv6.load_model("tuned.pth", torch.float32),
-        bone.load_bone(rwkv6.load_model("base.pth", torch.float32), "ckpt.pth"),
+        checkpoint.load_model("tuned.pth", torch.float32),
+        checkpoint.load_bone(checkpoint.load_model("base.pth", torch.float32), "ckpt.pth"),
     )
     expected = apart(idx := torch.randint(300, (2, 40)))
     assert (whole(idx) - expected).norm() <= near * expected.norm()
     said = capsys.readouterr().out
     assert (
-        f"merged 16 weights (Bone {mode}, r 16) and {len(checkpoint) - 16} other trained tensors into base.pth\nwrote tuned.pth"
+        f"merged 16 weights (Bone {mode}, r 16) and {len(tensors) - 16} other trained tensors into base.pth\nwrote tuned.pth"
         in said
     )
 
@@ -166,7 +168,7 @@ def test_a_merge_cut_short_leaves_what_was_there(monkeypatch):
 
     monkeypatch.setattr(torch, "save", cut_short)
     with pytest.raises(SystemExit) as end:
-        files.run_cli(lambda: merge.merge("base.pth", "ckpt.pth", "tuned.pth"))
+        cli.run_cli(lambda: merge.merge("base.pth", "ckpt.pth", "tuned.pth"))
     assert end.value.code == 130 and contents() == before
 
 
@@ -351,7 +353,7 @@ def test_broken_characters_are_shown_as_such_and_end_nothing(content, shown):
     ],
 )
 def test_the_stop_text_is_not_shown_and_nothing_else_is_lost(tokens, stop, shown):
-    ids = [i for token in tokens for i in data.encode(token)]
+    ids = [i for token in tokens for i in tokenizer.encode(token)]
     assert (
         "".join(written(ids, stop=stop))
         == "".join(written(in_bytes("".join(tokens)), stop=stop))
@@ -368,8 +370,8 @@ def test_the_end_of_the_document_or_the_length_ends_the_text():
 
 def test_greedy_text_is_what_the_model_finds_likeliest_and_its_state_lets_it_go_on():
     model, prompt, ids = (
-        rwkv6.load_model("base.pth"),
-        data.encode("\n\n") + in_bytes("User: hi"),
+        checkpoint.load_model("base.pth"),
+        tokenizer.encode("\n\n") + in_bytes("User: hi"),
         [],
     )
     for _ in range(12):
@@ -378,9 +380,9 @@ def test_greedy_text_is_what_the_model_finds_likeliest_and_its_state_lets_it_go_
     found, (state, unread) = pieces(
         generate.stream(model, model.empty_state(), prompt, 12, 0, 1.0, None)
     )
-    assert "".join(found) == data.decode_bytes(ids).decode(errors="replace")
+    assert "".join(found) == tokenizer.decode_bytes(ids).decode(errors="replace")
     logits, _ = model(torch.tensor([unread + in_bytes("and")]), state)
-    whole = model(torch.tensor([prompt + ids + data.encode("\n\n") + in_bytes("and")]))
+    whole = model(torch.tensor([prompt + ids + tokenizer.encode("\n\n") + in_bytes("and")]))
     torch.testing.assert_close(logits[0, -1], whole[0, -1], rtol=1e-4, atol=1e-5)
 
 
@@ -395,7 +397,7 @@ def test_a_chat_turn_ends_in_one_blank_line_however_it_ended(text, stop):
         generate.stream(script, 0, in_bytes("User: x"), 100, 0, 1.0, None, stop)
     )
     read = script.read + unread
-    assert data.decode_bytes(read).decode() == "User: xhi\n\n" and 0 not in read
+    assert tokenizer.decode_bytes(read).decode() == "User: xhi\n\n" and 0 not in read
 
 
 @pytest.mark.parametrize(
@@ -477,7 +479,7 @@ def test_rwkv_5_trains_merges_and_writes(say, capsys, quant):
         {name: p.detach() + 0.05 * torch.randn_like(p) for name, p in model.named_parameters()},
         "old.pth",
     )
-    data.write_binidx("x", [data.encode("one two three") + [0]] * 4)
+    corpus.write_binidx("x", [tokenizer.encode("one two three") + [0]] * 4)
     train.train(
         train.parse_args(
             f"--load_model old.pth --data_file x --bone_r 32 --precision fp32 --quant {quant} --accelerator cpu --lr_init 1e-2".split()

@@ -16,12 +16,14 @@ import pytest
 import torch
 
 import build
+import checkpoint
+import cli
+import corpus
 import data
-import files
 import generate
 import merge
 import options
-import rwkv6
+import tokenizer
 import train
 from test_train import DEFAULTS, arguments, base_file, bone_of, column, folder, read, run, tiny  # noqa: F401 (two are fixtures)
 
@@ -35,7 +37,7 @@ SMALL = "--n_layer 2 --n_embd 128 --epoch_steps 1 --accelerator cpu"
 
 def refused(capsys, main):
     with pytest.raises(SystemExit) as end:
-        files.run_cli(main)
+        cli.run_cli(main)
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     return error
@@ -49,8 +51,9 @@ def world():
     """base.pth with the sizes of SMALL and the vocabulary of RWKV World, and the data set of the tutorial's name."""
     torch.save(tiny(n_embd=128, vocab_size=65536), "base.pth")
     os.mkdir("data")
-    data.write_binidx(
-        "data/lora-test", [data.encode(f"User: {i}?\n\nAssistant: {i}!") + [0] for i in range(6)]
+    corpus.write_binidx(
+        "data/lora-test",
+        [tokenizer.encode(f"User: {i}?\n\nAssistant: {i}!") + [0] for i in range(6)],
     )
 
 
@@ -213,7 +216,7 @@ VALUES = [
 
 @pytest.mark.parametrize("name, value", VALUES)
 def test_every_value_of_every_option_trains(name, value):
-    data.write_binidx("qa", [[1 + b for b in b"User: a\n\nAssistant: b"] + [0]])
+    corpus.write_binidx("qa", [[1 + b for b in b"User: a\n\nAssistant: b"] + [0]])
     pathlib.Path("t.jsonl").write_text('{"text": "one"}\n{"text": "two, three"}\n')
     for path, encoding in (("t", "utf-8"), ("t16", "utf-16le")):
         pathlib.Path(path).write_text("many words, 很多词\n" * 20, encoding=encoding)
@@ -233,7 +236,7 @@ def test_every_value_of_every_option_trains(name, value):
     assert all(tensor.isfinite().all() for tensor in read(last).values())
     if args.load_model:
         merge.merge("base.pth", last, "tuned.pth")
-    assert rwkv6.load_model("tuned.pth" if args.load_model else last).config.version == (
+    assert checkpoint.load_model("tuned.pth" if args.load_model else last).config.version == (
         args.my_testing or "x060"
     )
 
@@ -379,7 +382,7 @@ def test_the_readme_s_table_is_that_of_help(monkeypatch, readme, heading, progra
     parsers = []
     for name in ("parse_args", "parse_intermixed_args"):
         monkeypatch.setattr(
-            files.Parser, name, lambda parser, argv=None: sys.exit(parsers.append(parser))
+            cli.Parser, name, lambda parser, argv=None: sys.exit(parsers.append(parser))
         )
     with pytest.raises(SystemExit):
         {"train": options.parse_args, "merge": merge.main, "generate": generate.main}[program]()
@@ -413,7 +416,7 @@ def test_characters_have_the_ids_of_vocab_json_which_is_kept():
     vocabulary = json.load(open("out/vocab.json"))
     assert (
         vocabulary == {str(i): c for i, c in enumerate(sorted("\n ,abc词"))}
-        and rwkv6.load_model("out/rwkv-0.pth").config.vocab_size == 7
+        and checkpoint.load_model("out/rwkv-0.pth").config.vocab_size == 7
     )
     pathlib.Path("t.txt").write_text(
         "bc\n" * 30
@@ -421,9 +424,9 @@ def test_characters_have_the_ids_of_vocab_json_which_is_kept():
     run(NEW + "--data_file t.txt --epoch_steps 1 --epoch_begin 1")
     run("--load_model out/rwkv-0.pth --data_file t.txt --proj_dir tuned --epoch_steps 1")
     assert json.load(open("out/vocab.json")) == json.load(open("tuned/vocab.json")) == vocabulary
-    assert data.open_data("t.txt", vocabulary=data.read_vocabulary("out/vocab.json"))[0].tolist()[
-        :3
-    ] == [4, 5, 0]
+    assert corpus.open_data("t.txt", vocabulary=tokenizer.read_vocabulary("out/vocab.json"))[
+        0
+    ].tolist()[:3] == [4, 5, 0]
     assert read("tuned/rwkv-0.pth").keys() == bone_of("base.pth").keys()
 
 
@@ -478,7 +481,7 @@ def test_layerwise_lr_is_what_makes_time_decay_learn_at_twice_the_rate():
 
 
 def test_qa_is_se_with_the_markers_of_a_dialogue():
-    data.write_binidx(
+    corpus.write_binidx(
         "qa",
         [
             [1 + b for b in f"User: {i}\n\nAssistant: b{i}\n\nUser: c".encode()] + [0]
@@ -499,7 +502,7 @@ def test_qa_is_se_with_the_markers_of_a_dialogue():
     [("qa", "Assistant:"), ("""se --mask_id '{"mask0":"User:","mask1":"<a>"}'""", "<a>")],
 )
 def test_a_run_says_how_many_documents_lack_which_marker(capsys, flags, marker):
-    data.write_binidx(
+    corpus.write_binidx(
         "qa",
         [[1 + b for b in text.encode()] + [0] for text in ("Assistant: <a> b", "none", "nor here")],
     )
@@ -576,7 +579,9 @@ def test_what_a_base_has_is_not_taken_from_it_by_a_flag(flag):
         run(f"--load_model base/rwkv-0.pth {flag}")
     run("--load_model base/rwkv-0.pth")  # and Bone is trained on such a base, too
     merge.merge("base/rwkv-0.pth", "out/rwkv-0.pth", "tuned.pth")
-    assert rwkv6.load_model("tuned.pth").config == rwkv6.load_model("base/rwkv-0.pth").config
+    assert (
+        checkpoint.load_model("tuned.pth").config == checkpoint.load_model("base/rwkv-0.pth").config
+    )
 
 
 def test_a_gradient_in_fp16_is_that_of_fp32():
@@ -585,7 +590,7 @@ def test_a_gradient_in_fp16_is_that_of_fp32():
         args = arguments(f"--precision {precision}")
         model, *_ = train.build_model(args, torch.device("cpu"))
         autocast, scaler = train.precision(args, torch.device("cpu"))
-        train.step(model, [data.batch(data.Binidx("x"), 0, 4, 32)], autocast, scaler)
+        train.step(model, [data.batch(corpus.Binidx("x"), 0, 4, 32)], autocast, scaler)
         grads.append(
             {
                 name: p.grad / scaler.get_scale()

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import archive
 import bone
-import data
-import files
+import checkpoint
+import corpus
 import merge
 import quant
 import rwkv6
@@ -172,14 +173,14 @@ def test_a_model_whose_matrices_do_not_fit_the_block_is_refused_with_the_matrix_
         ValueError,
         match=r"odd.pth: blocks.0.att.receptance.weight: a weight of 20 x 20 is no multiple of 64",
     ):
-        rwkv6.load_model("odd.pth", quant="int8")
+        checkpoint.load_model("odd.pth", quant="int8")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loading_quantizes_the_matrices_of_the_blocks_alone_from_the_dtype_of_the_file(base, kind):
     model, plain = (
-        rwkv6.load_model("base.pth", torch.bfloat16, quant=kind),
-        rwkv6.load_model("base.pth", torch.bfloat16),
+        checkpoint.load_model("base.pth", torch.bfloat16, quant=kind),
+        checkpoint.load_model("base.pth", torch.bfloat16),
     )
     layers = {name: m for name, m in model.named_modules() if isinstance(m, quant.Quantized)}
     assert set(layers) == {
@@ -193,20 +194,20 @@ def test_loading_quantizes_the_matrices_of_the_blocks_alone_from_the_dtype_of_th
         for name, q in layers.items()
     )
     assert all(p.equal(plain.get_parameter(name)) for name, p in model.named_parameters())
-    assert bone.weight_shapes(model) == bone.weight_shapes(plain)
+    assert checkpoint.weight_shapes(model) == checkpoint.weight_shapes(plain)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_saving_and_merging_under_quantization_give_the_logits_of_training_time(
     base, capsys, kind
 ):
-    data.write_binidx("x", [[1 + (7 * i + t) % 60 for t in range(30)] + [0] for i in range(12)])
+    corpus.write_binidx("x", [[1 + (7 * i + t) % 60 for t in range(30)] + [0] for i in range(12)])
     flags = f"--load_model base.pth --data_file x --bone_r 32 --ctx_len 32 --micro_bsz 4 --lr_init 1e-2 --lr_final 1e-2 --precision fp32 --quant {kind}"
     train.train(train.parse_args(flags.split()))
-    model = bone.load_bone(rwkv6.load_model("base.pth", quant=kind), "out/rwkv-0.pth")
+    model = checkpoint.load_bone(checkpoint.load_model("base.pth", quant=kind), "out/rwkv-0.pth")
     merge.merge("base.pth", "out/rwkv-0.pth", "tuned.pth")  # args.json remembers
     assert f"{kind} base" in capsys.readouterr().out
-    merged, plain = rwkv6.load_model("tuned.pth"), rwkv6.load_model("base.pth")
+    merged, plain = checkpoint.load_model("tuned.pth"), checkpoint.load_model("base.pth")
     with torch.no_grad():
         expected, found, untouched = (m(base["idx"]) for m in (model, merged, plain))
     bound = 1e-4 if base["base"]["emb.weight"].dtype == torch.float32 else 2e-2
@@ -221,8 +222,8 @@ def test_training_saving_and_merging_under_quantization_give_the_logits_of_train
     assert all(
         map(
             torch.equal,
-            files.read_checkpoint("again.pth").values(),
-            files.read_checkpoint("tuned.pth").values(),
+            archive.read_checkpoint("again.pth").values(),
+            archive.read_checkpoint("tuned.pth").values(),
         )
     )
 
@@ -232,19 +233,19 @@ def test_arguments_that_are_none_are_refused(base):
         with open("args.json", "w") as f:
             f.write(content)
         with pytest.raises(ValueError, match="args.json: not the arguments of a training run"):
-            files.trained_quant("ckpt.pth", None)
+            archive.trained_quant("ckpt.pth", None)
     with open("args.json", "w") as f:
         json.dump({"bone_r": 64}, f)  # of a version that had no --quant
     assert (
-        files.trained_quant("ckpt.pth", "nf4") == "nf4"
-        and files.trained_quant("ckpt.pth", None) == "none"
+        archive.trained_quant("ckpt.pth", "nf4") == "nf4"
+        and archive.trained_quant("ckpt.pth", None) == "none"
     )
 
 
 def test_quantized_training_reaches_the_loss_of_bfloat16(base):
     losses, first = {}, None
     for kind in ("none", "int8", "nf4"):
-        model = bone.add_bone(rwkv6.load_model("base.pth", torch.bfloat16, quant=kind), 32)
+        model = bone.add_bone(checkpoint.load_model("base.pth", torch.bfloat16, quant=kind), 32)
         for name, p in model.named_parameters():
             p.requires_grad_(p.requires_grad or "time" in name or "ln" in name)
         optimizer = train.make_optimizer(model, 2e-3)

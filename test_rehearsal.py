@@ -23,7 +23,7 @@ import warnings
 import pytest
 import torch
 
-import data
+import corpus
 import memory
 import rwkv6
 import wkv6
@@ -182,8 +182,8 @@ def emulated(tmp_path_factory):
 def folder(tmp_path, monkeypatch):
     """A folder with the data sets x and held, in which the test stands."""
     monkeypatch.chdir(tmp_path)
-    data.write_binidx("x", counting([20, 33, 40, 9, 25, 30, 33, 12, 28, 33, 31, 18]))
-    data.write_binidx("held", counting([30, 12, 40]))
+    corpus.write_binidx("x", counting([20, 33, 40, 9, 25, 30, 33, 12, 28, 33, 31, 18]))
+    corpus.write_binidx("held", counting([30, 12, 40]))
     return tmp_path
 
 
@@ -326,7 +326,7 @@ def test_the_expected_memory_is_that_of_the_tensors_and_a_margin(standin, folder
     torch.manual_seed(0)
     model = rwkv6.init_model(4, 128, 2000)
     torch.save({name: p.detach().bfloat16() for name, p in model.named_parameters()}, "base.pth")
-    data.write_binidx("x", counting([200] * 12))
+    corpus.write_binidx("x", counting([200] * 12))
     line = f"{FLAGS} {BASE} --bone_r 32 --ctx_len 128 {flags} --accelerator gpu"
     peak, parts = standin.submit(memory_here, folder, line).result(timeout=300)
     allocator, program = parts.pop("allocator"), parts.pop("program")

@@ -16,8 +16,9 @@ import traceback
 import pytest
 import torch
 
-import data
-import files
+import archive
+import cli
+import corpus
 import resume
 import train
 from test_train import DEFAULTS, base_file, column, counting, folder, read, run  # noqa: F401 (two are fixtures)
@@ -71,7 +72,7 @@ def curve(proj_dir):
     ids=lambda flags: flags[:20] or "plain",
 )
 def test_a_run_killed_between_any_steps_and_resumed_is_the_run_that_never_was(monkeypatch, flags):
-    data.write_binidx("held", counting([30, 12]))
+    corpus.write_binidx("held", counting([30, 12]))
     flags = RUN + "--lr_final 1e-3 --val_file held " + flags
     run(flags + " --proj_dir whole")
     for n in "012345" if flags.endswith("held ") else "14":
@@ -144,7 +145,7 @@ def test_a_run_that_dies_before_any_operation_on_a_file_leaves_no_wrong_file_and
 
     for n in range(1, 100):
         code = in_a_child(lambda: die_at(n))
-        assert all(files.read_tensors(path) for path in pathlib.Path(str(n)).glob("r*.pth"))
+        assert all(archive.read_tensors(path) for path in pathlib.Path(str(n)).glob("r*.pth"))
         if code == 0:
             break
         assert code == 9
@@ -256,7 +257,7 @@ def test_the_random_state_goes_on_too(monkeypatch):
 
 def refused_at_the_end(capsys, main):
     with pytest.raises(SystemExit) as end:
-        files.run_cli(main)
+        cli.run_cli(main)
     assert end.value.code == 2
     return capsys.readouterr().err.rpartition("error: ")[2]
 
@@ -266,7 +267,7 @@ def refused_at_the_end(capsys, main):
 
 @pytest.fixture
 def handlers():
-    before = {number: signal.getsignal(number) for number in files.STOPPING}
+    before = {number: signal.getsignal(number) for number in cli.STOPPING}
     for number, handler in (
         (signal.SIGINT, signal.default_int_handler),
         (signal.SIGTERM, signal.SIG_DFL),
@@ -282,7 +283,7 @@ def ended(flags, monkeypatch, name, function):
     """The exit code of a run in which train.NAME or resume.NAME is `function`."""
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(resume if hasattr(resume, name) else train, name, function)
-        files.run_cli(lambda: run(flags))
+        cli.run_cli(lambda: run(flags))
     return end.value.code
 
 

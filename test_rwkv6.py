@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bone
+import checkpoint
 import rwkv6
 from train import loss_fn, make_optimizer
 from wkv6 import kernel_problem
@@ -35,9 +36,9 @@ def form(request, monkeypatch):
 
 def load(folder, fixture, bone_from="ckpt.pth"):
     """base + Bone in float32, with what the reference trained requiring gradients."""
-    model = rwkv6.load_model(folder / "base.pth", torch.float32)
+    model = checkpoint.load_model(folder / "base.pth", torch.float32)
     if bone_from:
-        bone.load_bone(model, folder / bone_from)
+        checkpoint.load_bone(model, folder / bone_from)
     else:
         bone.add_bone(model, fixture["config"]["bone_r"])
     for name, p in model.named_parameters():
@@ -123,7 +124,7 @@ def test_the_rwkv_package_reads_the_merged_model_and_agrees(reference, tmp_path)
     from rwkv.model import RWKV
 
     judge = RWKV(model=str(tmp_path / "merged"), strategy="cpu fp32")
-    ours = rwkv6.load_model(tmp_path / "merged.pth", torch.float32)(fixture["idx"][:1])
+    ours = checkpoint.load_model(tmp_path / "merged.pth", torch.float32)(fixture["idx"][:1])
     theirs, _ = judge.forward(fixture["idx"][0].tolist(), None, full_output=True)
     assert (ours[0] - theirs).abs().max() < 1e-3
 
@@ -155,7 +156,7 @@ def test_gradients_flow_through_a_carried_state(reference):
 
 
 def test_matrices_keep_the_dtype_of_the_file_and_the_small_rest_is_float32(reference):
-    model = rwkv6.load_model(reference[0] / "base.pth")
+    model = checkpoint.load_model(reference[0] / "base.pth")
     assert model.blocks[0].att.key.weight.dtype == model.emb.weight.dtype == torch.bfloat16
     assert model.blocks[0].att.time_decay.dtype == model.blocks[0].ln1.weight.dtype == torch.float32
     assert (
@@ -225,7 +226,7 @@ def test_pre_ffn_and_head_qk_are_what_rwkv_lm_defines(with_extras, tmp_path):
         dict(model.named_parameters()) | {"copy_mask": torch.ones(9, 9).tril()},
         tmp_path / "extras.pth",
     )  # as RWKV-PEFT saves it
-    loaded = rwkv6.load_model(tmp_path / "extras.pth")
+    loaded = checkpoint.load_model(tmp_path / "extras.pth")
     assert (
         loaded.config == model.config
         and "pre_ffn, head_qk 16" in str(model.config)
@@ -261,10 +262,10 @@ def test_pre_ffn_and_head_qk_in_recurrent_mode_and_in_the_loss(with_extras):
 # ---- checkpoints that are not for us --------------------------------------------------------------------------------------------
 
 
-def refused(tmp_path, checkpoint, words):
-    torch.save(checkpoint, tmp_path / "x.pth")
+def refused(tmp_path, tensors, words):
+    torch.save(tensors, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=words) as error:
-        rwkv6.load_model(tmp_path / "x.pth")
+        checkpoint.load_model(tmp_path / "x.pth")
     assert "\n" not in str(error.value) and "x.pth" in str(error.value)
 
 
@@ -311,7 +312,7 @@ def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path, monkeypatch):
 def test_files_that_are_no_checkpoints_are_refused(tmp_path, content):
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(ValueError, match="checkpoint"):
-        rwkv6.load_model(tmp_path / "x.pth")
+        checkpoint.load_model(tmp_path / "x.pth")
 
 
 def test_a_cut_checkpoint_is_refused(reference, tmp_path):
@@ -319,6 +320,6 @@ def test_a_cut_checkpoint_is_refused(reference, tmp_path):
     for size in (len(whole) // 2, len(whole) - 10):
         (tmp_path / "x.pth").write_bytes(whole[:size])
         with pytest.raises(ValueError, match="cut or damaged"):
-            rwkv6.load_model(tmp_path / "x.pth")
+            checkpoint.load_model(tmp_path / "x.pth")
     with pytest.raises(FileNotFoundError):
-        rwkv6.load_model(tmp_path / "none.pth")
+        checkpoint.load_model(tmp_path / "none.pth")

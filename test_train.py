@@ -16,9 +16,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import archive
 import bone
+import checkpoint
+import cli
+import corpus
 import data
-import files
 import memory
 import rwkv6
 import train
@@ -42,7 +45,7 @@ def tiny(dtype=torch.bfloat16, n_embd=64, vocab_size=300):
 
 def bone_of(base, r=16, mode="bat"):
     """A checkpoint of new bones and the time and ln parts of the base in the file `base`."""
-    model = bone.add_bone(rwkv6.load_model(base), r, mode)
+    model = bone.add_bone(checkpoint.load_model(base), r, mode)
     return {
         name: p.detach()
         for name, p in model.named_parameters()
@@ -75,7 +78,7 @@ def folder(base_file, tmp_path, monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     shutil.copy(base_file, "base.pth")
-    data.write_binidx("x", counting([20, 33, 40, 9, 25, 30, 33, 12, 28, 33, 31, 18]))
+    corpus.write_binidx("x", counting([20, 33, 40, 9, 25, 30, 33, 12, 28, 33, 31, 18]))
 
 
 @pytest.fixture
@@ -109,7 +112,7 @@ def test_training_lowers_the_loss_and_writes_its_files(monkeypatch, capsys, mode
         monkeypatch.delitem(sys.modules, "matplotlib.figure")
         pytest.importorskip("matplotlib.figure")
     run(f"--epoch_steps 24 --bone_mode {mode}")
-    losses, checkpoint, new = column("loss"), read("out/rwkv-0.pth"), bone_of("base.pth", 16, mode)
+    losses, tensors, new = column("loss"), read("out/rwkv-0.pth"), bone_of("base.pth", 16, mode)
     assert len(losses) == 24 and losses[-1] < 0.75 * losses[0]
     assert set(os.listdir("out")) == {
         "rwkv-0.pth",
@@ -122,11 +125,11 @@ def test_training_lowers_the_loss_and_writes_its_files(monkeypatch, capsys, mode
         json.load(open("out/args.json"))["bone_r"] == 16
         and "epoch 0: mean loss" in open("out/train_log.txt").read()
     )
-    assert type(checkpoint) is dict and {n: t.shape for n, t in checkpoint.items()} == {
+    assert type(tensors) is dict and {n: t.shape for n, t in tensors.items()} == {
         n: t.shape for n, t in new.items()
     }
     assert all(
-        t.dtype == torch.bfloat16 and not t.equal(new[name]) for name, t in checkpoint.items()
+        t.dtype == torch.bfloat16 and not t.equal(new[name]) for name, t in tensors.items()
     )
     wrote, follow = capsys.readouterr().out.splitlines()[-2:]
     assert re.fullmatch(
@@ -152,15 +155,15 @@ def test_train_parts_says_what_is_trained_and_the_rest_stays_to_the_bit(
     models, build = [], train.build_model
     monkeypatch.setattr(train, "build_model", lambda *a: models.append(build(*a)) or models[-1])
     run(flags)
-    checkpoint, base = read("out/rwkv-0.pth"), read("base.pth")
+    tensors, base = read("out/rwkv-0.pth"), read("base.pth")
     for name, p in models[-1][0].named_parameters():
         kinds = (
             {"bone"}
             if name.endswith(".bone")
             else {kind for kind in ("time", "ln", "emb", "head") if kind in name}
         )
-        assert (name in checkpoint) == bool(kinds & expected), name
-        assert name.endswith(".bone") or (name in checkpoint) == (
+        assert (name in tensors) == bool(kinds & expected), name
+        assert name.endswith(".bone") or (name in tensors) == (
             not p.equal(base[name].to(p.dtype))
         ), name
 
@@ -184,9 +187,9 @@ def test_a_run_is_a_function_of_its_command_line():
 def test_the_first_loss_is_that_of_the_base_and_checkpoints_have_its_dtype(dtype, precision, near):
     torch.save(tiny(dtype), "base.pth")
     run(f"--precision {precision}")
-    idx, targets, mask = data.batch(data.Binidx("x"), 0, 4, 32)
+    idx, targets, mask = data.batch(corpus.Binidx("x"), 0, 4, 32)
     losses = F.cross_entropy(
-        rwkv6.load_model("base.pth", torch.float32)(idx).flatten(0, 1),
+        checkpoint.load_model("base.pth", torch.float32)(idx).flatten(0, 1),
         targets.flatten(),
         reduction="none",
     )
@@ -197,18 +200,18 @@ def test_the_first_loss_is_that_of_the_base_and_checkpoints_have_its_dtype(dtype
 
 
 def test_held_out_loss_is_the_mean_over_its_tokens_before_and_after(capsys):
-    data.write_binidx("held", counting([30, 12, 40]))
+    corpus.write_binidx("held", counting([30, 12, 40]))
     run("--val_file held --epoch_count 2 --epoch_steps 8")
     before, middle, after = column("val_loss")
     assert after < middle < before and re.search(
         f"before training: {before:.4f}\n(.|\n)*, held-out loss {after:.4f}\n",
         capsys.readouterr().out,
     )
-    model, found = rwkv6.load_model("base.pth", torch.float32), []
+    model, found = checkpoint.load_model("base.pth", torch.float32), []
     for micro_bsz in (1, 2, 3):
         found.append(
             train.val_loss(
-                model, data.Binidx("held"), micro_bsz, 32, "pad", contextlib.nullcontext()
+                model, corpus.Binidx("held"), micro_bsz, 32, "pad", contextlib.nullcontext()
             )
         )
     assert found == pytest.approx(found[:1] * 3, rel=1e-5) and found[0] == pytest.approx(
@@ -271,9 +274,9 @@ def test_training_goes_on_over_the_quantized_base_of_the_checkpoint():
 
 
 def test_data_that_is_not_there_is_found_out_before_the_base_is_loaded(monkeypatch):
-    devices, load = [], rwkv6.load_model
+    devices, load = [], checkpoint.load_model
     monkeypatch.setattr(
-        rwkv6,
+        checkpoint,
         "load_model",
         lambda path, dtype, device, quant: (
             devices.append(device.type) or load(path, dtype, device, quant)
@@ -301,7 +304,7 @@ def test_what_a_loaded_checkpoint_trained_is_in_the_next_checkpoint():
 def test_pretraining_saves_a_complete_model():
     run("--load_model '' --n_layer 2 --n_embd 64 --vocab_size 300 --epoch_steps 20")
     assert (
-        rwkv6.load_model("out/rwkv-0.pth").config == rwkv6.init_model(2, 64, 300).config
+        checkpoint.load_model("out/rwkv-0.pth").config == rwkv6.init_model(2, 64, 300).config
         and column("loss")[-1] < 0.9 * column("loss")[0]
     )
 
@@ -424,7 +427,7 @@ def test_attributes_of_a_tensor_in_a_file_are_left_there():
     tensor = torch.ones(2)
     tensor.detach = tensor.note = 1
     save({"a": tensor, "b": torch.nn.Parameter(torch.ones(3))})
-    read_again = files.read_checkpoint("bad.pth")
+    read_again = archive.read_checkpoint("bad.pth")
     assert (
         read_again["a"].equal(torch.ones(2))
         and {*vars(read_again["a"])} == {"is_mapped"}
@@ -550,7 +553,7 @@ BASE, BONES, ONE = "--load_model bad.pth", "--bone_load bad.pth", torch.ones(1)
         (
             "",
             "document 1 holds token 300, but the model's vocabulary is 300",
-            lambda: data.write_binidx("x", [[1, 2], [3, 300, 0]]),
+            lambda: corpus.write_binidx("x", [[1, 2], [3, 300, 0]]),
         ),
         ("--data_file t.jsonl", "t.jsonl: holds no document", lambda: save(b"\n", "t.jsonl")),
         (
@@ -567,7 +570,7 @@ BASE, BONES, ONE = "--load_model bad.pth", "--bone_load bad.pth", torch.ones(1)
         (
             "--data_file qa --loss_mask qa --val_file x",
             "x: no answer",
-            lambda: data.write_binidx("qa", [[1 + b for b in b"User: a\n\nAssistant: b"]]),
+            lambda: corpus.write_binidx("qa", [[1 + b for b in b"User: a\n\nAssistant: b"]]),
         ),
         ("--dataload only", "--micro_bsz 1", None),
         ("--dataload get --ctx_len 400", "--ctx_len 311", None),
@@ -626,7 +629,7 @@ def test_what_cannot_work_is_refused_in_one_line_that_names_it(
     before = contents()
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(SystemExit) as end:
-        files.run_cli(lambda: run(flags))
+        cli.run_cli(lambda: run(flags))
     error = capsys.readouterr().err
     assert (
         end.value.code == 2
@@ -649,7 +652,7 @@ def test_what_cannot_work_is_refused_in_one_line_that_names_it(
 )
 def test_a_mistyped_flag_is_no_run(capsys, flags, says):
     with pytest.raises(SystemExit) as end:
-        files.run_cli(lambda: run(flags))
+        cli.run_cli(lambda: run(flags))
     error = capsys.readouterr().err
     assert (
         end.value.code == 2

@@ -27,8 +27,8 @@ from pydoc_data.topics import topics
 
 import torch
 
-import data
-import files
+import archive
+import corpus
 from test_fuzz import TRAIN, fuzz, plain, same
 from test_train import bone_of, counting, tiny
 
@@ -68,7 +68,7 @@ def whole(process):
 def kill_training(folder, kills, r):
     """Returns (kills, complete runs, of which there is one at least, kills that fell into a save)."""
     torch.save(tiny(torch.float32, n_embd=256, vocab_size=2000), folder / "base.pth")
-    data.write_binidx(folder / "x", counting([r.randrange(20, 60) for _ in range(50)]))
+    corpus.write_binidx(folder / "x", counting([r.randrange(20, 60) for _ in range(50)]))
     line = (
         f"HERE/train.py {TRAIN} --bone_r 32 --train_parts time ln emb head --ctx_len 64 --val_file x --epoch_steps 100 --epoch_count 2 --save_steps 1 "
         "--resume auto --proj_dir "
@@ -165,7 +165,7 @@ def disk():
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         torch.save(tiny(torch.float32), folder / "base.pth")
-        data.write_binidx(folder / "x", counting([20, 33, 40, 9, 25]))
+        corpus.write_binidx(folder / "x", counting([20, 33, 40, 9, 25]))
         script = f"""set -e; mkdir small; mount -t tmpfs -o size=3m none small
             {sys.executable} {HERE}/train.py {TRAIN} --epoch_steps 4000 --epoch_count 1 --save_steps 50 --proj_dir small/out > said 2> errors & run=$!
             until ls small/out/resume-*.pth > /dev/null 2>&1; do sleep 0.05; done
@@ -191,7 +191,7 @@ def disk():
             "No space left on device; what was saved before is whole, the state of step" in said[0]
             and (folder / "code").read_text() == "143\n"
         ), said
-        assert all(t.isfinite().all() for t in files.read_tensors(folder / "during.pth").values())
+        assert all(t.isfinite().all() for t in archive.read_tensors(folder / "during.pth").values())
         steps = [
             int(line.split(",")[0]) for line in (folder / "loss.csv").read_text().splitlines()[1:]
         ]

@@ -13,6 +13,8 @@ import sys
 import time
 import types
 
+import corpus
+
 if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     # PyTorch reads this when a GPU's first tensor is made. Without it, rows of changing lengths
     # leave holes in the GPU's memory in which the next ones find no room.
@@ -26,6 +28,7 @@ import data
 import devices
 import memory
 import resume
+from archive import fingerprint
 from build import (
     build_model,
     build_shares,
@@ -37,7 +40,7 @@ from build import (
     open_documents,
     precision,
 )
-from files import fingerprint, run_cli
+from cli import run_cli
 from log import Log, draw
 from loss import count_tokens, loss_fn, step, val_loss
 from options import parse_args
@@ -144,7 +147,7 @@ def train(args):
         return devices.launch(args.devices, args.num_nodes)
     device = devices.find(args.accelerator)
     if not (args.load_model or args.vocab_size) and (
-        args.data_type or data.kind_of(args.data_file)
+        args.data_type or corpus.kind_of(args.data_file)
     ) not in ("binidx", "jsonl"):
         args.vocab_size = open_documents(args)[0].vocab_size()
     with devices.world(device, args.strategy), contextlib.ExitStack() as held:
@@ -227,8 +230,7 @@ def prepare(args, built):
     if not devices.rank():  # whose folder counts
         complete = bool(state) and (
             state.progress.step > last
-            or (state.progress.step == last
-            and os.path.exists(paths[last]))
+            or (state.progress.step == last and os.path.exists(paths[last]))
         )
         gone = (
             bool(state)

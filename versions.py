@@ -23,6 +23,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+import checkpoint
+
 # The oldest is the lower bound in requirements.txt, the newest the one in constraints.txt.
 VERSIONS = ("2.11.0", "2.12.0", "2.13.0")
 
@@ -307,7 +309,7 @@ def fake_forward_of(base: str, mode: str, quant: str, form: str) -> None:
     import bone
     import rwkv6
 
-    model = rwkv6.load_model(base, torch.bfloat16, "meta", quant)
+    model = checkpoint.load_model(base, torch.bfloat16, "meta", quant)
     bone.add_bone(model, 32, mode)
     for module in model.modules():
         if isinstance(module, rwkv6.TimeMix):
