@@ -23,7 +23,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-import checkpoint
 
 # The oldest is the lower bound in requirements.txt, the newest the one in constraints.txt.
 VERSIONS = ("2.11.0", "2.12.0", "2.13.0")
@@ -307,6 +306,7 @@ def fake_forward_of(base: str, mode: str, quant: str, form: str) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     import bone
+    import checkpoint
     import rwkv6
 
     model = checkpoint.load_model(base, torch.bfloat16, "meta", quant)
