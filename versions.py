@@ -23,7 +23,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-
 # The oldest is the lower bound in requirements.txt, the newest the one in constraints.txt.
 VERSIONS = ("2.11.0", "2.12.0", "2.13.0")
 
