@@ -2,13 +2,28 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-versions interop bench torture clean
+.PHONY: demo test test-all lint format test-versions interop bench torture clean
 
 demo: $(VENV)/ready
 	bash demo.sh $(BIN)/python
 
-test: $(VENV)/ready
+# What a newcomer runs once: lint, and all tests but the exhaustive ones.
+test: lint
+	$(BIN)/python -m pytest -q -n 2 -m "not exhaustive"
+
+test-all: lint
 	$(BIN)/python -m pytest -q -n 2
+
+# The rules of CONTRIBUTING.md, as far as a command checks them.
+lint: $(VENV)/ready
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy *.py
+	$(BIN)/python -m pytest -q test_house.py
+
+format: $(VENV)/ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
 # The oldest PyTorch that requirements.txt admits, to the newest: tests, libraries, fake GPU tensors.
 test-versions:

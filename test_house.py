@@ -1,0 +1,132 @@
+"""The rules that no linter checks: sizes of files and functions, parameters, one way of imports."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+LEARN = ("bone", "quant", "wkv6", "rwkv6", "loss", "data", "train", "merge")
+FILES = {path.stem: path for path in sorted(HERE.glob("*.py"))}
+PRODUCT = {name: path for name, path in FILES.items() if not name.startswith("test_")}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+LOOP = ("train", "run")  # the training loop may have ten lines more
+# What each file that teaches the method may import, beside torch and the standard library.
+MAY_IMPORT = {
+    "quant": set(),
+    "wkv6": {"compiled"},
+    "bone": {"quant"},
+    "rwkv6": {"quant", "wkv6"},
+}
+
+
+def functions(name):
+    """The functions of a file, those within classes and functions too."""
+    return [node for node in ast.walk(TREES[name]) if isinstance(node, ast.FunctionDef)]
+
+
+def lines_of(node):
+    return node.end_lineno - node.lineno + 1
+
+
+def parameters(function):
+    """(Names of positional parameters, names of all) but self, cls and ctx."""
+    positional = [a.arg for a in function.args.posonlyargs + function.args.args]
+    positional = [name for name in positional if name not in ("self", "cls", "ctx")]
+    return positional, positional + [a.arg for a in function.args.kwonlyargs]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_functions_are_short(name):
+    long = {}
+    for function in functions(name):
+        limit = 60 if (name, function.name) == LOOP else 50
+        if lines_of(function) > limit:
+            long[function.name] = lines_of(function)
+    assert not long
+
+
+@pytest.mark.parametrize("name", PRODUCT)
+def test_parameters_are_few_and_named(name):
+    """At most 6; after the third by keyword, but for tensors of a formula (one letter or two)."""
+    wrong = {}
+    for function in functions(name):
+        if function.name in ("forward", "backward", "__torch_dispatch__"):
+            continue  # PyTorch calls these by position
+        positional, everything = parameters(function)
+        too_many = len(everything) > 6 and not all(len(name) <= 2 for name in positional)
+        by_position = [name for name in positional[3:] if len(name) > 2]
+        if too_many or by_position:
+            wrong[function.name] = everything
+    assert not wrong
+
+
+def test_files_are_short():
+    sizes = {
+        name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in PRODUCT.items()
+    }
+    assert sum(sizes[name] for name in LEARN) <= 2000
+    assert not {name: n for name, n in sizes.items() if n > (350 if name in LEARN else 450)}
+
+
+@pytest.mark.parametrize("name", PRODUCT.keys() - {*LEARN})
+def test_a_file_that_one_need_not_read_says_so(name):
+    text = ast.get_docstring(TREES[name])
+    assert text and "need not read" in " ".join(text.split()), f"{name}.py: what is it for?"
+
+
+def imported(name):
+    """Modules of this project that a file imports at its top, or within."""
+    found = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    return found & FILES.keys()
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_a_file_that_teaches_imports_little(name):
+    assert imported(name) <= MAY_IMPORT[name]
+
+
+def test_imports_go_one_way():
+    """No file imports, at its top, one that imports it."""
+    at_top = {
+        name: {
+            module
+            for node in TREES[name].body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for module in (
+                [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+            )
+            if module in PRODUCT
+        }
+        for name in PRODUCT
+    }
+    order = []
+    while waiting := at_top.keys() - set(order):
+        ready = [name for name in waiting if at_top[name] <= {*order, name}]
+        assert ready, f"these import one another: {sorted(waiting)}"
+        order += ready
+
+
+def test_no_name_is_one_of_the_standard_library():
+    assert not FILES.keys() & sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("program", ["train.py", "merge.py", "generate.py", "data.py"])
+def test_help_and_refused_flags_need_no_torch(program):
+    """They answer before PyTorch is imported, which takes seconds."""
+    code = f"""
+import runpy, sys
+sys.modules["torch"] = None  # importing it is an error
+sys.argv = ["{program}", "--help"]
+runpy.run_path("{program}", run_name="__main__")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-500:]
+    assert "usage" in ended.stdout
