@@ -28,6 +28,7 @@ import filelock
 import torch
 
 import devices
+import options
 from archive import (
     ABOUT,
     all_finite,
@@ -38,40 +39,6 @@ from archive import (
     trained_quant,
 )
 from cli import STOPPING, let_go_of_broken_output
-
-# Flags that say what a step computes; with another value a state would mean something else. Paths may differ: contents are compared.
-FIXED = (
-    "bone_r",
-    "bone_mode",
-    "train_parts",
-    "ctx_len",
-    "dataload",
-    "data_shuffle",
-    "loss_mask",
-    "mask_id",
-    "epoch_begin",
-    "epoch_steps",
-    "micro_bsz",
-    "accumulate_grad_batches",
-    "random_seed",
-    "precision",
-    "quant",
-    "train_type",
-    "chunk_ctx",
-    "bptt",
-)
-CHANGEABLE = (
-    "epoch_count",
-    "lr_init",
-    "lr_final",
-    "warmup_steps",
-    "beta1",
-    "beta2",
-    "adam_eps",
-    "weight_decay",
-    "layerwise_lr",
-)
-
 
 HOPELESS = 10  # steps in a row whose loss or gradient is not finite
 
@@ -473,7 +440,7 @@ def load(folder, wanted, begin, steps, micro_batches):
 def check_same_run(state, args, about):
     """What the command line changes, as flags, against that of the state; ValueError where the run would be another one."""
     now, then = json.loads(json.dumps(vars(args))), state.about["args"]
-    for flag in FIXED:
+    for flag in options.fixed():
         if flag in ("train_type", "chunk_ctx", "bptt") and {
             now["train_type"],
             then.get("train_type", "none"),
@@ -493,7 +460,7 @@ def check_same_run(state, args, about):
             )
     return [
         f"--{flag} {now[flag]} (was {json.dumps(then.get(flag))})"
-        for flag in CHANGEABLE
+        for flag in options.changeable()
         if now[flag] != then.get(flag)
     ]
 
