@@ -38,7 +38,7 @@ from archive import (
     save_stream,
     trained_quant,
 )
-from cli import STOPPING, let_go_of_broken_output
+from cli import STOP_SIGNALS, silence_broken_pipes
 
 HOPELESS = 10  # steps in a row whose loss or gradient is not finite
 
@@ -253,7 +253,7 @@ class Saver:
         try:
             yield
         except BaseException as error:
-            let_go_of_broken_output()
+            silence_broken_pipes()
             end = error
             while end.__context__ and not isinstance(
                 end, (KeyboardInterrupt, SystemExit)
@@ -558,7 +558,7 @@ def only_ctrl_c():
     """Requests to end, of which supervisors send several, do not break this block off; Ctrl-C does."""
     before = {
         number: signal.signal(number, signal.SIG_IGN)
-        for number in STOPPING
+        for number in STOP_SIGNALS
         if number != signal.SIGINT
     }
     try:
@@ -602,7 +602,7 @@ def unbroken():
 
     before = {
         number: signal.signal(number, handle)
-        for number in STOPPING
+        for number in STOP_SIGNALS
         if callable(signal.getsignal(number))
     }
     try:
