@@ -2,10 +2,14 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-versions interop bench torture clean
+.PHONY: demo docs test test-versions interop bench torture clean
 
 demo: $(VENV)/ready
 	bash demo.sh $(BIN)/python
+
+# docs/flags.md and docs/zh/flags.md, from the options of train.py.
+docs:
+	$(PYTHON) docs/make_flags.py
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -q -n 2

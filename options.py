@@ -250,7 +250,7 @@ class Options:
     )
     warmup_steps: int = flag(
         0,
-        "steps over which the learning rate rises from a fifth to the whole; about 50 if it is high",
+        "steps over which the learning rate rises from a fifth of it; 50, say, if it is high",
         parse=number(int, -1),
         resume=CHANGEABLE,
     )
