@@ -13,6 +13,9 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+# As in pyproject.toml; a test compares them.
+VERSION = "0.2.0"
+
 # The signals that ask a program to end. (Windows has no SIGHUP.)
 STOP_SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -24,6 +27,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
+        self.add_argument("--version", action="version", version=f"rwkv-bone {VERSION}")
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("argument "):
