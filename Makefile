@@ -2,10 +2,14 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-all lint format test-versions interop bench torture clean
+.PHONY: demo docs test test-all lint format test-versions interop bench torture clean
 
 demo: $(VENV)/ready
 	bash demo.sh $(BIN)/python
+
+# docs/flags.md and docs/zh/flags.md, from the options of train.py.
+docs:
+	$(PYTHON) docs/make_flags.py
 
 # What a newcomer runs once: lint, and all tests but the exhaustive ones.
 test: lint

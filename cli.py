@@ -1,6 +1,7 @@
 """Command lines: the parser, and errors as one line with exit code 2.
 
-One need not read this to understand Bone.
+One need not read this to understand Bone. It imports neither PyTorch nor NumPy, so that `--help`
+and a mistyped flag answer at once.
 """
 
 import argparse
@@ -9,41 +10,72 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
 
-import torch
+# As in pyproject.toml; a test compares them.
+VERSION = "0.2.0"
 
-STOPPING = [
+# The signals that ask a program to end. (Windows has no SIGHUP.)
+STOP_SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
-]  # what asks a program to end
+]
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line too, with the flag that was probably meant; a flag is never abbreviated."""
+    """An ArgumentParser whose errors are one line, too, and whose flags cannot be abbreviated."""
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
+        self.add_argument("--version", action="version", version=f"rwkv-bone {VERSION}")
 
-    def error(self, message):
-        if message.startswith("argument "):  # of a known flag: what is wrong with it
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("argument "):
+            # A known flag with a wrong value: the message says which, and what is wrong with it.
             raise ValueError(message.removeprefix("argument "))
-        near = [
-            flag
-            for word in re.findall(r"--[\w-]+", message)
-            for flag in difflib.get_close_matches(word, self._option_string_actions, 1)
-        ]
-        raise ValueError(
-            f"{message}; "
-            + (f"did you mean {near[0]}?" if near else f"python {self.prog} --help lists all flags")
-        )
+        raise ValueError(f"{message}; {self._advice(message)}")
+
+    def _advice(self, message: str) -> str:
+        """Name the flag that was probably meant, or where to find all flags."""
+        for word in re.findall(r"--[\w-]+", message):
+            similar = difflib.get_close_matches(word, self._option_string_actions, 1)
+            if similar:
+                return f"did you mean {similar[0]}?"
+        return f"python {self.prog} --help lists all flags"
 
 
-def in_words(error):
-    return f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+def one_line(error: BaseException) -> str:
+    """Say an error in one printable line of fewer than 1000 characters."""
+    text = str(error)
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    if isinstance(error, _out_of_memory_errors()):
+        # The first line says it; what follows is statistics of the allocator.
+        text = text.partition("\n")[0]
+    # A name that stands in a file may hold any characters, and any number of them.
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    if len(text) >= 1000:
+        text = f"{text[:500]} ... {text[-400:]}"
+    return text
 
 
-def let_go_of_broken_output():
-    """What is still to be written to a pipe whose reader is gone goes nowhere from now on, and is no error: the Ctrl-C that ends a program ends
-    the `tee` behind it too."""
+def _out_of_memory_errors() -> tuple[type[BaseException], ...]:
+    """MemoryError, and PyTorch's own, if the program has imported PyTorch."""
+    torch = sys.modules.get("torch")
+    return MemoryError, getattr(torch, "OutOfMemoryError", MemoryError)
+
+
+def _expected_errors() -> tuple[type[BaseException], ...]:
+    """The exceptions that say what a user can do, and need no traceback."""
+    return OSError, ValueError, *_out_of_memory_errors()
+
+
+def silence_broken_pipes() -> None:
+    """Redirect output to /dev/null where its reader has exited.
+
+    The Ctrl-C that ends a program also ends the `tee` behind it. What is still to be printed then
+    must not become an error of its own.
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -51,33 +83,28 @@ def let_go_of_broken_output():
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def run_cli(main):
-    """Run a program's main(): a ValueError, OSError or want of memory becomes `error: ...` on stderr and exit code 2; Ctrl-C, or a request to
-    end (SIGTERM, SIGHUP), ends it through every `finally`, with exit code 128 + the signal's number."""
+def run_cli(main: Callable[[], object]) -> None:
+    """Run a program's main(), and end with an exit code instead of a traceback.
 
-    def end(number, _):
+    A ValueError, an OSError or lack of memory becomes `error: ...` on stderr and exit code 2.
+    Ctrl-C, SIGTERM and SIGHUP end the program through every `finally`, with exit code 128 + the
+    signal's number.
+    """
+
+    def end(number: int, _frame: object) -> NoReturn:
         raise SystemExit(128 + number)
 
-    for number in STOPPING[1:]:
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has SIGHUP ignored
+    for number in STOP_SIGNALS:
+        # Python turns SIGINT into KeyboardInterrupt itself. nohup has SIGHUP ignored: keep it so.
+        if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, end)
     try:
         main()
     except KeyboardInterrupt:
-        let_go_of_broken_output()
+        silence_broken_pipes()
         sys.exit(130)
-    except (OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
-        text = (
-            in_words(error).partition("\n")[0]
-            if isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            else in_words(error)
-        )
-        text = "".join(
-            c if c.isprintable() else repr(c)[1:-1] for c in text
-        )  # names in a file may hold anything, be of any length
-        let_go_of_broken_output()
-        print(
-            f"error: {text if len(text) < 1000 else text[:500] + ' ... ' + text[-400:]}",
-            file=sys.stderr,
-        )
+    except _expected_errors() as error:
+        text = one_line(error)
+        silence_broken_pipes()
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)

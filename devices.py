@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cli import STOPPING, in_words
+from cli import STOP_SIGNALS, one_line
 from quant import (
     Quantized,
 )  # PyTorch's engines are imported where they are used: that takes seconds, which one process need not wait
@@ -145,7 +145,7 @@ def launch(devices, num_nodes):
         for process in ranks:
             process.send_signal(number)
 
-    for number in STOPPING:
+    for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, pass_on)
     if num_nodes > 1:
@@ -219,10 +219,10 @@ def world(device, strategy):
         ctypes.CDLL(None).prctl(
             1, signal.SIGTERM
         )  # PR_SET_PDEATHSIG: when the launcher is killed, nobody would be left to end this
-    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         for number in (
-            STOPPING
+            STOP_SIGNALS
         ):  # nothing is to be saved yet, and a handler would wait until the others are there
             if callable(handlers[number]):
                 signal.signal(number, signal.SIG_DFL)
@@ -304,7 +304,7 @@ def main_first():
             try:
                 yield
             except (OSError, ValueError) as error:
-                refused = in_words(error)
+                refused = one_line(error)
         for n, words in enumerate(of_all(refused)):
             if words:
                 raise Agreed(f"rank {n}: {words}" if n else words)

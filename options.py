@@ -1,454 +1,376 @@
-"""train.py's command line, as a table: flag, kind, default, what it is for. The names are those of RWKV-PEFT.
+"""The options of train.py, each with all that is known of it. Their names are RWKV-PEFT's flags.
 
-A kind is what argparse calls a type, a tuple of choices, bool for a flag without a value, list, or a dict of argparse's own words. A default of None is found
-elsewhere, as the help says. The README's tables are held against this one by test_options.py.
+One need not read this to understand Bone. `python train.py --help` shows what is declared here, and
+`make docs` writes it to docs/flags.md; parse_options.py reads them from a command line.
 """
 
-import argparse
-import contextlib
-import importlib.util
-import json
-import os
-import re
+import dataclasses
 
-import torch
-
-from cli import Parser
+from flags import CHANGEABLE, FIXED, Flag, flag, json_object, number
 
 SWITCH = (0, 1)
-STRATEGIES = (
-    "auto",
-    "ddp",
-    *(f"deepspeed_stage_{stage}" for stage in ("1", "2", "3", "2_offload", "3_offload")),
-)
-RWKV_PEFT, ONLY_NF4 = (
-    "RWKV-PEFT (github.com/JL-er/RWKV-PEFT) has it",
-    "is not there; nf4 takes as little memory, and is closer to the weights",
-)
-REFUSED = {  # values that RWKV-PEFT takes, and why they are not taken here
-    "data_type": {
-        "wds_img": "holds images, and RWKV-6 language models take no images; give text or tokens",
-        "sft": "is a Hugging Face data set; write its texts into a .jsonl, and give that",
-    },
-    "my_testing": {"x070": f"is RWKV-7; {RWKV_PEFT}"},
-    "quant": {"4bit": ONLY_NF4, "fp4": ONLY_NF4},
-    "train_type": {"state": f"would train initial states; {RWKV_PEFT}"},
-    "peft": {
-        **dict.fromkeys(("lora", "pissa", "state"), f"is another method than Bone; {RWKV_PEFT}"),
-        "disha": "is Bone's later name there; use --peft bone",
-        "none": "would train every parameter; RWKV-LM (github.com/BlinkDL/RWKV-LM) does",
-    },
-}
+RWKV_PEFT = "RWKV-PEFT (github.com/JL-er/RWKV-PEFT) has it"
+ANOTHER_METHOD = f"is another method than Bone; {RWKV_PEFT}"
+ONLY_NF4 = "is not there; nf4 takes as little memory, and is closer to the weights"
 
 
-def checked(name, convert, fits, need):
-    """A type for argparse: what `convert` makes of a text, where that `fits`; else an error that says what it needs to be."""
+@dataclasses.dataclass
+class Options:
+    """What a run of train.py is asked to do. A default of None is found later, as the help says."""
 
-    def parse(text):
-        if not fits(value := convert(text)):
-            raise argparse.ArgumentTypeError(f"{text} {need(text)}")
-        return value
-
-    parse.__name__ = name
-    return parse
-
-
-def number(kind, least, below=2**63):
-    limit = "2^63" if below == 2**63 else below
-    return checked(
-        kind.__name__,
-        kind,
-        lambda n: least <= n < below,
-        lambda _: f"must be a number of at least {least}, and below {limit}",
+    load_model: str = flag(
+        "",
+        "the base model to fine-tune, a published RWKV-6 or RWKV-5 .pth; without it, a new model "
+        "of n_layer and n_embd is pretrained",
+        per_machine=True,
+        heading="model",
+    )
+    n_layer: int | None = flag(
+        None,
+        "number of blocks; only for a new model: a base model says it, and a value given here "
+        "must agree with it",
+        parse=number(int, 1),
+    )
+    n_embd: int | None = flag(None, "width; only for a new model", parse=number(int, 1))
+    vocab_size: int = flag(
+        0,
+        "size of the vocabulary; 0: the base model's, else the data's (the characters of a text; "
+        "65536 for jsonl and binidx; the largest token + 1)",
+        parse=number(int, 0),
+    )
+    my_testing: str | None = flag(
+        None,
+        "version, x060: RWKV-6, x052: RWKV-5; only for a new model (default of a new model: x060)",
+        choices=("x060", "x052"),
+        refused={"x070": f"is RWKV-7; {RWKV_PEFT}"},
+    )
+    pre_ffn: int | None = flag(
+        None,
+        "1: a new model's first block has a channel mix in place of its time mix, which is "
+        "sometimes better",
+        choices=SWITCH,
+    )
+    head_qk: int | None = flag(
+        None,
+        "N: a new model has an attention of width N that helps to copy earlier tokens; it takes "
+        "memory that grows with ctx_len squared",
+        parse=number(int, 0),
     )
 
-
-def json_with(*keys):
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            return json.loads(text)
-
-    example = ",".join(f'"{key}":...' for key in keys)
-    return checked(
-        "json",
-        parse,
-        lambda x: isinstance(x, dict) and {*x} <= {*keys},
-        lambda _: f"is not, in single quotes and without spaces, '{{{example}}}'",
+    peft: str = flag(
+        "bone",
+        "the method; there is no other here",
+        choices=("bone",),
+        refused={
+            **dict.fromkeys(("lora", "pissa", "state"), ANOTHER_METHOD),
+            "disha": "is Bone's later name there; use --peft bone",
+            "none": "would train every parameter; RWKV-LM (github.com/BlinkDL/RWKV-LM) does",
+        },
+        heading="Bone",
+    )
+    bone_r: int | None = flag(
+        None,
+        "rank: the side of a block, which with bat must divide every layer's sizes; 32 trains and "
+        "saves half of what 64 does (default: 64, or that of bone_load)",
+        parse=number(int, 1),
+        resume=FIXED,
+    )
+    bone_mode: str | None = flag(
+        None,
+        "bat: block affine, what RWKV-PEFT's tutorial calls Bone; bone: shard sharing, which is "
+        "simpler and takes any rank (default: bat, or that of bone_load)",
+        choices=("bat", "bone"),
+        resume=FIXED,
+    )
+    bone_load: str = flag(
+        "",
+        "train this Bone checkpoint further; rank, mode and quantization are then its own",
+        per_machine=True,
+    )
+    train_parts: list[str] = flag(
+        ["time", "ln"],
+        "also train parameters whose names contain these: time ln emb head; nothing after it: "
+        "train Bone alone; emb and head are for new words or a new language, and take much more "
+        "memory",
+        resume=FIXED,
     )
 
-
-def choice(name, values):
-    unknown = f"is unknown; there are {', '.join(map(str, values))}"
-    return checked(
-        name,
-        {str(value): value for value in values}.get,
-        lambda value: value is not None,
-        lambda text: REFUSED.get(name, {}).get(text, unknown),
+    data_file: str = flag(
+        "",
+        'a .jsonl with a "text" per line, a binidx prefix (x for x.bin and x.idx), a .npy of '
+        "tokens, or a .txt for a model of characters",
+        per_machine=True,
+        heading="data",
+    )
+    data_type: str | None = flag(
+        None,
+        "utf-8 (.txt), utf-16le: a text, whose characters are the tokens; dummy: made-up sums, as "
+        "characters; numpy (.npy), uint16: bare tokens (default: told by the file's name)",
+        choices=("binidx", "jsonl", "utf-8", "utf-16le", "dummy", "numpy", "uint16"),
+        refused={
+            "wds_img": "holds images, and RWKV-6 language models take no images; "
+            "give text or tokens",
+            "sft": "is a Hugging Face data set; write its texts into a .jsonl, and give that",
+        },
+    )
+    val_file: str = flag(
+        "",
+        "held-out data of the same kind; its loss, measured after every epoch, tells when to stop",
+        per_machine=True,
+    )
+    ctx_len: int = flag(
+        512,
+        "longest row in tokens; longer documents are cut, unless train_type is infctx",
+        parse=number(int, 1),
+        resume=FIXED,
+    )
+    dataload: str = flag(
+        "pad",
+        "pad: one document per row; only: the same without padding, micro_bsz 1; get: random "
+        "windows, for long texts",
+        choices=("pad", "only", "get"),
+        resume=FIXED,
+    )
+    data_shuffle: int = flag(
+        1, "0: documents in the order of the file", choices=SWITCH, resume=FIXED
+    )
+    loss_mask: str = flag(
+        "pad",
+        "which tokens count: pad: those of documents; none: the padding too; qa: only what follows "
+        "Assistant:, up to User:; se: the same with the markers of mask_id",
+        choices=("pad", "none", "qa", "se"),
+        resume=FIXED,
+    )
+    mask_id: dict = flag(
+        {"mask0": "0", "mask1": "1"},
+        "markers for se, any texts: what follows mask1 counts, up to mask0",
+        parse=json_object("mask0", "mask1"),
+        resume=FIXED,
     )
 
+    proj_dir: str = flag(
+        "out",
+        "folder for checkpoints and logs, one per run; checkpoints are never overwritten",
+        per_machine=True,
+        heading="training",
+    )
+    epoch_count: int = flag(
+        1,
+        "number of epochs; more, as long as the held-out loss falls",
+        parse=number(int, 1),
+        resume=CHANGEABLE,
+    )
+    epoch_begin: int = flag(
+        0,
+        "number of the first epoch, to count on with bone_load; the learning rate continues along "
+        "its curve, which ends after epoch_count epochs",
+        parse=number(int, 0),
+        resume=FIXED,
+    )
+    epoch_steps: int = flag(
+        0,
+        "optimizer steps in an epoch; 0: as many as it takes to see the data once",
+        parse=number(int, 0),
+        resume=FIXED,
+    )
+    epoch_save: int = flag(
+        1,
+        "save a checkpoint every this many epochs, and after the last; 0: only after the last",
+        parse=number(int, 0),
+    )
+    save_steps: int = flag(
+        500,
+        "save the state of the run every this many steps, and with every checkpoint; 0: only then",
+        parse=number(int, 0),
+    )
+    keep: int = flag(
+        1, "number of states that are kept; more, to go back further", parse=number(int, 1)
+    )
+    resume: str | None = flag(
+        None,
+        "continue exactly from the last state in proj_dir (the same as last); auto: start a new "
+        "run if there is nothing to resume, so that one command starts and restarts",
+        choices=("last", "auto"),
+        bare="last",
+    )
+    train_type: str = flag(
+        "none",
+        "infctx: rows of any length in the memory of chunk_ctx tokens, with the gradient of the "
+        "whole row",
+        choices=("none", "infctx"),
+        refused={"state": f"would train initial states; {RWKV_PEFT}"},
+        resume=FIXED,
+    )
+    chunk_ctx: int = flag(
+        512,
+        "tokens that infctx takes at once; fewer take less memory, more are faster",
+        parse=number(int, 1),
+        resume=FIXED,
+    )
+    bptt: int = flag(
+        0,
+        "chunks of infctx that the gradient flows back through; 0: all, the exact gradient; 1 is "
+        "a third faster, but gradients do not cross chunk borders",
+        parse=number(int, 0),
+        resume=FIXED,
+    )
+    micro_bsz: int = flag(
+        1,
+        "rows in a micro batch, which goes through the model at once; as many as fit: more are "
+        "faster per token",
+        parse=number(int, 1),
+        resume=FIXED,
+    )
+    accumulate_grad_batches: int = flag(
+        1,
+        "micro batches in an optimizer step: N of them make exactly the step of one that is N "
+        "times as large, in the memory of one",
+        parse=number(int, 1),
+        resume=FIXED,
+    )
+    random_seed: int = flag(
+        0, "seed of the data order and of a new model", parse=number(int, 0), resume=FIXED
+    )
+    wandb: str = flag("", "also log to this project of Weights & Biases (pip install wandb)")
 
-TABLE = {
-    "model": [
-        (
-            "load_model",
-            str,
-            "",
-            "base model, a published RWKV-6 or RWKV-5 .pth; without it a new model is pretrained",
-        ),
-        (
-            "n_layer",
-            number(int, 1),
-            None,
-            "number of blocks; read from the base model, where it must agree, as the next ones must",
-        ),
-        ("n_embd", number(int, 1), None, "width"),
-        (
-            "vocab_size",
-            number(int, 0),
-            0,
-            "vocabulary; 0: of the base model, else of the data (65536 for jsonl and binidx)",
-        ),
-        (
-            "my_testing",
-            ("x060", "x052"),
-            None,
-            "version, RWKV-6 or RWKV-5 (default of a new model: x060)",
-        ),
-        (
-            "pre_ffn",
-            SWITCH,
-            None,
-            "1: a new model's first block has a channel mix in place of its time mix",
-        ),
-        (
-            "head_qk",
-            number(int, 0),
-            None,
-            "N: a new model has an attention of width N that adds to the logits of earlier tokens",
-        ),
-    ],
-    "Bone": [
-        ("peft", ("bone",), "bone", "the method; there is no other"),
-        (
-            "bone_r",
-            number(int, 1),
-            None,
-            "rank: the side of a block; must divide every layer's sizes (default: 64, or that of bone_load)",
-        ),
-        (
-            "bone_mode",
-            ("bat", "bone"),
-            None,
-            "bat: block affine; bone: shard sharing (default: bat, or that of bone_load)",
-        ),
-        ("bone_load", str, None, "go on from this Bone checkpoint"),
-        (
-            "bone_config",
-            json_with("bone_load", "bone_r", "bone_mode"),
-            None,
-            "the three above at once, as RWKV-PEFT has them",
-        ),
-        (
-            "train_parts",
-            list,
-            ["time", "ln"],
-            "also train parameters whose names contain these: time ln emb head, or nothing",
-        ),
-    ],
-    "data": [
-        (
-            "data_file",
-            str,
-            "",
-            'a .jsonl with a "text" per line, a binidx prefix (x for x.bin and x.idx), or a file of another data_type',
-        ),
-        (
-            "data_type",
-            ("binidx", "jsonl", "utf-8", "utf-16le", "dummy", "numpy", "uint16"),
-            None,
-            "utf-8, utf-16le: a text's characters; dummy: sums; numpy, uint16: bare tokens (default: told by the file's name)",
-        ),
-        (
-            "val_file",
-            str,
-            "",
-            "held-out data of the same kind; its loss is measured after every epoch",
-        ),
-        (
-            "ctx_len",
-            number(int, 1),
-            512,
-            "longest row in tokens; longer documents are cut, unless train_type is infctx",
-        ),
-        (
-            "dataload",
-            ("pad", "only", "get"),
-            "pad",
-            "pad: one document per row; only: the same without padding, micro_bsz 1; get: random windows",
-        ),
-        ("data_shuffle", SWITCH, 1, "0: documents in the order of the file"),
-        (
-            "loss_mask",
-            ("pad", "none", "qa", "se"),
-            "pad",
-            "what counts: pad: the documents; none: the padding too; qa: only what follows Assistant:; se: the same with mask_id",
-        ),
-        (
-            "mask_id",
-            json_with("mask0", "mask1"),
-            '{"mask0":"0","mask1":"1"}',
-            "texts for se: what follows mask1 counts, up to mask0",
-        ),
-    ],
-    "training": [
-        ("proj_dir", str, "out", "folder for checkpoints and logs"),
-        ("epoch_count", number(int, 1), 1, "number of epochs"),
-        ("epoch_begin", number(int, 0), 0, "number of the first epoch"),
-        (
-            "epoch_steps",
-            number(int, 0),
-            0,
-            "optimizer steps in an epoch; 0: as many as it takes to see the data once",
-        ),
-        (
-            "epoch_save",
-            number(int, 0),
-            1,
-            "save a checkpoint every this many epochs; 0: the last one alone",
-        ),
-        (
-            "save_steps",
-            number(int, 0),
-            500,
-            "save the state of the run every this many steps, and with every checkpoint; 0: only then",
-        ),
-        ("keep", number(int, 1), 1, "number of states that are kept"),
-        (
-            "resume",
-            {
-                "nargs": "?",
-                "const": "last",
-                "type": choice("resume", ("last", "auto")),
-                "metavar": "auto",
-            },
-            None,
-            "go on from the last state in proj_dir, exactly (the same as last); auto: begin anew where there is none",
-        ),
-        (
-            "train_type",
-            ("none", "infctx"),
-            "none",
-            "infctx: rows of any length in the memory of chunk_ctx tokens, with the gradient of the whole row",
-        ),
-        ("chunk_ctx", number(int, 1), 512, "tokens that infctx takes at once"),
-        (
-            "bptt",
-            number(int, 0),
-            0,
-            "chunks of infctx that the gradient flows back through; 0: all; 1 is fastest",
-        ),
-        (
-            "micro_bsz",
-            number(int, 1),
-            1,
-            "rows in a micro batch: what goes through the model at once",
-        ),
-        ("accumulate_grad_batches", number(int, 1), 1, "micro batches in an optimizer step"),
-        ("random_seed", number(int, 0), 0, "seed of the data order and of a new model"),
-        ("wandb", str, "", "also log to this project of Weights & Biases"),
-    ],
-    "optimizer (Adam)": [
-        (
-            "lr_init",
-            number(float, 0),
-            2e-5,
-            "learning rate at the start; 6e-4 suits a new small model",
-        ),
-        (
-            "lr_final",
-            number(float, 0),
-            2e-5,
-            "and after epoch_count epochs; exponential in between, linear where one is 0",
-        ),
-        (
-            "warmup_steps",
-            number(int, -1),
-            0,
-            "steps over which the learning rate rises from a fifth to the whole",
-        ),
-        ("beta1", number(float, 0, below=1), 0.9, "decay of the mean of gradients"),
-        ("beta2", number(float, 0, below=1), 0.99, "decay of the mean of squared gradients"),
-        ("adam_eps", number(float, 0), 1e-8, "added to the denominator"),
-        ("weight_decay", number(float, 0), 0.0, "of matrices and bones, as in AdamW"),
-        (
-            "layerwise_lr",
-            SWITCH,
-            1,
-            "1: time_decay learns at twice the rate, and no time parameter decays",
-        ),
-    ],
-    "machine": [
-        ("accelerator", ("auto", "gpu", "cpu"), "auto", "auto: the GPU where there is one"),
-        (
-            "devices",
-            number(int, 1),
-            1,
-            "number of GPUs, or of processes on CPUs; one process is started for each",
-        ),
-        (
-            "num_nodes",
-            number(int, 1),
-            1,
-            "number of machines; on each of them the same is started, see the README",
-        ),
-        (
-            "strategy",
-            STRATEGIES,
+    lr_init: float = flag(
+        2e-5,
+        "learning rate at the start; higher if the loss falls too slowly; 6e-4 suits a new small "
+        "model",
+        parse=number(float, 0),
+        resume=CHANGEABLE,
+        heading="optimizer (Adam)",
+    )
+    lr_final: float = flag(
+        2e-5,
+        "learning rate after epoch_count epochs; exponential in between, linear if one of them "
+        "is 0",
+        parse=number(float, 0),
+        resume=CHANGEABLE,
+    )
+    warmup_steps: int = flag(
+        0,
+        "steps over which the learning rate rises from a fifth of it; 50, say, if it is high",
+        parse=number(int, -1),
+        resume=CHANGEABLE,
+    )
+    beta1: float = flag(
+        0.9, "decay of the mean of gradients", parse=number(float, 0, below=1), resume=CHANGEABLE
+    )
+    beta2: float = flag(
+        0.99,
+        "decay of the mean of squared gradients; 0.999 near convergence",
+        parse=number(float, 0, below=1),
+        resume=CHANGEABLE,
+    )
+    adam_eps: float = flag(
+        1e-8, "added to the denominator", parse=number(float, 0), resume=CHANGEABLE
+    )
+    weight_decay: float = flag(
+        0.0,
+        "decay of matrices and bones, as in AdamW; 0.001 to 0.1 keeps weights small",
+        parse=number(float, 0),
+        resume=CHANGEABLE,
+    )
+    layerwise_lr: int = flag(
+        1,
+        "1: time_decay learns at twice the rate, and no time parameter decays",
+        choices=SWITCH,
+        resume=CHANGEABLE,
+    )
+
+    accelerator: str = flag(
+        "auto",
+        "auto: the GPU if there is one; gpu: an error if there is none",
+        choices=("auto", "gpu", "cpu"),
+        heading="machine",
+    )
+    devices: int = flag(
+        1,
+        "number of GPUs, or of processes on CPUs; one process is started for each",
+        parse=number(int, 1),
+        per_machine=True,
+    )
+    num_nodes: int = flag(
+        1,
+        "number of machines; the same command is started on each of them, with MASTER_ADDR and "
+        "NODE_RANK set",
+        parse=number(int, 1),
+    )
+    strategy: str = flag(
+        "auto",
+        "how several devices share memory: auto, ddp: each holds everything; deepspeed_stage_1: "
+        "a share of Adam's moments; 2: of all that is trained; 3: of the frozen weights, too; "
+        "offload: that share in the CPU's memory",
+        choices=(
             "auto",
-            "how devices share: auto and ddp: trained tensors alone; deepspeed_stage_1: Adam's moments are dealt out; 2, 3, "
-            "2_offload, 3_offload: the weights, too",
+            "ddp",
+            "deepspeed_stage_1",
+            "deepspeed_stage_2",
+            "deepspeed_stage_3",
+            "deepspeed_stage_2_offload",
+            "deepspeed_stage_3_offload",
         ),
-        (
-            "precision",
-            ("bf16", "fp16", "fp32", "tf32"),
-            "bf16",
-            "of the matrix products; trained parameters are always float32",
-        ),
-        (
-            "quant",
-            ("none", "int8", "nf4"),
-            None,
-            "keep the base model's large matrices in 8 or 4 bits (default: none, or as bone_load was trained)",
-        ),
-        (
-            "grad_cp",
-            SWITCH,
-            1,
-            "1: recompute activations block by block in the backward pass, to save memory; 0: keep them",
-        ),
-        (
-            "fla",
-            bool,
-            False,
-            "the chunked form of WKV-6; on a GPU with fla installed, its Triton operator",
-        ),
-        ("dry_run", bool, False, "only say what would be trained, and how much memory that takes"),
-    ],
-}
-
-
-def shown_default(default):
-    return (
-        ""
-        if default is None or default is False
-        else " ".join(default)
-        if isinstance(default, list)
-        else str(default)
+    )
+    precision: str = flag(
+        "bf16",
+        "precision of the matrix products; trained parameters are always float32; fp16, with "
+        "gradient scaling, is for GPUs without bf16; tf32 is fp32 with faster products on a GPU",
+        choices=("bf16", "fp16", "fp32", "tf32"),
+        resume=FIXED,
+    )
+    quant: str | None = flag(
+        None,
+        "keep the base model's large matrices in 8 or 4 bits, if memory is short (default: none, "
+        "or as bone_load was trained)",
+        choices=("none", "int8", "nf4"),
+        refused={"4bit": ONLY_NF4, "fp4": ONLY_NF4},
+        resume=FIXED,
+    )
+    grad_cp: int = flag(
+        1,
+        "1: recompute activations block by block in the backward pass, to save memory; 0: keep "
+        "them, which is faster",
+        choices=SWITCH,
+    )
+    fla: bool = flag(
+        False,
+        "the chunked form of WKV-6; on a GPU with flash-linear-attention installed, its Triton "
+        "operator",
+    )
+    dry_run: bool = flag(
+        False, "only say what would be trained, and how much memory that takes; try it first"
     )
 
 
-def make_parser():
-    parser = Parser(
-        prog="train.py",
-        usage="train.py --load_model base.pth --data_file data.jsonl [flags]",
-        description="Fine-tune an RWKV-6 or RWKV-5 model with Bone, on a GPU or a CPU. merge.py makes a complete model of the result.",
-    )
-    for title, flags in TABLE.items():
-        group = parser.add_argument_group(title)
-        for name, kind, default, text in flags:
-            if isinstance(kind, tuple):
-                choices = f"{{{','.join(map(str, kind))}}}"
-                options = {
-                    "type": choice(name, kind),
-                    "metavar": choices if len(choices) < 60 else "NAME",
-                }
-            else:
-                options = (
-                    kind
-                    if isinstance(kind, dict)
-                    else {list: {"nargs": "*"}, bool: {"action": "store_true"}}.get(kind)
-                    or {"type": kind, "metavar": kind.__name__.upper()}
-                )
-            shown = f" (default: {shown_default(default)})" if shown_default(default) else ""
-            group.add_argument(f"--{name}", default=default, help=text + shown, **options)
-    return parser
+# RWKV-PEFT's way to write three options at once. Not an option of its own.
+BONE_CONFIG = Flag(
+    None,
+    """the three above at once, as RWKV-PEFT has them: '{"bone_load":"","bone_r":64}'""",
+    parse=json_object("bone_load", "bone_r", "bone_mode"),
+)
 
 
-def why_no_gpu():
-    """The likeliest reason why PyTorch sees no GPU, in brackets."""
-    if torch.version.cuda or torch.version.hip:
-        return " (is its driver there?)"
-    return " (a build for CPUs: with a GPU, install another one, as the README says)"
+def flags() -> dict[str, Flag]:
+    """Return all flags by name, in the order of --help."""
+    found = {}
+    for field in dataclasses.fields(Options):
+        found[field.name] = field.metadata["flag"]
+        if field.name == "bone_load":
+            found["bone_config"] = BONE_CONFIG
+    return found
 
 
-def parse_args(argv=None):
-    """The arguments as a namespace. ValueError, in one line, for what cannot work whatever the files hold."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    for name, value in (args.bone_config or {}).items():
-        if getattr(args, name) is None and value is not None:  # a flag of its own wins
-            parser.parse_args([f"--{name}={value}"], args)
-    args.bone_load = args.bone_load or ""
-    del args.bone_config
-    args.train_parts = [
-        word for part in args.train_parts for word in re.sub("[][,\"']", " ", part).split()
-    ]
-    unknown, new = sorted({*args.train_parts} - {"time", "ln", "emb", "head"}), not args.load_model
-    started_here = args.num_nodes > 1 and "WORLD_SIZE" not in os.environ and not args.dry_run
-    markers = [text for text in args.mask_id.values() if isinstance(text, str) and text]
-    for wrong, problem in (
-        (
-            not (args.data_file or args.dry_run or args.data_type == "dummy"),
-            "--data_file is missing: give a .jsonl or a binidx prefix, as in --data_file data.jsonl",
-        ),
-        (
-            new and not (args.n_layer and args.n_embd),
-            "--load_model is missing: give a base model, or --n_layer and --n_embd to pretrain a new one",
-        ),
-        (
-            new and args.quant not in (None, "none"),
-            f"--quant {args.quant} is for the frozen matrices of a base model: add --load_model, or drop it",
-        ),
-        (
-            new and args.bone_load,
-            "--bone_load needs the base model it was trained on: add --load_model",
-        ),
-        (
-            unknown,
-            f"--train_parts {' '.join(unknown)} is unknown: time, ln, emb and head can be trained",
-        ),
-        (
-            args.loss_mask == "se" and len(markers) < 2,
-            """--mask_id needs two texts, as in --mask_id '{"mask0":"User:","mask1":"Assistant:"}'""",
-        ),
-        (
-            started_here
-            and not (
-                os.environ.get("MASTER_ADDR")
-                and os.environ.get("NODE_RANK", "") in map(str, range(args.num_nodes))
-            ),
-            f"--num_nodes {args.num_nodes} needs to know where the first machine is, and which one this is, from 0 to {args.num_nodes - 1}: "
-            "MASTER_ADDR=10.0.0.1 NODE_RANK=0 python train.py ...",
-        ),
-        (
-            started_here and not re.fullmatch("[0-9]{1,5}", os.environ.get("MASTER_PORT", "29500")),
-            f"MASTER_PORT {os.environ.get('MASTER_PORT')} is no port; 29500 is usual",
-        ),
-        (
-            not args.dry_run
-            and args.accelerator != "cpu"
-            and 0 < torch.accelerator.device_count() < args.devices,
-            f"--devices {args.devices}, but PyTorch sees {torch.accelerator.device_count()} GPUs here",
-        ),
-        (
-            args.accelerator == "gpu" and not torch.accelerator.is_available(),
-            f"--accelerator gpu, but PyTorch {torch.__version__} sees no GPU here{why_no_gpu()}; use --accelerator cpu or leave it out",
-        ),
-        (
-            args.wandb and not importlib.util.find_spec("wandb"),
-            "--wandb: wandb is not installed; pip install wandb, or drop --wandb",
-        ),
-    ):
-        if wrong:
-            raise ValueError(problem)
-    return args
+def per_machine() -> list[str]:
+    """Return the flags that may differ between machines; the contents of their files may not."""
+    return [name for name, about in flags().items() if about.per_machine]
+
+
+def fixed() -> list[str]:
+    """Return the flags that a resumed run must have the same values of."""
+    return [name for name, about in flags().items() if about.resume == FIXED]
+
+
+def changeable() -> list[str]:
+    """Return the flags that a resumed run may change, which its log then says."""
+    return [name for name, about in flags().items() if about.resume == CHANGEABLE]

@@ -28,6 +28,7 @@ import filelock
 import torch
 
 import devices
+import options
 from archive import (
     ABOUT,
     all_finite,
@@ -37,41 +38,7 @@ from archive import (
     save_stream,
     trained_quant,
 )
-from cli import STOPPING, let_go_of_broken_output
-
-# Flags that say what a step computes; with another value a state would mean something else. Paths may differ: contents are compared.
-FIXED = (
-    "bone_r",
-    "bone_mode",
-    "train_parts",
-    "ctx_len",
-    "dataload",
-    "data_shuffle",
-    "loss_mask",
-    "mask_id",
-    "epoch_begin",
-    "epoch_steps",
-    "micro_bsz",
-    "accumulate_grad_batches",
-    "random_seed",
-    "precision",
-    "quant",
-    "train_type",
-    "chunk_ctx",
-    "bptt",
-)
-CHANGEABLE = (
-    "epoch_count",
-    "lr_init",
-    "lr_final",
-    "warmup_steps",
-    "beta1",
-    "beta2",
-    "adam_eps",
-    "weight_decay",
-    "layerwise_lr",
-)
-
+from cli import STOP_SIGNALS, silence_broken_pipes
 
 HOPELESS = 10  # steps in a row whose loss or gradient is not finite
 
@@ -286,7 +253,7 @@ class Saver:
         try:
             yield
         except BaseException as error:
-            let_go_of_broken_output()
+            silence_broken_pipes()
             end = error
             while end.__context__ and not isinstance(
                 end, (KeyboardInterrupt, SystemExit)
@@ -473,7 +440,7 @@ def load(folder, wanted, begin, steps, micro_batches):
 def check_same_run(state, args, about):
     """What the command line changes, as flags, against that of the state; ValueError where the run would be another one."""
     now, then = json.loads(json.dumps(vars(args))), state.about["args"]
-    for flag in FIXED:
+    for flag in options.fixed():
         if flag in ("train_type", "chunk_ctx", "bptt") and {
             now["train_type"],
             then.get("train_type", "none"),
@@ -493,7 +460,7 @@ def check_same_run(state, args, about):
             )
     return [
         f"--{flag} {now[flag]} (was {json.dumps(then.get(flag))})"
-        for flag in CHANGEABLE
+        for flag in options.changeable()
         if now[flag] != then.get(flag)
     ]
 
@@ -591,7 +558,7 @@ def only_ctrl_c():
     """Requests to end, of which supervisors send several, do not break this block off; Ctrl-C does."""
     before = {
         number: signal.signal(number, signal.SIG_IGN)
-        for number in STOPPING
+        for number in STOP_SIGNALS
         if number != signal.SIGINT
     }
     try:
@@ -635,7 +602,7 @@ def unbroken():
 
     before = {
         number: signal.signal(number, handle)
-        for number in STOPPING
+        for number in STOP_SIGNALS
         if callable(signal.getsignal(number))
     }
     try:

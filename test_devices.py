@@ -603,7 +603,7 @@ def test_what_cannot_be_started_is_refused(monkeypatch):
         run("--num_nodes 2")
     for where, says in (
         ({"NODE_RANK": "2"}, "which one this is, from 0 to 1"),
-        ({"NODE_RANK": "1", "MASTER_PORT": "abc"}, "MASTER_PORT abc is no port"),
+        ({"NODE_RANK": "1", "MASTER_PORT": "abc"}, "MASTER_PORT abc is not a port"),
     ):
         for name, value in ({"MASTER_ADDR": "127.0.0.1"} | where).items():
             monkeypatch.setenv(name, value)

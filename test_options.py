@@ -1,6 +1,12 @@
-"""Every flag of the tutorial does what it says: its scripts run as they stand, every value of every option trains, checkpoints go
-both ways, and the README's tables are those of --help."""
+"""Every flag of the tutorial does what it says, and every option can be given each of its values.
 
+The tutorial's scripts run as they stand, what cannot be is refused, --help and docs/flags.md say
+what the options are.
+"""
+
+import functools
+import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -10,6 +16,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pytest
@@ -23,15 +30,20 @@ import data
 import generate
 import merge
 import options
+import parse_options
 import tokenizer
 import train
+from flags import default_text
 from test_train import DEFAULTS, arguments, base_file, bone_of, column, folder, read, run, tiny  # noqa: F401 (two are fixtures)
 
 HERE = pathlib.Path(__file__).parent
-TUTORIAL = """--load_model base.pth --proj_dir out --data_file data/lora-test --data_type binidx --vocab_size 65536 --ctx_len 512 --epoch_steps 500
---epoch_count 5 --epoch_begin 0 --epoch_save 1 --micro_bsz 1 --n_layer 32 --n_embd 2560 --pre_ffn 0 --head_qk 0 --lr_init 2e-5 --lr_final 2e-5
---warmup_steps 0 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8 --accelerator gpu --devices 1 --precision bf16 --strategy deepspeed_stage_1 --grad_cp 1
---my_testing "x060" --dataload pad --loss_mask pad --peft bone --bone_config '{"bone_load":"","bone_r":64}'"""
+TUTORIAL = """
+--load_model base.pth --proj_dir out --data_file data/lora-test --data_type binidx
+--vocab_size 65536 --ctx_len 512 --epoch_steps 500 --epoch_count 5 --epoch_begin 0 --epoch_save 1
+--micro_bsz 1 --n_layer 32 --n_embd 2560 --pre_ffn 0 --head_qk 0 --lr_init 2e-5 --lr_final 2e-5
+--warmup_steps 0 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8 --accelerator gpu --devices 1
+--precision bf16 --strategy deepspeed_stage_1 --grad_cp 1 --my_testing "x060" --dataload pad
+--loss_mask pad --peft bone --bone_config '{"bone_load":"","bone_r":64}'"""
 SMALL = "--n_layer 2 --n_embd 128 --epoch_steps 1 --accelerator cpu"
 
 
@@ -43,17 +55,17 @@ def refused(capsys, main):
     return error
 
 
-# ---- the tutorial -------------------------------------------------------------------------------------------------------------
+# ---- the tutorial -----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def world():
-    """base.pth with the sizes of SMALL and the vocabulary of RWKV World, and the data set of the tutorial's name."""
+    """base.pth of SMALL's sizes with RWKV World's vocabulary, and the tutorial's data set."""
     torch.save(tiny(n_embd=128, vocab_size=65536), "base.pth")
     os.mkdir("data")
     corpus.write_binidx(
         "data/lora-test",
-        [tokenizer.encode(f"User: {i}?\n\nAssistant: {i}!") + [0] for i in range(6)],
+        [[*tokenizer.encode(f"User: {i}?\n\nAssistant: {i}!"), 0] for i in range(6)],
     )
 
 
@@ -137,13 +149,14 @@ def test_merging_takes_the_tutorial_s_flags_and_plain_order(monkeypatch, capsys)
         "base.pth out/rwkv-4.pth a.pth b.pth",
         "--output a.pth",
     ):
-        assert "three files are needed" in refused(capsys, lambda: merge_main(monkeypatch, line))
+        refusal = refused(capsys, functools.partial(merge_main, monkeypatch, line))
+        assert "three files are needed" in refusal
     assert "did you mean --lora_checkpoint?" in refused(
         capsys, lambda: merge_main(monkeypatch, "--lora_chekpoint a")
     )
 
 
-# ---- every value of every option ----------------------------------------------------------------------------------------------
+# ---- every value of every option --------------------------------------------------------------
 
 NEW = "--load_model '' --n_layer 2 --n_embd 64 "
 WITH = {  # what a value needs beside it
@@ -201,15 +214,12 @@ OTHER = {  # values of options that have no list of choices
     "chunk_ctx": ["7 --train_type infctx"],
     "bptt": ["2 --train_type infctx --chunk_ctx 7"],
 }
-APART = {
-    "wandb",
-    "dry_run",
-}  # tested below, and in test_train.py; --resume without a value in test_resume.py
+# Tested below, and in test_train.py; --resume without a value in test_resume.py.
+APART = {"wandb", "dry_run"}
 VALUES = [
     (name, value)
-    for flags in options.TABLE.values()
-    for name, kind, *_ in flags
-    for value in (kind if isinstance(kind, tuple) else OTHER.get(name, []))
+    for name, about in options.flags().items()
+    for value in OTHER.get(name, about.choices)
     if (name, value) != ("accelerator", "gpu")
 ]
 
@@ -242,9 +252,7 @@ def test_every_value_of_every_option_trains(name, value):
 
 
 def test_no_option_is_left_out():
-    assert {name for name, _ in VALUES} | APART == {
-        name for flags in options.TABLE.values() for name, *_ in flags
-    }
+    assert {name for name, _ in VALUES} | APART == options.flags().keys()
 
 
 @pytest.mark.parametrize("quant", ["none", "int8", "nf4"])
@@ -292,20 +300,26 @@ def test_each_quantization_with_each_set_of_parts_trains_saves_resumes_and_merge
         ("--head_qk 8", "has head_qk 0, but --head_qk is 8"),
         ("--pre_ffn 1", "has pre_ffn False, but --pre_ffn is 1"),
         ("--num_nodes 2", "--num_nodes 2 needs to know where the first machine is"),
+        ("--num_nodes 9000000000000000000", "needs to know where the first machine is"),
         ("--lora_config '{}'", "did you mean --bone_config?"),
         ("--ctxlen 5", "did you mean --ctx_len?"),
         ("--mirco_bsz 1", "did you mean --micro_bsz?"),
-        ("--bone_config '{\"bone_r\":0}'", "--bone_r: 0 must be"),
+        (
+            "--bone_config '{\"bone_r\":0}'",
+            "--bone_r: 0 must be a whole number of at least 1, and below 2^63",
+        ),
         (
             "--bone_config {bone_r:64}",
             "--bone_config: {bone_r:64} is not, in single quotes and without spaces, '{",
         ),
         (
             "--bone_config '{\"lora_r\":8}'",
-            """{"lora_r":8} is not, in single quotes and without spaces, '{"bone_load":...,"bone_r":...,"bone_mode":...}'""",
+            '{"lora_r":8} is not, in single quotes and without spaces, '
+            """'{"bone_load":...,"bone_r":...,"bone_mode":...}'""",
         ),
         ('--loss_mask se --mask_id \'{"mask0":"a"}\'', "--mask_id needs two texts"),
         ('--loss_mask se --mask_id \'{"mask0":1,"mask1":2}\'', "--mask_id needs two texts"),
+        ("--ctx_len 1.5", "--ctx_len: 1.5 must be a whole number of at least 1, and below 2^63"),
         ("--beta1 1", "--beta1: 1 must be a number of at least 0, and below 1"),
         ("--n_layer 2 --vocab_size 3000000000 --n_embd 64 --load_model ''", "2^31"),
         (
@@ -370,60 +384,89 @@ def test_what_cannot_be_is_refused_with_what_to_do(capsys, flags, says):
     }
 
 
-# ---- --help and README ----------------------------------------------------------------------------------------------------------
+# ---- --help, --version and docs/flags.md -----------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "readme, heading", [("README.md", "| flag of {} |"), ("README.zh.md", "| {} 的参数 |")]
-)
-@pytest.mark.parametrize("program", ["train", "merge", "generate"])
-def test_the_readme_s_table_is_that_of_help(monkeypatch, readme, heading, program):
-    """The same flags in the same order with the same defaults, each of which its --help line says, too."""
+@pytest.mark.parametrize("line", ["--help", "--version", "--mirco_bsz 1", "--peft lora", ""])
+def test_the_command_line_is_answered_before_pytorch_is_imported(line):
+    """Importing it takes seconds, on a machine that has just started."""
+    code = (
+        "import sys, cli, parse_options\n"
+        "try: cli.run_cli(parse_options.parse_args)\n"
+        "finally: print({'torch', 'numpy', 'psutil'} & sys.modules.keys())"
+    )
+    command = [sys.executable, "-c", code, *line.split()]
+    end = subprocess.run(command, cwd=HERE, capture_output=True, encoding="utf-8")
+    assert end.stdout.endswith("set()\n")
+    assert end.returncode == (0 if line in ("--help", "--version") else 2)
+
+
+def parser_of(main, monkeypatch):
+    """The parser that a program makes."""
     parsers = []
     for name in ("parse_args", "parse_intermixed_args"):
         monkeypatch.setattr(
             cli.Parser, name, lambda parser, argv=None: sys.exit(parsers.append(parser))
         )
     with pytest.raises(SystemExit):
-        {"train": options.parse_args, "merge": merge.main, "generate": generate.main}[program]()
-    flags = [
-        action for action in parsers[0]._actions if action.option_strings and action.dest != "help"
-    ]
-    defaults = {action.option_strings[0]: options.shown_default(action.default) for action in flags}
-    table = (
-        (HERE / readme)
-        .read_text(encoding="utf-8")
-        .partition(heading.format(f"{program}.py"))[2]
-        .partition("\n\n")[0]
-    )
-    assert (
-        dict(re.findall(r"^\| `(--\w+)` \| (?:`([^`]*)`)? ?\| .*\S \|$", table, re.M)) == defaults
-    )
-    assert list(defaults) == re.findall(r"^\| `(--\w+)`", table, re.M)
-    assert all(
-        f"(default: {defaults[action.option_strings[0]]})" in action.help
-        for action in flags
-        if defaults[action.option_strings[0]]
+        main()
+    return parsers[0]
+
+
+@pytest.mark.parametrize("main", [parse_options.parse_args, merge.main, generate.main])
+def test_help_says_every_default(monkeypatch, main):
+    defaults = {name: about.default for name, about in options.flags().items()}
+    for action in parser_of(main, monkeypatch)._actions:
+        default = defaults.get(action.dest) if main is parse_options.parse_args else action.default
+        if action.dest not in ("help", "version") and default_text(default) not in ("", "[]"):
+            assert f"(default: {default_text(default)})" in action.help
+
+
+@pytest.mark.parametrize("main", [parse_options.parse_args, merge.main, generate.main, data.main])
+def test_every_program_says_the_version_of_the_project(monkeypatch, capsys, main):
+    project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
+    monkeypatch.setattr(sys, "argv", ["program", "--version"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"{project['name']} {project['version']}\n"
+
+
+@pytest.fixture
+def make_flags(monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "docs")
+    return importlib.import_module("make_flags")
+
+
+def test_every_flag_has_a_chinese_text(make_flags):
+    assert make_flags.CHINESE_HELP.keys() == options.flags().keys()
+
+
+@pytest.mark.parametrize("name", ["ENGLISH", "CHINESE"])
+def test_the_pages_of_flags_are_those_of_the_options(make_flags, name):
+    language = getattr(make_flags, name)
+    assert language.path.read_text(encoding="utf-8") == make_flags.page(language), (
+        f"{language.path} is out of date: make docs"
     )
 
 
-# ---- what single options do ---------------------------------------------------------------------------------------------------
+# ---- what single options do -------------------------------------------------------------------
 
 
 def test_characters_have_the_ids_of_vocab_json_which_is_kept():
     pathlib.Path("t.txt").write_text("cab, 词 cab\n" * 30)
     run(NEW + "--data_file t.txt --epoch_steps 1")
-    vocabulary = json.load(open("out/vocab.json"))
+    vocabulary = json.loads(pathlib.Path("out/vocab.json").read_text())
     assert (
         vocabulary == {str(i): c for i, c in enumerate(sorted("\n ,abc词"))}
         and checkpoint.load_model("out/rwkv-0.pth").config.vocab_size == 7
     )
-    pathlib.Path("t.txt").write_text(
-        "bc\n" * 30
-    )  # fewer characters; the vocabulary of the folder, and of the base, stays
+    # Fewer characters; the vocabulary of the folder, and of the base, stays.
+    pathlib.Path("t.txt").write_text("bc\n" * 30)
     run(NEW + "--data_file t.txt --epoch_steps 1 --epoch_begin 1")
     run("--load_model out/rwkv-0.pth --data_file t.txt --proj_dir tuned --epoch_steps 1")
-    assert json.load(open("out/vocab.json")) == json.load(open("tuned/vocab.json")) == vocabulary
+    for proj_dir in ("out", "tuned"):
+        assert json.loads(pathlib.Path(proj_dir, "vocab.json").read_text()) == vocabulary
     assert corpus.open_data("t.txt", vocabulary=tokenizer.read_vocabulary("out/vocab.json"))[
         0
     ].tolist()[:3] == [4, 5, 0]
@@ -435,7 +478,8 @@ def test_held_out_text_may_be_encoded_otherwise():
     pathlib.Path("h.txt").write_text("\ufeff" + "dcba " * 30, encoding="utf-16le")
     for proj_dir, training, held_out in (("a", "t.txt", "h.txt"), ("b", "h.txt", "t.txt")):
         run(
-            f"{NEW} --data_file {training} --val_file {held_out} --epoch_steps 1 --proj_dir {proj_dir}"
+            f"{NEW} --data_file {training} --val_file {held_out} "
+            f"--epoch_steps 1 --proj_dir {proj_dir}"
         )
         assert len(column("val_loss", proj_dir)) == 2
 
@@ -514,10 +558,9 @@ def test_a_run_says_how_many_documents_lack_which_marker(capsys, flags, marker):
 
 
 def test_weight_decay_shrinks_what_it_is_for():
-    run(
-        "--weight_decay 100 --lr_init 1e-3 --lr_final 1e-3 --train_parts emb --proj_dir decayed --epoch_steps 1"
-    )
-    run("--lr_init 1e-3 --lr_final 1e-3 --train_parts emb --proj_dir plain --epoch_steps 1")
+    flags = "--lr_init 1e-3 --lr_final 1e-3 --train_parts emb --epoch_steps 1 "
+    run(flags + "--weight_decay 100 --proj_dir decayed")
+    run(flags + "--proj_dir plain")
     decayed, plain, base = (
         read(path)["emb.weight"].float()
         for path in ("decayed/rwkv-0.pth", "plain/rwkv-0.pth", "base.pth")
@@ -526,8 +569,10 @@ def test_weight_decay_shrinks_what_it_is_for():
 
 
 def test_fp16_scales_the_gradient_and_leaves_out_a_step_that_overflows(monkeypatch):
-    """Gradients are those of float32 to the precision of fp16, although most of them would be 0 there, unscaled; the scale of 2^16 is halved
-    upon an infinite one, and nothing changes in that step."""
+    """Gradients are those of float32 to the precision of fp16, where most would be 0 if unscaled.
+
+    An infinite one halves the scale of 2^16, and nothing else changes in that step.
+    """
     run("--precision fp16 --epoch_steps 4 --proj_dir half")
     run("--precision fp32 --epoch_steps 4 --proj_dir whole")
     assert column("loss", "half") == pytest.approx(column("loss", "whole"), rel=1e-3)
@@ -686,7 +731,7 @@ def test_wandb_gets_losses_and_learning_rate(monkeypatch, capsys):
         capsys, lambda: run("--wandb project --proj_dir other")
     )
     assert not os.path.exists("other")
-    monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     capsys.readouterr()
     assert "wandb is not installed; pip install wandb, or drop --wandb" in refused(
         capsys, lambda: run("--wandb project --proj_dir other")

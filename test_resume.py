@@ -267,7 +267,7 @@ def refused_at_the_end(capsys, main):
 
 @pytest.fixture
 def handlers():
-    before = {number: signal.getsignal(number) for number in cli.STOPPING}
+    before = {number: signal.getsignal(number) for number in cli.STOP_SIGNALS}
     for number, handler in (
         (signal.SIGINT, signal.default_int_handler),
         (signal.SIGTERM, signal.SIG_DFL),

@@ -602,7 +602,7 @@ BASE, BONES, ONE = "--load_model bad.pth", "--bone_load bad.pth", torch.ones(1)
             of_an_nf4_run,
         ),
         *[
-            (flag, flag.replace(" ", ": ") + " must be a number of at least", None)
+            (flag, flag.replace(" ", ": ") + " must be a ", None)
             for flag in (
                 "--bone_r 0",
                 "--micro_bsz 0",

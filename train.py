@@ -43,16 +43,8 @@ from build import (
 from cli import run_cli
 from log import Log, draw
 from loss import count_tokens, loss_fn, step, val_loss
-from options import parse_args
-
-OF_A_MACHINE = (
-    "load_model",
-    "data_file",
-    "val_file",
-    "bone_load",
-    "proj_dir",
-    "devices",
-)  # flags that may differ; the contents of the files may not
+from options import per_machine
+from parse_options import parse_args
 
 
 # ---- optimizer ---------------------------------------------------------------------------------------------------------------
@@ -152,7 +144,7 @@ def train(args):
         args.vocab_size = open_documents(args)[0].vocab_size()
     with devices.world(device, args.strategy), contextlib.ExitStack() as held:
         devices.check_same(
-            {f"--{name}": value for name, value in vars(args).items() if name not in OF_A_MACHINE}
+            {f"--{name}": value for name, value in vars(args).items() if name not in per_machine()}
         )
         with devices.main_first():
             built = check_memory(args, device)
