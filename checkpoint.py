@@ -10,7 +10,7 @@ from torch import nn
 
 from archive import all_finite, read_checkpoint, release
 from bone import add_bone, bone_shape
-from quant import PIECE, Quantized, quantize
+from quant import CHUNK_NUMEL, Quantized, quantize
 from rwkv6 import RWKV, Config, storage_dtype
 
 
@@ -108,7 +108,7 @@ def stream(path, config, dtype=None, device="cpu", quant="none"):
             )
         module, kept = name.rpartition(".")[0], storage_dtype(model, name, dtype or tensor.dtype)
         if torch.device(device).type != "meta":
-            for piece in tensor.flatten().split(PIECE):
+            for piece in tensor.flatten().split(CHUNK_NUMEL):
                 if not all_finite(piece):
                     raise ValueError(
                         f"{path}: {name} holds NaN or infinite values; the file is damaged or its training went wrong"
