@@ -215,10 +215,10 @@ def test_training_saving_and_merging_under_quantization_give_the_logits_of_train
     with pytest.raises(
         ValueError, match=rf"trained with --quant {kind} \(out/args.json\), but --quant is none"
     ):
-        merge.merge("base.pth", "out/rwkv-0.pth", "again.pth", "none")
+        merge.merge("base.pth", "out/rwkv-0.pth", "again.pth", quant="none")
     assert not os.path.exists("again.pth")
     shutil.copy("out/rwkv-0.pth", "moved.pth")  # no args.json there: the flag stands in
-    merge.merge("base.pth", "moved.pth", "again.pth", kind)
+    merge.merge("base.pth", "moved.pth", "again.pth", quant=kind)
     assert all(
         map(
             torch.equal,
