@@ -31,7 +31,7 @@ from bone import BoneLinear, add_bone
 from cli import run_cli
 from loss import count_tokens
 from memory import reuse_freed
-from quant import dense, quantize
+from quant import quantize, to_dense
 from wkv6 import kernel_problem, wkv6
 
 N_EMBD, DIM_FFN, R = 2048, 7168, 64  # RWKV-6 1.6B
@@ -59,7 +59,7 @@ class BuiltLinear(BoneLinear):
 
     def forward(self, x):
         dtype = self.weight.dtype
-        weight = dense(self.weight, dtype)
+        weight = to_dense(self.weight, dtype)
         blocks = weight.unflatten(0, (-1, self.r)).unflatten(2, (-1, self.r))
         blocks = blocks.transpose(1, 2)  # (a, b, r, r)
         B = self.bone.to(dtype)

@@ -1,132 +1,186 @@
-"""Bone (Block Affine): fine-tune a frozen linear layer through one small square block per block column.
+"""Bone (Block Affine): fine-tune a frozen linear layer, one small square block per block column.
 
-A frozen layer y = W x, W of shape (out, in), is cut into r x r blocks W_ab (a: block row, b: block column). Two modes:
+A frozen layer y = W x, W of shape (out, in), is cut into r x r blocks W_ab (a: block row, b: block
+column). There are two modes.
 
-`bat`, block affine, the default. One trainable tensor `bone` of shape (in/r, r, r), zero at the start. Its block B_b
-belongs to block column b and is shared by all block rows:
+`bat`, block affine, is the default. It has one trainable tensor `bone` of shape (in/r, r, r), zero
+at the start. Its block B_b belongs to block column b and is shared by all block rows:
 
-    W'_ab = W_ab + W_ab B_b + B_b              (what merging writes)
+    W'_ab = W_ab + W_ab B_b + B_b              what merging writes
 
-The straightforward way builds W' (out x in) in every step and its gradient (out x in) in every backward pass. Neither is
-needed. Multiply W' by x, cut into segments x_b of length r, and take the sums apart:
+The straightforward way builds W' (out x in) in every step, and its gradient (out x in) in every
+backward pass. Neither is needed. Cut x into segments x_b of length r, and multiply out W' x:
 
     z_b = B_b x_b                              r x r per segment: small
-    y   = W (x + z) + tile(s),  s = sum_b z_b  the frozen product, once; s, of length r, repeated out/r times
+    s   = sum_b z_b                            a vector of length r
+    y   = W (x + z) + tile(s)                  the frozen product, once; tile repeats s out/r times
 
-and going back, with gy = dL/dy:
+Backward, with gy = dL/dy:
 
-    gs   = fold(gy)                            the transpose of tile: gy cut into segments of length r, added up
-    gu   = W^T gy                              the frozen product, once: no gradient of the shape of W
+    gs   = fold(gy)                            the transpose of tile: gy's segments, added up
+    gu   = W^T gy                              the frozen product, once: no gradient of W's shape
     gz_b = gu_b + gs
     gB_b = gz_b x_b^T                          summed over tokens
     gx_b = gu_b + B_b^T gz_b
 
-`bone`, shard sharing: `bone` of shape (r, out), y = W x + bone^T (sum_b x_b), with x padded by zeros to a multiple of r.
-Later papers, and PEFT, call this one Bone, then MiSS.
+`bone`, shard sharing, has one trainable tensor `bone` of shape (r, out):
 
-Source: Jiale Kang, "Bone: Block-Affine Adaptation of Large Language Models" (arXiv 2409.15371), and RWKV-PEFT, whose names and
-shapes are kept. The rearrangement above is exact; test_bone.py holds it against W'.
+    y = W x + bone^T (sum_b x_b)               x is padded with zeros to a multiple of r
+
+Later papers and PEFT call this mode Bone, and nowadays MiSS.
+
+Source: Jiale Kang, "Bone: Block-Affine Adaptation of Large Language Models" (arXiv 2409.15371), and
+RWKV-PEFT, whose names and shapes are kept. The rearrangement is exact; test_bone.py checks it.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from quant import FrozenLinear, Quantized, dense, product
-
-
-def segments(x, r):
-    """(tokens, n * r) -> (n, tokens, r): a view that has segment b of every token as matrix b of a batch."""
-    return x.view(x.shape[0], -1, r).transpose(0, 1)
+from quant import FrozenLinear, Quantized, cached_matmul, matmul_dtype, to_dense
 
 
-class Bat(torch.autograd.Function):
-    """y = W' x of the `bat` mode for x (tokens, in), W (out, in), bone (in/r, r, r), without W'. Products run in `dtype`."""
+def segments(x: Tensor, r: int) -> Tensor:
+    """View x (tokens, n * r) as n matrices (n, tokens, r): matrix b has segment b of each token."""
+    return x.view(len(x), -1, r).transpose(0, 1)
+
+
+def fold(x: Tensor, r: int) -> Tensor:
+    """Add up the segments of each token: (tokens, n * r) -> (tokens, r)."""
+    return x.view(len(x), -1, r).sum(1, dtype=x.dtype)
+
+
+def tile(s: Tensor, out_features: int) -> Tensor:
+    """Repeat the s of each token until it is as long as y: (tokens, r) -> (tokens, out)."""
+    return s.repeat(1, out_features // s.shape[1])
+
+
+def merged_matmul(x: Tensor, x_b: Tensor, weight: Tensor | Quantized, *, B: Tensor) -> Tensor:
+    """Compute y = W' x of mode `bat` without W': (tokens, in) -> (tokens, out).
+
+    x_b: the segments of x, (in/r, tokens, r). B: the blocks, (in/r, r, r). Both have the dtype to
+    compute in, which is that of y; x still has its own.
+    """
+    dtype = B.dtype
+    r = B.shape[1]
+
+    # z_b = B_b x_b for every segment b; s = sum_b z_b.
+    z = torch.empty(x.shape, dtype=dtype, device=x.device)
+    torch.bmm(x_b, B.mT, out=segments(z, r))
+    s = fold(z, r)
+
+    # y = W (x + z) + tile(s)
+    #
+    # In place, so that no other tensor of the size of x or y is made. z is added to x before x is
+    # rounded, and s inside the product's float32 sums: a change smaller than one bfloat16 step of
+    # x or y then still counts on average. Added to rounded numbers it would be lost.
+    z.add_(x)
+    y = tile(s, out_features=weight.shape[0])
+    return y.addmm_(z, to_dense(weight, dtype).t())
+
+
+class BlockAffine(torch.autograd.Function):
+    """y = W' x of mode `bat` with its gradients, by the formulas at the head of this file.
+
+    x: (tokens, in). weight: (out, in), frozen. B: (in/r, r, r), in the dtype to compute in.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bone, dtype):
-        r = bone.shape[1]
-        B = bone.to(dtype)
-
-        # z_b = B_b x_b. The copy casts x and regroups it into segments at once.
-        x_b = torch.empty(bone.shape[0], len(x), r, dtype=dtype, device=x.device).copy_(
-            segments(x, r)
-        )
-        z = torch.empty(x.shape, dtype=dtype, device=x.device)
-        torch.bmm(x_b, B.transpose(1, 2), out=segments(z, r))
-        s = z.view(len(x), -1, r).sum(1, dtype=dtype)
-
-        # y = W (x + z) + tile(s). z meets x before x is rounded, and s meets y inside the product's
-        # float32 sums: a bone too small to move a bfloat16 number by a step still counts, on average.
-        # Added to rounded numbers, it would vanish.
-        y = product(
-            lambda: s.repeat(1, weight.shape[0] // r).addmm_(z.add_(x), dense(weight, dtype).t())
-        )
+    def forward(ctx: Any, x: Tensor, weight: Tensor | Quantized, B: Tensor) -> Tensor:
+        # One copy regroups x into segments and casts it.
+        x_b = segments(x, B.shape[1]).to(B.dtype, copy=True, memory_format=torch.contiguous_format)
         ctx.save_for_backward(x_b, B)
-        ctx.weight, ctx.dtypes = weight, (x.dtype, bone.dtype)
-        return y
+        ctx.weight = weight
+        ctx.x_dtype = x.dtype
+        return cached_matmul(merged_matmul, x, x_b, weight, B=B)
 
     @staticmethod
-    def backward(ctx, gy):
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None, Tensor]:
         x_b, B = ctx.saved_tensors
         r = B.shape[1]
-        gs = gy.view(len(gy), -1, r).sum(1, dtype=gy.dtype)
-        gu = gy @ dense(ctx.weight, gy.dtype)
+        gs = fold(gy, r)
+        gu = gy @ to_dense(ctx.weight, gy.dtype)
+
+        # gz_b = gu_b + gs, and gB_b = gz_b x_b^T.
         gz = torch.add(segments(gu, r), gs, out=torch.empty_like(x_b))
-        gB = torch.bmm(gz.transpose(1, 2), x_b)
-        gx = gu  # W^T gy becomes the gradient of x in its own place
+        gB = torch.bmm(gz.mT, x_b)
+
+        # gx_b = gu_b + B_b^T gz_b, in place: gu is not needed any more.
+        gx = gu
         segments(gx, r).baddbmm_(gz, B)
-        x_dtype, bone_dtype = ctx.dtypes
-        return gx.to(x_dtype), None, gB.to(bone_dtype), None
+        return gx.to(ctx.x_dtype), None, gB
 
 
-def bone_shape(weight_shape, r, mode):
+def shard_sharing(x: Tensor, weight: Tensor | Quantized, bone: Tensor) -> Tensor:
+    """Compute y = W x + bone^T (sum_b x_b), mode `bone`, for x (..., in) and bone (r, out)."""
+    r = bone.shape[0]
+    x_b = F.pad(x, (0, -x.shape[-1] % r)).unflatten(-1, (-1, r))
+    return FrozenLinear.apply(x, weight) + x_b.sum(-2) @ bone
+
+
+def bone_shape(weight_shape: tuple[int, ...], r: int, mode: str) -> tuple[int, ...]:
+    """Return the shape of the trainable tensor for a weight of shape (out, in)."""
     out_features, in_features = weight_shape
     return (in_features // r, r, r) if mode == "bat" else (r, out_features)
 
 
 class BoneLinear(nn.Module):
-    """A frozen linear layer with its trainable `bone`.
+    """A frozen linear layer with its trainable `bone`: (..., in) -> (..., out).
 
-    weight: (out, in), any floating dtype or Quantized, kept as it is and frozen; r: rank, the side of a block; mode: `bat` or `bone`.
-    forward: (..., in) -> (..., out), in the autocast dtype where autocast is on, else in the weight's.
+    weight: (out, in), of any floating dtype or Quantized; it is frozen and kept as it is.
+    r: the rank, which is the side of a block. mode: `bat` or `bone`.
+    The output is in the autocast dtype where autocast is on, else in the weight's.
     """
 
-    def __init__(self, weight, r, mode="bat"):
+    weight: Quantized | nn.Parameter
+
+    def __init__(self, weight: Tensor | Quantized, r: int, mode: str = "bat"):
         super().__init__()
-        self.r, self.mode = r, mode
-        self.weight = (
-            weight
-            if isinstance(weight, Quantized)
-            else nn.Parameter(weight.detach(), requires_grad=False)
-        )
+        self.r = r
+        self.mode = mode
+        if isinstance(weight, Quantized):
+            self.weight = weight
+        else:
+            self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        shape = bone_shape(weight.shape, r, mode)
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.bone = nn.Parameter(
-            torch.zeros(bone_shape(weight.shape, r, mode), dtype=dtype, device=weight.device)
-        )
+        self.bone = nn.Parameter(torch.zeros(shape, dtype=dtype, device=weight.device))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = matmul_dtype(x, self.weight)
         device = x.device.type
-        dtype = (
-            torch.get_autocast_dtype(device)
-            if torch.is_autocast_enabled(device)
-            else self.weight.dtype
-        )
-        # Every dtype below is chosen by hand; no device's own list of operators has a say in it.
+        # Every dtype is chosen by hand: which operators autocast changes depends on the device.
         with torch.autocast(device, enabled=False):
-            if self.mode == "bat":
-                y = Bat.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bone, dtype)
-                return y.view(*x.shape[:-1], -1)
-            x = x.to(dtype)
-            shards = F.pad(x, (0, -x.shape[-1] % self.r)).unflatten(-1, (-1, self.r))
-            return FrozenLinear.apply(x, self.weight) + shards.sum(-2) @ self.bone.to(dtype)
+            bone = self.bone.to(dtype)
+            if self.mode == "bone":
+                return shard_sharing(x.to(dtype), self.weight, bone)
+            # x keeps its dtype until z has been added to it.
+            y = BlockAffine.apply(x.reshape(-1, x.shape[-1]), self.weight, bone)
+            return y.view(*x.shape[:-1], -1)
 
 
-def add_bone(model, r, mode="bat"):
-    """Freeze `model` and give every linear layer inside its blocks a bone of rank r. Returns the model, changed in place.
+def check_rank(weights: dict[str, Tensor | Quantized], r: int) -> None:
+    """Raise ValueError, naming ranks that fit, where r does not divide both sides of a weight."""
+    sizes = {size for weight in weights.values() for size in weight.shape}
+    for name, weight in weights.items():
+        out_features, in_features = weight.shape
+        if in_features % r or out_features % r:
+            ranks = (8, 16, 32, 64, 128, 256)
+            fitting = [rank for rank in ranks if all(size % rank == 0 for size in sizes)]
+            raise ValueError(
+                f"bone_r {r} does not divide {name} ({out_features} x {in_features}); "
+                f"this model takes {fitting}, or any with mode bone"
+            )
 
-    A layer is inside a block when its name has a dot (blocks.0.att.key); the output head stays as it is.
-    Only the bones require gradients afterwards. ValueError if r does not divide a layer (mode bat needs it to).
+
+def add_bone(model: nn.Module, r: int, mode: str = "bat") -> nn.Module:
+    """Freeze `model` and give every linear layer inside its blocks a bone of rank r.
+
+    A layer inside a block has a dot in its name (blocks.0.att.key); the output head has none.
+    Returns the model, changed in place; only the bones require gradients afterwards.
+    ValueError if r does not divide a layer (mode `bat` needs it to).
     """
     if mode not in ("bat", "bone"):
         raise ValueError(
@@ -134,44 +188,40 @@ def add_bone(model, r, mode="bat"):
         )
     if r < 1:
         raise ValueError(f"bone_r {r} must be at least 1; 64 is the usual choice")
-    linears = {
-        name: m if isinstance(m, Quantized) else m.weight
-        for name, m in model.named_modules()
-        if isinstance(m, (nn.Linear, Quantized)) and "." in name
-    }
-    for name, weight in linears.items():
-        out_features, in_features = weight.shape
-        if mode == "bat" and (in_features % r or out_features % r):
-            fitting = [
-                n
-                for n in (8, 16, 32, 64, 128, 256)
-                if all(s % n == 0 for w in linears.values() for s in w.shape)
-            ]
-            raise ValueError(
-                f"bone_r {r} does not divide {name} ({out_features} x {in_features}); this model takes {fitting}, or any with mode bone"
-            )
+    weights: dict[str, Tensor | Quantized] = {}
+    for name, module in model.named_modules():
+        if "." in name and isinstance(module, nn.Linear | Quantized):
+            weights[name] = module.weight if isinstance(module, nn.Linear) else module
+    if mode == "bat":
+        check_rank(weights, r)
     model.requires_grad_(False)
-    for name, weight in linears.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, BoneLinear(weight, r, mode))
+    for name, weight in weights.items():
+        model.set_submodule(name, BoneLinear(weight, r, mode))
     return model
 
 
 @torch.no_grad()
-def merge_weight(weight, bone):
-    """The merged weight W' (out, in), in the dtype of `weight`, from W (out, in) and bone (in/r, r, r) or (r, out).
+def merge_weight(weight: Tensor, bone: Tensor) -> Tensor:
+    """Compute the merged weight W' (out, in), in the dtype of W, from W and its bone.
 
-    Computes in float32 (float64 for float64) and rounds once, one block row at a time: no other temporary of the size of W.
+    Computes in float32 (float64 for float64) and rounds once; a few rows at a time, so that
+    nothing else of the size of W is made. The mode is read off the shape of the bone.
     """
     merged = torch.empty_like(weight)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    bone, r = bone.to(dtype), bone.shape[-2]
+    bone = bone.to(dtype)
     if bone.ndim == 3:
-        for w, w_merged in zip(weight.split(r), merged.split(r)):
-            w_b = segments(w.to(dtype), r)  # W_ab for all b of one block row a: (b, r, r)
-            segments(w_merged, r).copy_(torch.baddbmm(w_b + bone, w_b, bone))
-    else:
-        shards = -(-weight.shape[1] // r)
-        for w, w_merged, b in zip(weight.split(64), merged.split(64), bone.t().split(64)):
-            w_merged.copy_(w.to(dtype) + b.repeat(1, shards)[:, : weight.shape[1]])
+        r = bone.shape[1]
+        for row, merged_row in zip(weight.split(r), merged.split(r), strict=True):
+            # W'_ab = W_ab + W_ab B_b + B_b for all b of one block row a: (in/r, r, r).
+            W = segments(row.to(dtype), r)
+            segments(merged_row, r).copy_(torch.baddbmm(W + bone, W, bone))
+        return merged
+
+    # Mode `bone`: column i of the bone, repeated, is added to row i of W.
+    r, in_features = bone.shape[0], weight.shape[1]
+    repeats = (in_features + r - 1) // r
+    chunks = zip(weight.split(64), merged.split(64), bone.t().split(64), strict=True)
+    for rows, merged_rows, columns in chunks:
+        merged_rows.copy_(rows.to(dtype) + columns.repeat(1, repeats)[:, :in_features])
     return merged

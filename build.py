@@ -52,7 +52,9 @@ def build_model(args, device):
             if loaded
             else (args.bone_r or 64, args.bone_mode or "bat")
         )
-        model = checkpoint.load_model(args.load_model, DTYPES[args.precision], device, args.quant)
+        model = checkpoint.load_model(
+            args.load_model, DTYPES[args.precision], device, quant=args.quant
+        )
         config = vars(model.config) | {"my_testing": model.config.version}
         for flag, value, path in (
             ("bone_r", r, args.bone_load),
@@ -106,8 +108,8 @@ def build_shares(args, device):
     for name in [name for name in parameters if name.endswith(".bone")]:
         parameters[name].zero_()
     for name, tensor in itertools.chain(
-        checkpoint.stream(
-            args.load_model, model.config, DTYPES[args.precision], device, args.quant
+        checkpoint.stream_weights(
+            args.load_model, model.config, DTYPES[args.precision], device=device, quant=args.quant
         ),
         loaded.items(),
     ):

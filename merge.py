@@ -1,14 +1,17 @@
-"""Merge a Bone checkpoint into its base model: `python merge.py base.pth out/rwkv-0.pth tuned.pth`; or into tuned.st, for Ai00.
+"""Merge a Bone checkpoint into its base model: `python merge.py base.pth out/rwkv-0.pth tuned.pth`.
 
-Adapted weights W become W' = W + W B + B (see bone.py), computed in float32 and rounded once; other trained tensors replace the base's.
-Where a quantized base was trained on, W is what that was: quantized and dequantized.
+Adapted weights W become W' = W + W B + B (see bone.py), computed in float32 and rounded once. Other
+trained tensors replace the base's. Where the base was quantized in training, W is what the training
+saw: quantized and dequantized. An output named .st is a model for Ai00 (safetensors, float16).
 """
 
 import argparse
 import os
 import re
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from archive import (
@@ -25,109 +28,145 @@ from cli import Parser, run_cli
 from quant import FORMATS, quantize
 
 
-def for_ai00(name, tensor):
-    """(name, tensor) as Ai00's converter would have it: float16, some names changed, low-rank matrices transposed."""
+def merge(base_path: str, bone_path: str, out_path: str, *, quant: str | None = None) -> None:
+    """Write the merged model, one tensor after the other.
+
+    quant: of the base in training; None takes it from the args.json beside the checkpoint.
+    ValueError where the files do not belong together, or the output is there already.
+    """
+    check_output(base_path, bone_path, out_path)
+    # Both files are mapped into memory, so that only the tensor at hand takes any.
+    base = read_checkpoint(base_path)
+    trained = read_checkpoint(bone_path)
+    quant = trained_quant(bone_path, quant)
+    if any(name.endswith(".bone") for name in base):
+        raise ValueError(
+            f"{base_path}: a Bone checkpoint, not a base model; "
+            "the order is merge.py base checkpoint output"
+        )
+    shapes = {name: tensor.shape for name, tensor in base.items()}
+    r, mode = check_fits(trained, shapes, bone_path)
+
+    def merged(name: str) -> Tensor:
+        bar.update()
+        weight = base.pop(name)
+        result = merge_tensor(name, weight, trained, quant=quant)
+        release(weight)
+        if not all_finite(result):
+            raise ValueError(
+                f"{name} would hold NaN or infinite values in {result.dtype}: "
+                f"{base_path} is damaged, or the training went wrong"
+            )
+        return result
+
+    with tqdm(total=len(base), desc="merging", unit="tensor", dynamic_ncols=True, delay=0.5) as bar:
+        if str(out_path).lower().endswith((".st", ".safetensors")):
+            save_for_ai00(base, merged, out_path)
+        else:
+            save_stream(dict(base), merged, out_path)
+
+    bones = sum(name.endswith(".bone") for name in trained)
+    bone_kind = f"Bone {mode}, r {r}"
+    if quant != "none":
+        bone_kind += f", {quant} base"
+    print(
+        f"merged {bones} weights ({bone_kind}) and {len(trained) - bones} other trained tensors "
+        f"into {base_path}"
+    )
+    print(f"wrote {out_path} ({os.path.getsize(out_path) / 1e9:.2f} GB)")
+
+
+def check_output(base_path: str, bone_path: str, out_path: str) -> None:
+    """Raise ValueError where the output would overwrite a file."""
+    if not os.path.exists(out_path):
+        return
+    for path, what in ((base_path, "base model"), (bone_path, "checkpoint")):
+        if os.path.samefile(path, out_path):
+            raise ValueError(f"{out_path}: would overwrite the {what}; give another name")
+    if os.path.isfile(out_path):
+        raise ValueError(f"{out_path}: already there; delete it, or give another name")
+
+
+def merge_tensor(name: str, weight: Tensor, trained: dict[str, Tensor], *, quant: str) -> Tensor:
+    """Return one tensor of the merged model, in the dtype of the base's, `weight`."""
+    bone = trained.get(name.removesuffix("weight") + "bone")
+    if bone is not None:
+        W = weight
+        if quant != "none":
+            W = quantize(weight, quant).dequantize(torch.float32)
+        return merge_weight(W, bone).to(weight.dtype)
+    if name in trained:
+        return trained[name].view_as(weight).to(weight.dtype)
+    return weight
+
+
+def for_ai00(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    """Return name and tensor as Ai00's converter makes them.
+
+    That is float16, some names changed, and low-rank matrices transposed.
+    """
     tensor = tensor.half()
     if re.search(r"time_(maa|decay)_w[12]$", name):
         tensor = tensor.mT.contiguous()
     return name.replace("time_faaaa", "time_first").replace("time_maa", "time_mix"), tensor
 
 
-def merge(base_path, bone_path, out_path, quant=None):
-    """Write the merged model, one tensor after the other: both files are mapped, and what was read is given back at once."""
-    for path, what in ((base_path, "base model"), (bone_path, "checkpoint")):
-        if os.path.exists(out_path) and os.path.samefile(path, out_path):
-            raise ValueError(f"{out_path}: would overwrite the {what}; give another name")
-    if os.path.isfile(out_path):
-        raise ValueError(f"{out_path}: already there; delete it, or give another name")
-    base, checkpoint = read_checkpoint(base_path), read_checkpoint(bone_path)
-    quant = trained_quant(bone_path, quant)
-    if any(name.endswith(".bone") for name in base):
-        raise ValueError(
-            f"{base_path}: a Bone checkpoint, not a base model; the order is merge.py base checkpoint output"
-        )
-    r, mode = check_fits(
-        checkpoint, {name: tensor.shape for name, tensor in base.items()}, bone_path
-    )
+def save_for_ai00(base: dict[str, Tensor], merged: Callable[[str], Tensor], out_path: str) -> None:
+    """Write merged(name) for every name of the base, as a .st for Ai00.
 
-    def merged(name):
-        bar.update()
-        weight, bone = base.pop(name), checkpoint.get(name.removesuffix("weight") + "bone")
-        if bone is None:
-            result = (
-                checkpoint[name].view_as(weight).to(weight.dtype) if name in checkpoint else weight
-            )
-        else:
-            result = merge_weight(
-                quantize(weight, quant).dequantize(torch.float32) if quant != "none" else weight,
-                bone,
-            ).to(weight.dtype)
-        release(weight)
-        if not all_finite(result):
-            raise ValueError(
-                f"{name} would hold NaN or infinite values in {result.dtype}: {base_path} is damaged, or the training went wrong"
-            )
-        return result
+    ValueError where a number is too large for float16.
+    """
+    original_names = {}
+    layout = {}
+    for name, tensor in base.items():
+        ai00_name, ai00_tensor = for_ai00(name, tensor.to("meta"))
+        original_names[ai00_name] = name
+        layout[ai00_name] = ai00_tensor
 
-    def merged_float16(name):
-        weight = merged(names[name])
-        half = for_ai00(names[name], weight)[1]
+    def merged_float16(ai00_name: str) -> Tensor:
+        name = original_names[ai00_name]
+        weight = merged(name)
+        _, half = for_ai00(name, weight)
         if not all_finite(half):
             raise ValueError(
-                f"{names[name]} reaches {weight.abs().max().item():g}, but float16, which {out_path} would hold, ends at 65504; write a .pth"
+                f"{name} reaches {weight.abs().max().item():g}, but float16, which {out_path} "
+                "would hold, ends at 65504; write a .pth"
             )
         release(weight)
         return half
 
-    with tqdm(total=len(base), desc="merging", unit="tensor", dynamic_ncols=True, delay=0.5) as bar:
-        if str(out_path).lower().endswith((".st", ".safetensors")):
-            names = {for_ai00(name, tensor.to("meta"))[0]: name for name, tensor in base.items()}
-            save_safetensors(
-                dict(for_ai00(name, tensor.to("meta")) for name, tensor in base.items()),
-                merged_float16,
-                out_path,
-            )
-        else:
-            save_stream(dict(base), merged, out_path)
-    bones = sum(name.endswith(".bone") for name in checkpoint)
-    on = f", {quant} base" if quant != "none" else ""
-    print(
-        f"merged {bones} weights (Bone {mode}, r {r}{on}) and {len(checkpoint) - bones} other trained tensors into {base_path}"
-    )
-    print(f"wrote {out_path} ({os.path.getsize(out_path) / 1e9:.2f} GB)")
+    save_safetensors(layout, merged_float16, out_path)
 
 
-def main():
+def main() -> None:
     parser = Parser(
         prog="merge.py",
         usage="merge.py base.pth out/rwkv-0.pth tuned.pth [--quant {none,int8,nf4}]",
-        description="Merge a Bone checkpoint into its base model. The files are given in this order, or by the flags of RWKV-PEFT.",
+        description="Merge a Bone checkpoint into its base model. "
+        "The files are given in this order, or by the flags of RWKV-PEFT.",
     )
-    parser.add_argument("files", nargs="*", metavar="file", help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--base_model", metavar="STR", help="the base model (.pth) that was trained on"
-    )
-    parser.add_argument(
-        "--lora_checkpoint", metavar="STR", help="the Bone checkpoint (proj_dir/rwkv-N.pth)"
-    )
-    parser.add_argument(
-        "--output",
-        metavar="STR",
-        help="the merged model to write: a .pth, or a .st (safetensors, float16) for Ai00",
-    )
-    parser.add_argument(
-        "--quant",
-        choices=("none", *FORMATS),
-        help="of the base in training (default: as args.json beside the checkpoint says)",
-    )
+    add = parser.add_argument
+    add("files", nargs="*", metavar="file", help=argparse.SUPPRESS)
+    add("--base_model", metavar="STR", help="the base model (.pth) that was trained on")
+    add("--lora_checkpoint", metavar="STR", help="the Bone checkpoint (proj_dir/rwkv-N.pth)")
+    output_help = "the merged model to write: a .pth, or a .st (safetensors, float16) for Ai00"
+    add("--output", metavar="STR", help=output_help)
+    quant_help = "of the base in training (default: as args.json beside the checkpoint says)"
+    add("--quant", choices=("none", *FORMATS), help=quant_help)
     args = parser.parse_intermixed_args()
-    files = iter(args.files)
-    paths = [
-        given or next(files, None) for given in (args.base_model, args.lora_checkpoint, args.output)
-    ]
-    if None in paths or [*files]:
+
+    # A path that its flag does not give is the next of the files.
+    files = list(args.files)
+    paths = []
+    for path in (args.base_model, args.lora_checkpoint, args.output):
+        if not path and files:
+            paths.append(files.pop(0))
+        else:
+            paths.append(path)
+    if files or not all(paths):
         parser.error("three files are needed, base model, checkpoint and output")
-    merge(*paths, args.quant)
+    base_path, bone_path, out_path = paths
+    merge(base_path, bone_path, out_path, quant=args.quant)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from quant import keep_products
+from quant import matmul_cache_contexts
 from wkv6 import wkv6
 
 
@@ -278,7 +278,7 @@ class RWKV(nn.Module):
             states = state
         for block, s in zip(self.blocks, states):
             if self.grad_cp and torch.is_grad_enabled():
-                keep = {"context_fn": keep_products} if self.keep_products else {}
+                keep = {"context_fn": matmul_cache_contexts} if self.keep_products else {}
                 x, s = checkpoint(
                     block, x, s, use_reentrant=False, preserve_rng_state=False, **keep
                 )

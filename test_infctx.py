@@ -128,8 +128,8 @@ def test_recomputing_a_block_repeats_no_product(monkeypatch, flags):
     for module in (bone, quant):
         monkeypatch.setattr(
             module,
-            "dense",
-            lambda weight, dtype, plain=quant.dense: (
+            "to_dense",
+            lambda weight, dtype, plain=quant.to_dense: (
                 made.append(id(weight)) or plain(weight, dtype)
             ),
         )

@@ -150,7 +150,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded_with_the_fla
         checkpoint,
         "load_model",
         lambda path, dtype, device, quant: (
-            devices.append(device.type) or load(path, dtype, device, quant)
+            devices.append(device.type) or load(path, dtype, device, quant=quant)
         ),
     )
     with pytest.raises(ValueError, match=r"would take 0\.\d\d GB, but 0\.01 GB .* --grad_cp 1"):

@@ -454,7 +454,7 @@ def test_the_seed_decides_the_text_and_at_temperature_0_there_is_no_choice(say):
 
 @pytest.mark.parametrize("quant", ["none", "int8", "nf4"])
 def test_a_model_writes_the_same_with_the_bone_beside_it_and_merged_into_it(say, capsys, quant):
-    merge.merge("world.pth", "world_ckpt.pth", "tuned.pth", quant)
+    merge.merge("world.pth", "world_ckpt.pth", "tuned.pth", quant=quant)
     capsys.readouterr()
     ways = (
         f"world.pth --bone world_ckpt.pth --quant {quant}",

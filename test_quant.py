@@ -153,8 +153,8 @@ def test_nothing_temporary_is_larger_than_one_layer(kind):
     "kind, weight, words",
     [
         ("fp4", torch.ones(64, 64), "'fp4' is unknown: int8 and nf4"),
-        ("int8", torch.ones(3, 100), "3 x 100 is no multiple of 64 numbers"),
-        ("nf4", torch.ones(3, 100), "3 x 100 is no multiple of 64"),
+        ("int8", torch.ones(3, 100), "3 x 100 is not a multiple of 64 numbers"),
+        ("nf4", torch.ones(3, 100), "3 x 100 is not a multiple of 64"),
         ("nf4", torch.full((64, 64), torch.nan), "NaN or infinite"),
         ("int8", torch.full((64, 64), torch.inf), "NaN or infinite"),
         ("nf4", torch.full((64, 64), -torch.inf), "NaN or infinite"),
@@ -171,7 +171,7 @@ def test_a_model_whose_matrices_do_not_fit_the_block_is_refused_with_the_matrix_
     torch.save(odd.state_dict(), "odd.pth")
     with pytest.raises(
         ValueError,
-        match=r"odd.pth: blocks.0.att.receptance.weight: a weight of 20 x 20 is no multiple of 64",
+        match=r"odd.pth: blocks.0.att.receptance.weight: a weight of 20 x 20 is not a multiple of 64",
     ):
         checkpoint.load_model("odd.pth", quant="int8")
 
@@ -215,10 +215,10 @@ def test_training_saving_and_merging_under_quantization_give_the_logits_of_train
     with pytest.raises(
         ValueError, match=rf"trained with --quant {kind} \(out/args.json\), but --quant is none"
     ):
-        merge.merge("base.pth", "out/rwkv-0.pth", "again.pth", "none")
+        merge.merge("base.pth", "out/rwkv-0.pth", "again.pth", quant="none")
     assert not os.path.exists("again.pth")
     shutil.copy("out/rwkv-0.pth", "moved.pth")  # no args.json there: the flag stands in
-    merge.merge("base.pth", "moved.pth", "again.pth", kind)
+    merge.merge("base.pth", "moved.pth", "again.pth", quant=kind)
     assert all(
         map(
             torch.equal,

@@ -418,7 +418,7 @@ def mutate(folder, monkeypatch):
     "module, old, new, error",
     [
         # CUDA's autocast sends a sum to float32, which a product in place then refuses.
-        ("bone", ".sum(1, dtype=dtype)", ".sum(1)", "must have the same dtype"),
+        ("bone", ".sum(1, dtype=x.dtype)", ".sum(1)", "must have the same dtype"),
         ("quant", "(NF4, NF4).to(device, dtype)", "(NF4, NF4).to(dtype)", FOREIGN),
     ],
 )

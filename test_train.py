@@ -128,9 +128,7 @@ def test_training_lowers_the_loss_and_writes_its_files(monkeypatch, capsys, mode
     assert type(tensors) is dict and {n: t.shape for n, t in tensors.items()} == {
         n: t.shape for n, t in new.items()
     }
-    assert all(
-        t.dtype == torch.bfloat16 and not t.equal(new[name]) for name, t in tensors.items()
-    )
+    assert all(t.dtype == torch.bfloat16 and not t.equal(new[name]) for name, t in tensors.items())
     wrote, follow = capsys.readouterr().out.splitlines()[-2:]
     assert re.fullmatch(
         r"wrote out/rwkv-0.pth%s; peak memory \d+\.\d\d GB" % (" and out/loss.png" * matplotlib),
@@ -279,7 +277,7 @@ def test_data_that_is_not_there_is_found_out_before_the_base_is_loaded(monkeypat
         checkpoint,
         "load_model",
         lambda path, dtype, device, quant: (
-            devices.append(device.type) or load(path, dtype, device, quant)
+            devices.append(device.type) or load(path, dtype, device, quant=quant)
         ),
     )
     for flags in ("--data_file gone", "--val_file gone"):

@@ -308,7 +308,7 @@ def fake_forward_of(base: str, mode: str, quant: str, form: str) -> None:
     import checkpoint
     import rwkv6
 
-    model = checkpoint.load_model(base, torch.bfloat16, "meta", quant)
+    model = checkpoint.load_model(base, torch.bfloat16, "meta", quant=quant)
     bone.add_bone(model, 32, mode)
     for module in model.modules():
         if isinstance(module, rwkv6.TimeMix):
