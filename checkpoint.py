@@ -8,7 +8,7 @@ import re
 import torch
 from torch import nn
 
-from archive import all_finite, read_checkpoint, release
+from archive import all_finite, drop_mapped_pages, read_checkpoint
 from bone import add_bone, bone_shape
 from quant import PIECE, Quantized, quantize
 from rwkv6 import RWKV, Config, storage_dtype
@@ -128,7 +128,7 @@ def stream(path, config, dtype=None, device="cpu", quant="none"):
                 raise ValueError(f"{path}: {name}: {error}") from error
         else:
             yield name, tensor.view(meta.shape).to(device, kept, copy=True)
-        release(tensor)
+        drop_mapped_pages(tensor)
 
 
 def weight_shapes(model):

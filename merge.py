@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from archive import (
     all_finite,
+    drop_mapped_pages,
     read_checkpoint,
-    release,
     save_safetensors,
     save_stream,
     trained_quant,
@@ -62,7 +62,7 @@ def merge(base_path, bone_path, out_path, quant=None):
                 quantize(weight, quant).dequantize(torch.float32) if quant != "none" else weight,
                 bone,
             ).to(weight.dtype)
-        release(weight)
+        drop_mapped_pages(weight)
         if not all_finite(result):
             raise ValueError(
                 f"{name} would hold NaN or infinite values in {result.dtype}: {base_path} is damaged, or the training went wrong"
@@ -76,7 +76,7 @@ def merge(base_path, bone_path, out_path, quant=None):
             raise ValueError(
                 f"{names[name]} reaches {weight.abs().max().item():g}, but float16, which {out_path} would hold, ends at 65504; write a .pth"
             )
-        release(weight)
+        drop_mapped_pages(weight)
         return half
 
     with tqdm(total=len(base), desc="merging", unit="tensor", dynamic_ncols=True, delay=0.5) as bar:

@@ -31,8 +31,8 @@ import devices
 from archive import (
     ABOUT,
     all_finite,
+    drop_mapped_pages,
     read_tensors,
-    release,
     remove_leftovers,
     save_stream,
     trained_quant,
@@ -425,7 +425,7 @@ class State:
                 raise ValueError(
                     f"{self.path}: {name} is {tuple(tensor.shape)}, {tensor.dtype}; {expected[name]} of finite numbers from {least} on are needed"
                 )
-            release(tensor)
+            drop_mapped_pages(tensor)
         try:
             scaler.load_state_dict(self.about["scaler"])
             torch.set_rng_state(tensors["rng"].clone())

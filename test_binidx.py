@@ -93,7 +93,7 @@ def test_nothing_is_left_when_writing_fails():
         write_binidx("x", [[-1]])
     with pytest.raises(
         ValueError,
-        match="^missing/x.idx: cannot be written, as there is no folder missing/; mend that, or write elsewhere$",
+        match="^missing/x.idx: cannot be written, as there is no folder missing/; fix that, or write elsewhere$",
     ):
         write_binidx("missing/x", [[1]])
     assert os.listdir() == []

@@ -452,11 +452,11 @@ def test_the_prefix_is_the_name_of_the_jsonl_and_what_is_there_is_kept(capsys):
         (["."], ".: Is a directory"),
         (
             ["a.jsonl", "no/b"],
-            "no/b.idx: cannot be written, as there is no folder no/; mend that, or write elsewhere",
+            "no/b.idx: cannot be written, as there is no folder no/; fix that, or write elsewhere",
         ),
         (
             ["a.jsonl", "a.jsonl/b"],
-            "a.jsonl/b.idx: cannot be written, as there is no folder a.jsonl/; mend",
+            "a.jsonl/b.idx: cannot be written, as there is no folder a.jsonl/; fix",
         ),
         (["a.jsonl", "b", "--ctx_len", "0"], "--ctx_len 0 must be at least 1"),
     ],

@@ -194,7 +194,7 @@ def test_a_folder_that_is_read_only_for_a_while_ends_no_training(monkeypatch, ca
         )
         run("--epoch_steps 4 --save_steps 1")
     assert re.findall(
-        r"could not save out/resume-(\d).pth: .*, as out/ is read-only; mend that",
+        r"could not save out/resume-(\d).pth: .*, as out/ is read-only; fix that",
         capsys.readouterr().out,
     ) == ["3"]
     assert [*resume.states("out")] == [4]
