@@ -231,7 +231,7 @@ def _check_total_size(tensors: dict[str, Tensor], size: int, path: StrPath) -> N
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; unlike isfinite(), it takes no memory."""
+    """Return whether a tensor holds no NaN or infinity; takes no memory, as isfinite() would."""
     smallest, largest = tensor.aminmax()
     return bool(smallest.isfinite() and largest.isfinite())
 

@@ -128,9 +128,7 @@ def test_training_lowers_the_loss_and_writes_its_files(monkeypatch, capsys, mode
     assert type(tensors) is dict and {n: t.shape for n, t in tensors.items()} == {
         n: t.shape for n, t in new.items()
     }
-    assert all(
-        t.dtype == torch.bfloat16 and not t.equal(new[name]) for name, t in tensors.items()
-    )
+    assert all(t.dtype == torch.bfloat16 and not t.equal(new[name]) for name, t in tensors.items())
     wrote, follow = capsys.readouterr().out.splitlines()[-2:]
     assert re.fullmatch(
         r"wrote out/rwkv-0.pth%s; peak memory \d+\.\d\d GB" % (" and out/loss.png" * matplotlib),
@@ -187,7 +185,7 @@ def test_a_run_is_a_function_of_its_command_line():
 def test_the_first_loss_is_that_of_the_base_and_checkpoints_have_its_dtype(dtype, precision, near):
     torch.save(tiny(dtype), "base.pth")
     run(f"--precision {precision}")
-    idx, targets, mask = data.batch(corpus.Binidx("x"), 0, 4, 32)
+    idx, targets, mask = data.batch(corpus.Binidx("x"), 0, data.BatchConfig(4, 32))
     losses = F.cross_entropy(
         checkpoint.load_model("base.pth", torch.float32)(idx).flatten(0, 1),
         targets.flatten(),
