@@ -17,307 +17,433 @@ import sys
 import warnings
 import zipfile
 import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import BinaryIO
 
 import psutil
 import torch
+from torch import Tensor
 
-ABOUT = "about"  # the tensor that makes a .pth the state of a training (resume.py): what is not numbers, as JSON, in bytes
+StrPath = str | os.PathLike[str]
 
+# A .pth with a tensor of this name is the state of a training run (resume.py). Its bytes are JSON:
+# everything of the state that is not a tensor.
+ABOUT = "about"
 
-def check_pickle(content):
-    """ValueError where a pickle holds anything but what a dict of tensors is made of. torch.load(weights_only=True) executes nothing either, but
-    it knows types that take any amount of memory, and tuples that contain one another, whose hash takes for ever."""
-    parts = (
-        r"collections OrderedDict|torch Tensor|torch(\.storage)? \w+Storage|torch\.nn\.parameter Parameter|torch\._tensor _rebuild_from_type_v2|"
-        r"torch\._utils _rebuild_(tensor_v2|parameter)"
-    )
-    before, reusable = (
-        "",
-        set(),
-    )  # what may be used again by its number: names and tensors, and nothing that has parts
-    for code, argument, _ in pickletools.genops(content):
-        if code.name == "GLOBAL" and not re.fullmatch(parts, argument):
-            raise ValueError(f"{argument.replace(' ', '.')} is no part of a tensor")
-        if code.name in ("BINPUT", "LONG_BINPUT", "PUT") and before in (
-            "GLOBAL",
-            "BINUNICODE",
-            "REDUCE",
-        ):
-            reusable.add(argument)
-        if (
-            code.name in ("BINGET", "LONG_BINGET", "GET") and argument not in reusable
-        ) or code.name in ("DUP", "MEMOIZE", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ"):
-            raise ValueError("its parts contain one another")
-        before = code.name
+# The names, "module name", that the pickle of a dict of tensors refers to.
+NAMES_IN_A_CHECKPOINT = (
+    r"collections OrderedDict|torch Tensor|torch(\.storage)? \w+Storage"
+    r"|torch\.nn\.parameter Parameter|torch\._tensor _rebuild_from_type_v2"
+    r"|torch\._utils _rebuild_(tensor_v2|parameter)"
+)
 
 
-def read_tensors(path, verify=True):
-    """The dict {name: tensor} in a .pth file, memory-mapped (private: writing to a tensor does not change the file). ValueError or OSError,
-    in one line, for anything else. Never runs code of a pickle. verify: hold every byte against the file's checksums."""
-    size = os.path.getsize(path)  # missing, or not readable: OSError says which
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: is no file; a .pth is needed")
-    with open(path, "rb") as f:
-        if f.read(4) != b"PK\x03\x04":
-            raise ValueError(
-                f"{path}: not a PyTorch checkpoint"
-                + " (a .st is for Ai00)" * str(path).endswith(".st")
-                + "; nothing was executed, a .pth as torch.save writes it is needed"
-            )
+# ---- reading ---------------------------------------------------------------------------------
+
+
+class Damaged(ValueError):
+    """Says in a few words what is wrong with the content of a .pth file."""
+
+
+class MoreThanTensors(ValueError):
+    """Says what a .pth file holds that is not part of a dict of tensors."""
+
+
+def read_tensors(path: StrPath, verify: bool = True) -> dict[str, Tensor]:
+    """Map the dict {name: tensor} of a .pth file into memory, without executing any of the file.
+
+    The mapping is private: writing to a tensor does not change the file. verify: verify all
+    checksums. Raises ValueError or OSError, in one line, for a file that is anything else.
+    """
+    size = os.path.getsize(path)  # an OSError, if the file is missing
+    _check_is_zip(path)
     try:
-        with (
-            zipfile.ZipFile(path) as archive,
-            warnings.catch_warnings(action="ignore"),
-        ):  # of the pickle protocol: what matters is whether it loads
-            records = archive.infolist()
-            if (
-                any(record.compress_type for record in records)
-                or sum(record.file_size for record in records) > size
-            ):
-                raise ValueError("it claims to hold more than it does")
-            [pickled] = [record for record in records if record.filename.endswith("data.pkl")]
-            check_pickle(archive.read(pickled))
-            if wrong := verify and archive.testzip():
-                raise ValueError(f"the checksum of {wrong} is wrong")
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        record_sizes = _check_archive(path, verify)
+        # Warnings are about the pickle protocol. What matters is whether the file loads.
+        with warnings.catch_warnings(action="ignore"):
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file can fail anywhere in the unpickler
-        if "is no part of a tensor" in str(error):
-            raise ValueError(
-                f"{path}: holds more than tensors: {error}; nothing was executed, a .pth of tensors is needed"
-            ) from error
-        if "unable to mmap" in str(error):
-            raise ValueError(
-                f"{path}: {size / 1e9:.1f} GB are more than the system will map into its memory, although they need not be there at once; "
-                "on Linux, sysctl vm.overcommit_memory=1 allows it"
-            ) from error
-        why = str(error).partition("\n")[0] if type(error) is ValueError else "it cannot be read"
-        raise ValueError(
-            f"{path}: a cut or damaged PyTorch checkpoint ({why}); copy or download it again"
-        ) from error
-    items = tensors.items() if isinstance(tensors, dict) else ()
-    if not items or not all(
-        isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided
-        for name, t in items
-    ):
-        raise ValueError(f"{path}: not a model checkpoint; a dict of names and tensors is needed")
-    tensors = {
-        name: torch.Tensor.detach(tensor) for name, tensor in items
-    }  # without attributes, which could stand in for methods
-    # A few bytes can claim to be a tensor of any size, and a mapped tensor can reach into the next one: every storage must be a record.
-    storages = sorted(
-        {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors.values()}
-    )
-    stored = [
-        record.file_size
-        for record in sorted(records, key=lambda record: record.header_offset)
-        if "/data/" in record.filename
-    ]
-    if [nbytes for _, nbytes in storages] != stored:
-        raise ValueError(
-            f"{path}: a cut or damaged PyTorch checkpoint (its tensors are not what it holds); copy or download it again"
-        )
+        raise ValueError(f"{path}: {_why_unreadable(error, size)}") from error
+    _check_is_dict_of_tensors(loaded, path)
+    # detach() leaves attributes behind. In a hostile file they could stand in for methods.
+    tensors = {name: torch.Tensor.detach(tensor) for name, tensor in loaded.items()}
+    _check_storages(tensors, record_sizes, path)
     for name, tensor in tensors.items():
-        if (
-            not 0 < tensor.nbytes <= tensor.untyped_storage().nbytes()
-            or tensor.is_neg()
-            or tensor.is_conj()
-        ):
-            raise ValueError(
-                f"{path}: {name} claims to be {tuple(tensor.shape)}, which the file does not hold"
-            )
-        tensor.is_mapped = tensor.is_contiguous()
-    if (total := sum(tensor.nbytes for tensor in tensors.values())) > size:
-        raise ValueError(
-            f"{path}: {len(tensors)} tensors that share their content claim {total:,} bytes, of a file of {size:,}; save each with its own"
-        )
+        _check_lies_in_its_storage(name, tensor, path)
+        # A note for drop_mapped_pages.
+        tensor.is_mapped = tensor.is_contiguous()  # type: ignore[attr-defined]
+    _check_total_size(tensors, size, path)
     return tensors
 
 
-def read_checkpoint(path, verify=True):
-    """What `read_tensors` reads, where that is floating tensors: a base model, or a Bone checkpoint."""
+def read_checkpoint(path: StrPath, verify: bool = True) -> dict[str, Tensor]:
+    """Read a base model or a Bone checkpoint, as `read_tensors` does: floating tensors alone."""
     checkpoint = read_tensors(path, verify)
     if ABOUT in checkpoint:
         raise ValueError(
-            f"{path}: the state of a training, for --resume; a model or a checkpoint (rwkv-N.pth) is needed"
+            f"{path}: the state of a training, for --resume; "
+            "a model or a checkpoint (rwkv-N.pth) is needed"
         )
     for name, tensor in checkpoint.items():
         if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(
-                f"{path}: {name} is {tensor.dtype}; not a model checkpoint, which holds floating numbers"
+                f"{path}: {name} is {tensor.dtype}; "
+                "not a model checkpoint, which holds floating numbers"
             )
     return checkpoint
 
 
-def fingerprint(path):
-    """A number that another content of this .pth hardly shares, from the checksums in the archive's directory; 0 for path ""."""
+def fingerprint(path: StrPath) -> int:
+    """Compute a number that tells apart .pth files of different content; 0 for the path "".
+
+    It is made of the checksums in the archive's directory, so the tensors are not read.
+    """
     if not path:
         return 0
     with zipfile.ZipFile(path) as archive:
-        checksums = sorted(
-            (record.filename.rpartition("/")[2], record.CRC)
-            for record in archive.infolist()
-            if "/data/" in record.filename
+        records = archive.infolist()
+    checksums = [
+        (record.filename.rpartition("/")[2], record.CRC)
+        for record in records
+        if "/data/" in record.filename
+    ]
+    return zlib.crc32(json.dumps(sorted(checksums)).encode())
+
+
+def check_pickle(content: bytes) -> None:
+    """Raise MoreThanTensors or Damaged, if a pickle holds anything but a dict of tensors.
+
+    torch.load(weights_only=True) executes nothing either. But it accepts types that take any
+    amount of memory, and tuples that contain one another, whose hash takes forever.
+    """
+    previous = ""
+    # The numbers of what the pickle may use again: names and tensors, which have no parts.
+    reusable = set()
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name == "GLOBAL" and not re.fullmatch(NAMES_IN_A_CHECKPOINT, str(argument)):
+            raise MoreThanTensors(f"{str(argument).replace(' ', '.')} is not part of a tensor")
+        if opcode.name in ("BINPUT", "LONG_BINPUT", "PUT"):
+            if previous in ("GLOBAL", "BINUNICODE", "REDUCE"):
+                reusable.add(argument)
+        elif opcode.name in ("BINGET", "LONG_BINGET", "GET"):
+            if argument not in reusable:
+                raise Damaged("its parts contain one another")
+        elif opcode.name in ("DUP", "MEMOIZE", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ"):
+            raise Damaged("its parts contain one another")
+        previous = opcode.name
+
+
+def _check_is_zip(path: StrPath) -> None:
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: is not a file; a .pth is needed")
+    with open(path, "rb") as f:
+        magic = f.read(4)
+    if magic == b"PK\x03\x04":
+        return
+    hint = ""
+    if str(path).endswith(".st"):
+        hint = " (a .st is for Ai00)"
+    raise ValueError(
+        f"{path}: not a PyTorch checkpoint{hint}; "
+        "nothing was executed, a .pth as torch.save writes it is needed"
+    )
+
+
+def _check_archive(path: StrPath, verify: bool) -> list[int]:
+    """Check sizes, the pickle and (verify) all checksums. Returns the sizes of the data records."""
+    with zipfile.ZipFile(path) as archive:
+        records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+        compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+        claimed = sum(record.file_size for record in records)
+        if compressed or claimed > os.path.getsize(path):
+            raise Damaged("it claims to hold more than it does")
+        pickles = [record for record in records if record.filename.endswith("data.pkl")]
+        if len(pickles) != 1:
+            raise Damaged(f"it holds {len(pickles)} files data.pkl instead of one")
+        check_pickle(archive.read(pickles[0]))
+        if verify:
+            wrong = archive.testzip()
+            if wrong is not None:
+                raise Damaged(f"the checksum of {wrong} is wrong")
+    return [record.file_size for record in records if "/data/" in record.filename]
+
+
+def _why_unreadable(error: Exception, size: int) -> str:
+    """Say why a file of `size` bytes could not be loaded, and what to do."""
+    if isinstance(error, MoreThanTensors):
+        advice = "nothing was executed, a .pth of tensors is needed"
+        return f"holds more than tensors: {error}; {advice}"
+    if "unable to mmap" in str(error):
+        return (
+            f"{size / 1e9:.1f} GB are more than the system will map into its memory, although "
+            "they need not be there at once; on Linux, sysctl vm.overcommit_memory=1 allows it"
         )
-    return zlib.crc32(json.dumps(checksums).encode())
+    if isinstance(error, Damaged):
+        return _damaged(str(error))
+    return _damaged("it cannot be read")
 
 
-def all_finite(tensor):
-    """Whether no number of a tensor is NaN or infinite; takes no memory, as isfinite() does."""
-    return all(extreme.isfinite() for extreme in tensor.aminmax())
+def _damaged(why: str) -> str:
+    return f"a cut or damaged PyTorch checkpoint ({why}); copy or download it again"
 
 
-def release(tensor):
-    """Forget what reading a tensor of `read_checkpoint` took of memory; it is read from the file again if need be, so it must not have
-    been written to. Any other tensor is left alone, and so is every one where the system is not Linux."""
+def _check_is_dict_of_tensors(loaded: object, path: StrPath) -> None:
+    if isinstance(loaded, dict) and loaded:
+        names_are_texts = all(isinstance(name, str) for name in loaded)
+        values_are_dense = all(
+            isinstance(value, Tensor) and value.layout == torch.strided for value in loaded.values()
+        )
+        if names_are_texts and values_are_dense:
+            return
+    raise ValueError(f"{path}: not a model checkpoint; a dict of names and tensors is needed")
+
+
+def _check_storages(tensors: dict[str, Tensor], record_sizes: list[int], path: StrPath) -> None:
+    """Check that the tensors' storages are exactly the archive's data records, in their order.
+
+    A few bytes can claim to be a tensor of any size, and a mapped tensor could reach into the next.
+    """
+    storages = [tensor.untyped_storage() for tensor in tensors.values()]
+    # Tensors may share a storage. Each counts once.
+    distinct = {(storage.data_ptr(), storage.nbytes()) for storage in storages}
+    sizes = [nbytes for _, nbytes in sorted(distinct)]
+    if sizes != record_sizes:
+        raise ValueError(f"{path}: {_damaged('its tensors are not what it holds')}")
+
+
+def _check_lies_in_its_storage(name: str, tensor: Tensor, path: StrPath) -> None:
+    fits = 0 < tensor.nbytes <= tensor.untyped_storage().nbytes()
+    # Views that change the sign when they are read are never what a file holds.
+    if not fits or tensor.is_neg() or tensor.is_conj():
+        raise ValueError(
+            f"{path}: {name} claims to be {tuple(tensor.shape)}, which the file does not hold"
+        )
+
+
+def _check_total_size(tensors: dict[str, Tensor], size: int, path: StrPath) -> None:
+    """Refuse tensors that share storages so that together they claim more than the file's size."""
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    if total > size:
+        raise ValueError(
+            f"{path}: {len(tensors)} tensors that share their content claim {total:,} bytes, "
+            f"of a file of {size:,}; save each with its own"
+        )
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor holds no NaN or infinity; takes no memory, as isfinite() would."""
+    smallest, largest = tensor.aminmax()
+    return bool(smallest.isfinite() and largest.isfinite())
+
+
+def drop_mapped_pages(tensor: Tensor) -> None:
+    """Give back the memory that reading a tensor of `read_tensors` took.
+
+    If the tensor is read again, it is read from the file, so it must not have been written to. Any
+    other tensor is left alone; so is every tensor where the system is not Linux.
+    """
     if getattr(tensor, "is_mapped", False) and sys.platform == "linux":
         start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(start),
-            ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start),
-            mmap.MADV_DONTNEED,
-        )
+        end = tensor.data_ptr() + tensor.nbytes
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
-def remove_leftovers(pattern):
-    """Remove the temporary files of `atomic_path` for paths that fit `pattern` (of glob), whose process was killed. Its number may be
-    that of this process now: in a container it often is."""
-    for path in glob.glob(f"{pattern}.*.tmp"):
-        pid = path.split(".")[-2]
-        if re.fullmatch("[0-9]{1,9}", pid) and (
-            int(pid) == os.getpid() or not psutil.pid_exists(int(pid))
-        ):
-            os.unlink(path)
-
-
-def sync_folder(folder):
-    """What was renamed or removed there stays so, even when the power fails. (Windows has no way to ask for that.)"""
-    if os.name == "posix":
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        except OSError as error:
-            if error.errno not in (
-                errno.EINVAL,
-                errno.ENOTSUP,
-                errno.EBADF,
-            ):  # some network file systems cannot
-                raise
-        finally:
-            os.close(fd)
+# ---- writing ---------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def atomic_path(path):
-    """A new, empty, temporary file in the folder of `path`; renamed to `path` when the block ends well, removed when it does not.
-    A symbolic link at `path` is replaced, not followed."""
+def atomic_path(path: StrPath) -> Iterator[str]:
+    """Give the path of a new, empty file that becomes `path` when the block ends without error.
+
+    What is guaranteed: whenever the process is killed or the power fails, `path` is either what it
+    was before or the complete new file, never a part of one. When the block has ended, the new file
+    is on the disk. If the block fails, the temporary file is removed. A symbolic link at `path` is
+    replaced, not followed. Raises ValueError where `path` cannot be written, before the block runs.
+    """
     path = os.fspath(path)
-    folder = os.path.join(
-        os.path.dirname(path) or ".", ""
-    )  # with a / at its end, as a file is no folder
-    taken = (
-        os.path.exists(path) and not os.path.isfile(path) and not os.path.islink(path)
-    )  # by a folder, or /dev/null
-    if taken or not os.access(folder, os.W_OK):
-        why = f"{folder} is read-only" if os.path.isdir(folder) else f"there is no folder {folder}"
-        why = "it is a folder" if os.path.isdir(path) else "it is no file" if taken else why
-        raise ValueError(f"{path}: cannot be written, as {why}; mend that, or write elsewhere")
+    # With a / at its end, so that a file does not pass for a folder.
+    folder = os.path.join(os.path.dirname(path) or ".", "")
+    _check_can_be_written(path, folder)
     remove_leftovers(glob.escape(path))
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        os.close(
-            os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        )  # EXCL: never through a link that lay there
+        # O_EXCL: create it, and never write through a link that somebody put there.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
+        # First the content must be on the disk, then the name, then the folder that holds the name.
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
         sync_folder(folder)
     except OSError as error:
-        error.filename = (
-            error.filename or path
-        )  # a full disk does not say which file it has no room for
+        # The error of a full disk does not say which file it is about.
+        error.filename = error.filename or path
         raise
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
 
 
-def save_stream(like, make, path):
-    """Write {name: make(name)}, whole or not at all, holding one tensor at a time. like: {name: tensor}, of their shapes and dtypes.
+def _check_can_be_written(path: str, folder: str) -> None:
+    # A link will be replaced, whatever it points at.
+    taken = os.path.exists(path) and not os.path.islink(path)
+    if taken and os.path.isdir(path):
+        why = "it is a folder"
+    elif taken and not os.path.isfile(path):  # such as /dev/null
+        why = "it is not a file"
+    elif not os.path.isdir(folder):
+        why = f"there is no folder {folder}"
+    elif not os.access(folder, os.W_OK):
+        why = f"{folder} is read-only"
+    else:
+        return
+    raise ValueError(f"{path}: cannot be written, as {why}; fix that, or write elsewhere")
 
-    torch.save lays the archive out and leaves the tensors' bytes away (skip_data); they and their checksums are then filled in."""
+
+def remove_leftovers(pattern: str) -> None:
+    """Remove the temporary files of `atomic_path` whose process was killed.
+
+    pattern: of glob, for the paths that were to be written. A leftover may bear the number of this
+    process: in a container, a program often has the same number each time.
+    """
+    for path in glob.glob(f"{pattern}.*.tmp"):
+        number = path.split(".")[-2]
+        if not re.fullmatch("[0-9]{1,9}", number):
+            continue
+        pid = int(number)
+        if pid == os.getpid() or not psutil.pid_exists(pid):
+            os.unlink(path)
+
+
+def sync_folder(folder: StrPath) -> None:
+    """Put on the disk what was renamed or removed in a folder, so that a power failure keeps it.
+
+    Windows has no way to ask for that, and some network file systems have none.
+    """
+    if os.name != "posix":
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(fd)
+
+
+def save_stream(like: Mapping[str, Tensor], make: Callable[[str], Tensor], path: StrPath) -> None:
+    """Write the .pth {name: make(name)}, whole or not at all, holding one tensor at a time.
+
+    like: {name: tensor} of the shapes and dtypes that `make` returns; its values are not read.
+    `make` is called once for each name, in that order. What is guaranteed of `path`: see
+    `atomic_path`. If `make` raises, nothing is written.
+    """
     names = list(like)
     with atomic_path(path) as temporary:
-        with (
-            torch.serialization.skip_data(),
-            open(temporary, "r+b") as f,
-        ):  # a file, whose errors have names
-            torch.save(
-                {name: torch.empty(t.shape, dtype=t.dtype) for name, t in like.items()}, f
-            )  # memory that is never touched
+        _lay_out(like, temporary)
         with zipfile.ZipFile(temporary) as archive, open(temporary, "r+b") as f:
-            entry = archive.start_dir  # of the directory at the archive's end
+            # Where this record's entry in the directory at the archive's end begins.
+            entry = archive.start_dir
             for record in archive.infolist():
-                if re.fullmatch(
-                    r"[^/]+/data/\d+", record.filename
-                ):  # named by number, in the order of the dict
-                    tensor = make(names[int(record.filename.rpartition("/")[2])])
-                    content = tensor.contiguous().flatten().view(torch.uint8).numpy()
-                    checksum = struct.pack("<I", zlib.crc32(content))
-                    f.seek(record.header_offset + 26)
-                    f.seek(
-                        sum(struct.unpack("<HH", f.read(4))), os.SEEK_CUR
-                    )  # past the name and the padding
-                    f.write(content)
-                    f.seek(4, os.SEEK_CUR)  # past the signature of what follows the data
-                    f.write(checksum)
-                    f.seek(entry + 16)
-                    f.write(checksum)
-                    release(tensor)
-                entry += (
-                    46 + len(record.filename.encode()) + len(record.extra) + len(record.comment)
-                )
+                # torch.save numbers the tensors in the order of the dict: archive/data/0, ...
+                if re.fullmatch(r"[^/]+/data/\d+", record.filename):
+                    number = int(record.filename.rpartition("/")[2])
+                    tensor = make(names[number])
+                    _fill_in(f, tensor, record, entry=entry)
+                    drop_mapped_pages(tensor)
+                entry += 46 + len(record.filename.encode()) + len(record.extra)
+                entry += len(record.comment)
 
 
-def save_safetensors(like, make, path):
-    """Write {name: make(name)}, as save_stream does, in the safetensors format. like: {name: tensor}, of their shapes; all float16.
+def _lay_out(like: Mapping[str, Tensor], path: str) -> None:
+    """Let torch.save write the archive, without the tensors' bytes and their checksums."""
+    # Memory that is never touched, so that the system never provides it.
+    empty = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in like.items()}
+    # Into a file object: its errors say what is wrong, those of PyTorch's own writer do not.
+    with torch.serialization.skip_data(), open(path, "r+b") as f:
+        torch.save(empty, f)
 
-    The format: the header's length, the header in JSON, which says where each tensor lies, and the tensors. Written out here since the
-    safetensors package wants all of them in memory at once."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _fill_in(f: BinaryIO, tensor: Tensor, record: zipfile.ZipInfo, *, entry: int) -> None:
+    """Write a tensor's bytes into its record, and their checksum to where a zip file has it."""
+    content = _bytes_of(tensor)
+    checksum = struct.pack("<I", zlib.crc32(content))
+    # The record: a header, which ends with the lengths of name and padding, then these, then data.
+    f.seek(record.header_offset + 26)
+    name_length, padding_length = struct.unpack("<HH", f.read(4))
+    f.seek(name_length + padding_length, os.SEEK_CUR)
+    f.write(content)
+    # After the data: a signature of 4 bytes, then the checksum.
+    f.seek(4, os.SEEK_CUR)
+    f.write(checksum)
+    # The record's entry in the directory has the checksum, too.
+    f.seek(entry + 16)
+    f.write(checksum)
+
+
+def save_safetensors(
+    like: Mapping[str, Tensor], make: Callable[[str], Tensor], path: StrPath
+) -> None:
+    """Write {name: make(name)}, as `save_stream` does, in the safetensors format.
+
+    like: {name: tensor} of the shapes that `make` returns; all tensors are float16.
+
+    The format: the header's length, the header in JSON, which says where each tensor lies, and the
+    tensors. The safetensors package would want all tensors in memory at once.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
     for name, tensor in like.items():
-        header[name] = {
-            "dtype": "F16",
-            "shape": [*tensor.shape],
-            "data_offsets": [end, end := end + 2 * tensor.numel()],
-        }
+        end = start + 2 * tensor.numel()
+        header[name] = {"dtype": "F16", "shape": [*tensor.shape], "data_offsets": [start, end]}
+        start = end
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    # Spaces at the end, so that the tensors begin at a multiple of 8 bytes.
+    text += b" " * (-len(text) % 8)
     with atomic_path(path) as temporary, open(temporary, "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for name in like:
-            f.write(make(name).contiguous().numpy())
+            f.write(_bytes_of(make(name)))
 
 
-def trained_quant(path, quant):
-    """The quantization that the Bone checkpoint `path` was trained with, by the args.json beside it: `none`, `int8` or `nf4`. `quant`, from
-    the command line or None, must not contradict that, and stands in for it where there is no such file, or no checkpoint (path "")."""
-    remembered = os.path.join(os.path.dirname(path), "args.json")
+def trained_quant(path: str, quant: str | None) -> str:
+    """Find the quantization that a Bone checkpoint was trained with: `none`, `int8` or `nf4`.
+
+    The args.json beside the checkpoint says it. quant, from the command line, must not contradict
+    that. It counts where there is no args.json, or no checkpoint (path ""); None: it was not given.
+    """
+    args_json = os.path.join(os.path.dirname(path), "args.json")
     trained = quant or "none"
-    if path and os.path.exists(remembered):
-        try:
-            if not os.path.isfile(remembered):
-                raise ValueError("it is no file")
-            with open(remembered, encoding="utf-8") as f:
-                trained = json.load(f).get("quant", trained)
-            if trained not in ("none", "int8", "nf4"):
-                raise ValueError(f"quant {trained!r} is unknown")
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise ValueError(
-                f"{remembered}: not the arguments of a training run ({error}); move it away, and give --quant"
-            ) from error
+    if path and os.path.exists(args_json):
+        trained = _quant_in(args_json, default=trained)
     if quant not in (None, trained):
         raise ValueError(
-            f"{path}: trained with --quant {trained} ({remembered}), but --quant is {quant}; use {trained}"
+            f"{path}: trained with --quant {trained} ({args_json}), but --quant is {quant}; "
+            f"use {trained}"
         )
     return trained
+
+
+def _quant_in(args_json: str, default: str) -> str:
+    try:
+        if not os.path.isfile(args_json):
+            raise ValueError("it is not a file")
+        with open(args_json, encoding="utf-8") as f:
+            arguments = json.load(f)
+        if not isinstance(arguments, dict):
+            raise ValueError("it is not a JSON object")
+        quant = arguments.get("quant", default)
+        if quant not in ("none", "int8", "nf4"):
+            raise ValueError(f"quant {quant!r} is unknown")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{args_json}: not the arguments of a training run ({error}); "
+            "move it away, and give --quant"
+        ) from error
+    return quant

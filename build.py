@@ -152,7 +152,7 @@ def emulates_bf16(device):
 
 def open_documents(args, vocab_size=None):
     """Training and held-out data, None where there is none. What characters mean is said by a vocab.json beside the base or in proj_dir."""
-    kind, vocabulary = args.data_type or corpus.kind_of(args.data_file), None
+    kind, vocabulary = args.data_type or corpus.guess_data_type(args.data_file), None
     if kind in tokenizer.CHARACTERS:
         found, here = (
             os.path.join(folder, "vocab.json")
@@ -171,7 +171,9 @@ def open_documents(args, vocab_size=None):
         if len({*vocabularies}) > 1:
             raise ValueError(f"{here}: has other characters than {found}; give another --proj_dir")
         vocabulary = next(iter(vocabularies), None)
-    documents = corpus.open_data(args.data_file, vocab_size, kind, args.ctx_len, vocabulary)
+    documents = corpus.open_data(
+        args.data_file, vocab_size, kind, ctx_len=args.ctx_len, vocabulary=vocabulary
+    )
     if documents.vocabulary and vocab_size not in (None, documents.vocab_size()):
         raise ValueError(
             f"{args.data_file or kind}: has {documents.vocab_size()} characters, but the model's vocabulary is {vocab_size}; "
@@ -182,9 +184,9 @@ def open_documents(args, vocab_size=None):
             )
         )
     if kind in tokenizer.CHARACTERS and (kind == "dummy" or not args.data_type):
-        kind = "utf-16le" if corpus.kind_of(args.val_file) == "utf-16le" else "utf-8"
+        kind = "utf-16le" if corpus.guess_data_type(args.val_file) == "utf-16le" else "utf-8"
     return documents, corpus.open_data(
-        args.val_file, vocab_size, kind, args.ctx_len, documents.vocabulary
+        args.val_file, vocab_size, kind, ctx_len=args.ctx_len, vocabulary=documents.vocabulary
     ) if args.val_file else None
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from archive import all_finite, read_checkpoint, release
+from archive import all_finite, drop_mapped_pages, read_checkpoint
 from bone import add_bone, bone_shape
 from quant import CHUNK_NUMEL, Quantized, quantize
 from rwkv6 import RWKV, Config, storage_dtype
@@ -173,7 +173,7 @@ def stream_weights(
             yield name, quantize_named(tensor.to(device), quant, kept_dtype, where=where)
         else:
             yield name, tensor.view(parameter.shape).to(device, kept_dtype, copy=True)
-        release(tensor)
+        drop_mapped_pages(tensor)
 
 
 def check_names(

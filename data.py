@@ -1,199 +1,249 @@
-"""From text to batches: jsonl -> tokens -> binidx files -> (idx, targets, mask); or characters, or tokens, of one long text."""
+r"""From documents to batches: the rows of a micro batch, and which of their tokens count.
+
+A batch is a function of (seed, i), where i = 0, 1, 2, ... counts micro batches from the start of
+training. Imagine an endless stream of documents, one epoch after the other:
+
+    permutation of epoch 0 | permutation of epoch 1 | ...      each shuffled by (seed, epoch)
+
+Micro batch i has places i * micro_bsz to (i + 1) * micro_bsz - 1 of that stream. So a run sees the
+same batches wherever it is interrupted and resumed, and on any number of devices.
+
+Two rows, a document of 4 tokens and one of 3, each ended by token 0, make this batch:
+
+    documents   7 8 9 0        idx   7 8 9      targets   8 9    0      mask   1 1 1
+                5 6 0                5 6 0                6 0 -100             1 1 0
+
+The model reads idx and predicts targets, the next tokens; mask says which targets count.
+"""
 
 import functools
 import math
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
 
 from cli import Parser, run_cli
-from corpus import _prefix, jsonl_to_binidx
+from corpus import Documents, jsonl_to_binidx, without_ending
 from tokenizer import token_bytes
 
-MARKERS = {
-    "qa": ("Assistant:", "User:")
-}  # loss masks that count what follows the first text, up to the second
+Batch = tuple[Tensor, Tensor, Tensor]
+Markers = tuple[str, str]  # an answer is what follows the first, up to the second
+LossMask = str | Markers  # see `collate`
+MARKERS: dict[str, Markers | None] = {"pad": None, "none": None, "qa": ("Assistant:", "User:")}
 
 
-def qa_mask(tokens, begin="Assistant:", end="User:"):
-    """1 where a token counts as a target: in an answer, after `begin`, before the next `end`. (n) ints -> (n) float32.
-    Token 0 after an answer counts, and ends it. Markers are looked for in the bytes, as a token may hold a piece of one and more."""
-    pieces = [
-        b"\xff" if token == 0 else token_bytes().get(token, b"?")
-        for token in np.asarray(tokens).tolist()
-    ]  # no text holds \xff
-    text, begins = b"".join(pieces), np.cumsum([0, *map(len, pieces)])[:-1]
-    counts = np.zeros(len(text), bool)
-    begin, end = (re.escape(marker.encode()) for marker in (begin, end))
-    for answer in re.finditer(
-        b"%b(.*?)((?<=\xff)|(?=%b|%b|\\Z))" % (begin, begin, end), text, re.DOTALL
-    ):
-        counts[answer.start(1) : answer.end(1)] = True
-    return np.logical_and.reduceat(counts, begins).astype(
-        np.float32
-    )  # a token that touches a marker belongs to it
+@dataclass(frozen=True)
+class BatchConfig:
+    """What says which rows a micro batch has, and which of their tokens count."""
 
+    micro_bsz: int  # B, the number of rows
+    ctx_len: int  # how many tokens of a row the model reads at most
+    dataload: str = "pad"  # see `rows_of`
+    loss_mask: LossMask = "pad"  # see `collate`
+    seed: int = 0
+    shuffle: bool = True  # if not, each epoch has the documents in the order of the file
+    cut: bool = True  # if not, documents longer than ctx_len keep their length
 
-def check_mask(data, ctx_len, loss_mask, cut=True):
-    """How many of the first 1000 documents have no token that counts; ValueError where that is all of them."""
-    markers = MARKERS.get(loss_mask, loss_mask)
-    if markers in ("pad", "none"):
-        return 0
-    if data.vocabulary:
-        raise ValueError(
-            f"{data.prefix}: its tokens are characters, in which --loss_mask finds no marker; use pad or none"
-        )
-    n = min(1000, len(data))
-    silent = sum(not collate([data[i]], ctx_len, markers, cut)[2].any() for i in range(n))
-    if silent == n:
-        begin, end = markers
-        raise ValueError(
-            f"{data.prefix}: no answer in {n} documents: no {begin}{f' in the first {ctx_len} tokens' * cut}; use --loss_mask pad, or {end} ... {begin} ..."
-        )
-    return silent
-
-
-def collate(documents, ctx_len, loss_mask="pad", cut=True):
-    """B documents, arrays of token ids -> idx, targets (B, T) int64, -100 where padding begins, and mask (B, T) float32; T <= ctx_len where
-    longer documents are cut. loss_mask: "pad", the documents count; "none", the 0s after them too, up to ctx_len; "qa", only the answers;
-    or what stands for "Assistant:" and "User:" there, a pair."""
-    # Padding cannot reach the tokens before it, as the model is causal, and with a mask it has no cross-entropy of its own: whole
-    # columns of it would be computed for nothing. Without a mask it counts, and stays.
-    markers = MARKERS.get(loss_mask, loss_mask)
-    longest = max(2, *map(len, documents))  # 2: a lone token is an idx too
-    limit = ctx_len + 1 if cut else max(ctx_len + 1, longest)
-    width = limit if markers == "none" else min(limit, longest)
-    rows = torch.full((len(documents), width), 0 if markers == "none" else -100)
-    mask = torch.full(rows.shape, float(markers == "none"))
-    for row, counts, document in zip(rows, mask, documents):
-        n = min(width, len(document))
-        row[:n] = torch.from_numpy(document[:n])
-        if markers in ("pad", "none"):
-            counts[:n] = 1
-        else:  # some tokens more are looked at: a marker that the cut goes through is still one
-            counts[:n] = torch.from_numpy(
-                qa_mask(document[: n + len(markers[0].encode())], *markers)[:n]
+    def __post_init__(self) -> None:
+        if self.dataload not in ("pad", "only", "get"):
+            raise ValueError(f"--dataload {self.dataload} is unknown; use pad, only or get")
+        if isinstance(self.loss_mask, str) and self.loss_mask not in MARKERS:
+            raise ValueError(f"--loss_mask {self.loss_mask} is unknown; use pad, none, qa or se")
+        if self.dataload == "only" and self.micro_bsz != 1:
+            raise ValueError(
+                "--dataload only takes one document at a time, but --micro_bsz is "
+                f"{self.micro_bsz}; use --dataload only --micro_bsz 1"
             )
-    return rows[:, :-1].clamp(min=0), rows[:, 1:].contiguous(), mask[:, 1:].contiguous()
 
 
-def silent(B=1, device="cpu"):
-    """A batch of B rows of one token, of which none counts."""
-    return (
-        torch.zeros(B, 1, dtype=torch.int64, device=device),
-        torch.full((B, 1), -100, device=device),
-        torch.zeros(B, 1, device=device),
-    )
+def rows_of(documents: Documents, i: int, config: BatchConfig) -> list[int]:
+    """Choose the micro_bsz rows of micro batch i, by nothing but the arguments.
 
-
-def to_device(batches, device):
-    """Copy batches (idx, targets, mask) of any shapes to `device`, as one piece.
-
-    For a GPU the piece is pinned memory, from which it copies while the host goes on: nobody waits.
-    The masks arrive as int64, like the tokens.
+    "pad", "only": the numbers of documents, of the stream that the head of this file describes.
+    "get": random places, among all tokens, where windows of ctx_len + 1 tokens begin.
     """
-    if device.type == "cpu":
-        return batches
-    numbers = torch.cat([x.flatten().long() for batch in batches for x in batch])
-    # (Apple's copy does not keep the pinned memory alive.)
-    numbers = numbers.pin_memory().to(device, non_blocking=device.type != "mps")
-    pieces = iter(numbers.split([x.numel() for batch in batches for x in batch]))
-    return [tuple(next(pieces).view(x.shape) for x in batch) for batch in batches]
+    if config.dataload == "get":
+        n = len(documents.tokens)
+        if n <= config.ctx_len:
+            raise ValueError(
+                f"{documents.prefix}: {n} tokens, too few for --dataload get; "
+                f"use --ctx_len {n - 1} or less"
+            )
+        # The 1 sets this generator apart from those of the permutations.
+        generator = np.random.default_rng([config.seed, i, 1])
+        return generator.integers(n - config.ctx_len, size=config.micro_bsz).tolist()
+    rows = []
+    for place in range(i * config.micro_bsz, (i + 1) * config.micro_bsz):
+        epoch, row = divmod(place, len(documents))
+        if config.shuffle:
+            row = int(_permutation(config.seed, epoch, len(documents))[row])
+        rows.append(row)
+    return rows
 
 
-@functools.lru_cache(maxsize=2)  # a batch lies in one epoch or on the border of two
-def _permutation(seed, epoch, n):
+@functools.lru_cache(maxsize=2)  # a micro batch lies in one epoch, or on the border of two
+def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def rows_of(data, step, micro_bsz, ctx_len, dataload="pad", seed=0, shuffle=True):
-    """What micro batch number `step` consists of, a function of nothing but the arguments: micro_bsz ints.
-    "pad", "only": documents, the next ones of an endless stream in which each epoch is a permutation of all (without shuffle, their order).
-    "get": random places in the whole token stream, where windows of ctx_len + 1 tokens begin."""
-    if dataload == "get":
-        n = len(data.tokens) - ctx_len  # places; the last token of a window is a target only
-        if n < 1:
-            raise ValueError(
-                f"{data.prefix}: {len(data.tokens)} tokens, too few for --dataload get; use --ctx_len {len(data.tokens) - 1} or less"
-            )
-        return (
-            np.random.default_rng([seed, step, 1]).integers(n, size=micro_bsz).tolist()
-        )  # the 1: apart from the permutations
-    places = [divmod(step * micro_bsz + b, len(data)) for b in range(micro_bsz)]
-    return [int(_permutation(seed, epoch, len(data))[i]) if shuffle else i for epoch, i in places]
+def batch(documents: Documents, i: int, config: BatchConfig) -> Batch:
+    """Make micro batch i, of the rows that `rows_of` chooses; see `collate`."""
+    rows = rows_of(documents, i, config)
+    if config.dataload == "get":
+        chosen = [documents.window(start, config.ctx_len + 1) for start in rows]
+    else:
+        chosen = [documents[row] for row in rows]
+    loss_mask = config.loss_mask
+    if config.dataload == "only" and loss_mask == "none":
+        loss_mask = "pad"  # a single document has no padding that could count
+    return collate(chosen, config.ctx_len, loss_mask, cut=config.cut)
 
 
-def suspects(documents, losses, first, rows):
-    """In words, the rows of a step's micro batches, from number `first` on, whose loss is not finite; of all of them where each loss is."""
-    bad = [n for n, loss in enumerate(losses) if not math.isfinite(loss)] or range(len(losses))
-    numbers = " ".join(str(row) for n in bad for row in rows_of(documents, first + n, **rows))
-    return f"{'rows that begin at tokens' if rows['dataload'] == 'get' else 'documents'} {numbers}, counted from 0"
+def collate(
+    documents: Sequence[np.ndarray], ctx_len: int, loss_mask: LossMask = "pad", *, cut: bool = True
+) -> Batch:
+    """Make a batch of B documents, which are arrays of token ids.
+
+    Returns idx, targets (B, T) int64, the latter -100 in the padding, and mask (B, T) float32. T is
+    at most ctx_len, if longer documents are `cut`. loss_mask says what counts:
+
+    "pad"   the tokens of the documents
+    "none"  all: rows are padded with token 0 up to ctx_len, and the padding counts, too
+    "qa"    the answers: what follows "Assistant:", up to "User:"
+    a pair  the same with two other markers
+    """
+    # A row has at least 2 tokens, so that the model reads a single token, though nothing follows.
+    longest = max(2, *map(len, documents))
+    limit = ctx_len + 1 if cut else max(ctx_len + 1, longest)
+    if loss_mask == "none":
+        rows = torch.zeros(len(documents), limit, dtype=torch.int64)
+        mask = torch.ones(rows.shape)
+    else:
+        # Padding is left out where all rows have it: no token before it can see it.
+        rows = torch.full((len(documents), min(limit, longest)), -100)
+        mask = torch.zeros(rows.shape)
+    markers = markers_of(loss_mask)
+    for row, counts, document in zip(rows, mask, documents, strict=True):
+        n = min(len(row), len(document))
+        row[:n] = torch.from_numpy(document[:n])
+        if markers is None:
+            counts[:n] = 1
+        else:
+            # Look at some tokens more, to find a marker that begins before token n and ends after.
+            margin = len(markers[0].encode())
+            counts[:n] = torch.from_numpy(qa_mask(document[: n + margin], *markers)[:n])
+    return rows[:, :-1].clamp(min=0), rows[:, 1:].contiguous(), mask[:, 1:].contiguous()
 
 
-def batch(
-    data, step, micro_bsz, ctx_len, dataload="pad", loss_mask="pad", seed=0, shuffle=True, cut=True
-):
-    """Micro batch number `step`, the rows that `rows_of` names: idx, targets (B, T) int64 and mask (B, T) float32. B = micro_bsz, 1 for
-    "only"; T is ctx_len for "get"."""
-    if dataload not in ("pad", "only", "get") or (
-        isinstance(loss_mask, str) and loss_mask not in ("pad", "none", *MARKERS)
-    ):
+def empty_batch(B: int = 1, device: torch.device | str = "cpu") -> Batch:
+    """Make a batch of B rows of one token, none of which counts."""
+    idx = torch.zeros(B, 1, dtype=torch.int64, device=device)
+    return idx, torch.full_like(idx, -100), torch.zeros(B, 1, device=device)
+
+
+def to_device(batches: Sequence[Batch], device: torch.device) -> Sequence[Batch]:
+    """Copy batches of any shapes to a device, all in one piece; masks become int64, too."""
+    if device.type == "cpu":
+        return batches
+    tensors = [tensor for triple in batches for tensor in triple]
+    numbers = torch.cat([tensor.flatten().long() for tensor in tensors])
+    # From pinned memory a GPU copies while the host goes on. (Apple's does not keep it alive.)
+    numbers = numbers.pin_memory().to(device, non_blocking=device.type != "mps")
+    pieces = numbers.split([tensor.numel() for tensor in tensors])
+    copies = [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+    return list(zip(copies[0::3], copies[1::3], copies[2::3], strict=True))
+
+
+def markers_of(loss_mask: LossMask) -> Markers | None:
+    """Look up the two markers of a mask of answers; None for "pad" and "none"."""
+    return MARKERS[loss_mask] if isinstance(loss_mask, str) else loss_mask
+
+
+def qa_mask(tokens: ArrayLike, begin: str = "Assistant:", end: str = "User:") -> np.ndarray:
+    """Mark the tokens of answers, after `begin` and before `end`: (n) ints -> (n) float32.
+
+    Markers are looked for in bytes, as a token may hold part of a marker and more; it then does not
+    count. Token 0, the end of a document, ends an answer and counts, so that models learn to stop.
+    """
+    # The byte \xff stands for token 0. No text holds it.
+    table = token_bytes()
+    pieces = [b"\xff" if t == 0 else table.get(t, b"?") for t in np.asarray(tokens).tolist()]
+    text = b"".join(pieces)
+    starts = np.cumsum([0, *map(len, pieces)])[:-1]
+
+    # An answer reaches through the next token 0, or to the next marker, or to the end of the text.
+    first, second = re.escape(begin.encode()), re.escape(end.encode())
+    pattern = b"%b(.*?)((?<=\xff)|(?=%b|%b|\\Z))" % (first, first, second)
+    in_answer = np.zeros(len(text), bool)
+    for answer in re.finditer(pattern, text, re.DOTALL):
+        in_answer[answer.start(1) : answer.end(1)] = True
+    # A token counts if all of its bytes do.
+    return np.logical_and.reduceat(in_answer, starts).astype(np.float32)
+
+
+def check_mask(documents: Documents, ctx_len: int, loss_mask: LossMask, *, cut: bool = True) -> int:
+    """Count those of the first 1000 documents that have no answer; ValueError if none has one."""
+    markers = markers_of(loss_mask)
+    if markers is None:
+        return 0
+    if documents.vocabulary:
         raise ValueError(
-            f"--dataload {dataload} --loss_mask {loss_mask}: there are pad, only, get and pad, none, qa, se"
+            f"{documents.prefix}: its tokens are characters, in which --loss_mask finds no marker; "
+            "use pad or none"
         )
-    if dataload == "only" and micro_bsz != 1:
+    n = min(1000, len(documents))
+    masks = (collate([documents[i]], ctx_len, loss_mask, cut=cut)[2] for i in range(n))
+    without_answer = sum(not mask.any() for mask in masks)
+    if without_answer == n:
+        begin, end = markers
+        where = f" in the first {ctx_len} tokens" if cut else ""
         raise ValueError(
-            f"--dataload only takes one document at a time, but --micro_bsz is {micro_bsz}; use --dataload only --micro_bsz 1"
+            f"{documents.prefix}: no answer in {n} documents: no {begin}{where}; "
+            f"use --loss_mask pad, or {end} ... {begin} ..."
         )
-    loss_mask = (
-        "pad" if (dataload, loss_mask) == ("only", "none") else loss_mask
-    )  # the same, where nothing is padded
-    rows = rows_of(data, step, micro_bsz, ctx_len, dataload, seed, shuffle)
-    documents = [
-        data.tokens[start : start + ctx_len + 1].astype(np.int64)
-        if dataload == "get"
-        else data[start]
-        for start in rows
-    ]
-    return collate(documents, ctx_len, loss_mask, cut)
+    return without_answer
 
 
-def main(argv=None):
-    parser = Parser(
-        prog="data.py", description="Tokenize a .jsonl into binidx files (RWKV World, uint16)."
-    )
-    parser.add_argument(
-        "jsonl",
-        help='{"text": "..."} on each line, UTF-8; train.py takes such a file as it is, too',
-    )
-    parser.add_argument(
-        "prefix",
-        nargs="?",
-        help="of the .bin and .idx to write (default: the .jsonl's name without .jsonl)",
-    )
-    parser.add_argument(
-        "--ctx_len",
-        type=int,
-        metavar="INT",
-        help="also count the documents that training with this --ctx_len would cut",
-    )
+def describe_bad_rows(
+    documents: Documents, losses: Sequence[float], first: int, *, config: BatchConfig
+) -> str:
+    """Name the rows of micro batches `first`, ... whose loss is not finite; all, if each is."""
+    bad = [n for n, loss in enumerate(losses) if not math.isfinite(loss)]
+    rows = []
+    for n in bad or range(len(losses)):
+        rows += rows_of(documents, first + n, config)
+    what = "rows that begin at tokens" if config.dataload == "get" else "documents"
+    return f"{what} {' '.join(map(str, rows))}, counted from 0"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="data.py", description="Tokenize a .jsonl: RWKV World, binidx of uint16.")
+    parser.add_argument("jsonl", help='{"text": "..."} on each line, UTF-8; train.py takes it, too')
+    parser.add_argument("prefix", nargs="?", help="of .bin and .idx (default: that of the .jsonl)")
+    help_of_ctx_len = "also count the documents that training with this --ctx_len would cut"
+    parser.add_argument("--ctx_len", type=int, metavar="INT", help=help_of_ctx_len)
     args = parser.parse_args(argv)
     if args.ctx_len is not None and args.ctx_len < 1:
         raise ValueError(f"--ctx_len {args.ctx_len} must be at least 1")
-    prefix = _prefix(args.prefix or os.path.splitext(args.jsonl)[0])
-    for path in filter(os.path.exists, (prefix + ".bin", prefix + ".idx")):
-        raise ValueError(f"{path}: already there; delete it, or give another prefix")
+    prefix = without_ending(args.prefix or os.path.splitext(args.jsonl)[0])
+    paths = [prefix + ".bin", prefix + ".idx"]
+    for path in paths:
+        if os.path.exists(path):
+            raise ValueError(f"{path}: already there; delete it, or give another prefix")
     summary = jsonl_to_binidx(args.jsonl, prefix, args.ctx_len)
-    summary |= {
-        f"bytes in {prefix}{end}": os.path.getsize(prefix + end) for end in (".bin", ".idx")
-    }
+    too_long = summary.pop("too_long")
+    if too_long is not None:
+        summary[f"too long, cut at --ctx_len {args.ctx_len}"] = too_long
+    for path in paths:
+        summary[f"bytes in {path}"] = os.path.getsize(path)
     for name, count in summary.items():
-        if count is not None:
-            print(
-                f"{count:>15,}  {name.replace('too_long', f'too long, cut at --ctx_len {args.ctx_len}')}"
-            )
+        print(f"{count:>15,}  {name}")
 
 
 if __name__ == "__main__":

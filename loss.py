@@ -146,7 +146,7 @@ def split(batch, chunk_ctx):
     missing = int(devices.most([len(chunks)])[0]) - len(chunks)
     if missing == 0:
         return chunks
-    return chunks + [data.silent(len(batch[0]), batch[0].device)] * missing
+    return chunks + [data.empty_batch(len(batch[0]), batch[0].device)] * missing
 
 
 def tensors(state):
@@ -248,7 +248,7 @@ def val_loss(
     for start in range(0, len(documents), micro_bsz * devices.size()):
         start += micro_bsz * devices.rank()
         rows = [documents[i] for i in range(start, min(start + micro_bsz, len(documents)))]
-        batch = data.collate(rows, ctx_len, loss_mask, cut) if rows else data.silent()
+        batch = data.collate(rows, ctx_len, loss_mask, cut=cut) if rows else data.empty_batch()
         tokens += batch[2].sum().item()
         [batch] = data.to_device([batch], device)
         chunks = split(batch, chunk_ctx)

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from archive import (
     all_finite,
+    drop_mapped_pages,
     read_checkpoint,
-    release,
     save_safetensors,
     save_stream,
     trained_quant,
@@ -51,7 +51,7 @@ def merge(base_path: str, bone_path: str, out_path: str, *, quant: str | None = 
         bar.update()
         weight = base.pop(name)
         result = merge_tensor(name, weight, trained, quant=quant)
-        release(weight)
+        drop_mapped_pages(weight)
         if not all_finite(result):
             raise ValueError(
                 f"{name} would hold NaN or infinite values in {result.dtype}: "
@@ -132,7 +132,7 @@ def save_for_ai00(base: dict[str, Tensor], merged: Callable[[str], Tensor], out_
                 f"{name} reaches {weight.abs().max().item():g}, but float16, which {out_path} "
                 "would hold, ends at 65504; write a .pth"
             )
-        release(weight)
+        drop_mapped_pages(weight)
         return half
 
     save_safetensors(layout, merged_float16, out_path)

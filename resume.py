@@ -32,8 +32,8 @@ import options
 from archive import (
     ABOUT,
     all_finite,
+    drop_mapped_pages,
     read_tensors,
-    release,
     remove_leftovers,
     save_stream,
     trained_quant,
@@ -392,7 +392,7 @@ class State:
                 raise ValueError(
                     f"{self.path}: {name} is {tuple(tensor.shape)}, {tensor.dtype}; {expected[name]} of finite numbers from {least} on are needed"
                 )
-            release(tensor)
+            drop_mapped_pages(tensor)
         try:
             scaler.load_state_dict(self.about["scaler"])
             torch.set_rng_state(tensors["rng"].clone())

@@ -1,4 +1,4 @@
-"""data.py: binidx files as the reference tool writes them, and one clear line for every damaged or missing one."""
+"""corpus.py: binidx files as the reference tool writes them, damaged ones, missing ones."""
 
 import json
 import os
@@ -9,38 +9,31 @@ import numpy as np
 import pytest
 
 from corpus import Binidx, jsonl_to_binidx, open_data, write_binidx
-from test_data import in_tmp_path, make, write_jsonl  # noqa: F401, in_tmp_path is an autouse fixture
+from test_data import in_tmp_path, make, write_jsonl  # noqa: F401  (a fixture, used by all)
 from tokenizer import decode_bytes, encode
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
 
-# ---- binidx ------------------------------------------------------------------------------------------------------------------
+# ---- binidx ----------------------------------------------------------------------------------
 
 
 def test_files_are_byte_for_byte_those_of_the_reference_tool():
     jsonl_to_binidx(FIXTURES / "sample.jsonl", "sample", dtype=np.int32)
     for end in (".bin", ".idx"):
-        assert (
-            pathlib.Path("sample" + end).read_bytes()
-            == (FIXTURES / ("sample_text_document" + end)).read_bytes()
-        )
+        reference = FIXTURES / ("sample_text_document" + end)
+        assert pathlib.Path("sample" + end).read_bytes() == reference.read_bytes()
 
 
 def test_the_files_of_the_reference_tool_are_read():
     documents = Binidx(FIXTURES / "sample_text_document")
-    texts = [
-        json.loads(line)["text"]
-        for line in (FIXTURES / "sample.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    assert [decode_bytes(document).decode() for document in documents] == [
-        text for text in texts if text
-    ]
-    assert (
-        all(document[-1] == 0 for document in documents)
-        and len(documents) == 5
-        and len(documents.tokens) == 83
-    )
+    lines = (FIXTURES / "sample.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    read = [decode_bytes(document).decode() for document in documents]
+    assert read == [text for text in texts if text]
+    assert all(document[-1] == 0 for document in documents)
+    assert len(documents) == 5
+    assert len(documents.tokens) == 83
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.int64])
@@ -50,12 +43,11 @@ def test_what_is_written_is_read_again(dtype, name):
     assert write_binidx(name, iter(written), dtype) == (4, 6)
     documents = Binidx(name)
     assert [document.tolist() for document in documents] == [[1, 2, 127], [], [0], [5, 0]]
-    assert (
-        documents.tokens.dtype == dtype
-        and documents.sizes.tolist() == [3, 0, 1, 2]
-        and documents.sizes.dtype == np.int32
-    )
-    assert documents[0].dtype == np.int64 and documents[-1].tolist() == [5, 0]
+    assert documents.tokens.dtype == dtype
+    assert documents.sizes.tolist() == [3, 0, 1, 2]
+    assert documents.sizes.dtype == np.int32
+    assert documents[0].dtype == np.int64
+    assert documents[-1].tolist() == [5, 0]
     documents[0][:] = 9  # a copy: the file is not touched
     assert documents[0].tolist() == [1, 2, 127]
     assert sorted(os.listdir()) == ["x.bin", "x.idx"]
@@ -83,18 +75,17 @@ def test_nothing_is_left_when_writing_fails():
 
     with pytest.raises(KeyboardInterrupt):
         write_binidx("x", documents())
-    with pytest.raises(
-        ValueError, match="^x.bin: document 1 holds a token that uint16 cannot hold; write int32$"
-    ):
+    message = r"^x.bin: document 1 holds a token that uint16 cannot hold; write int32$"
+    with pytest.raises(ValueError, match=message):
         write_binidx("x", [[1], [2, 70000]])
-    with pytest.raises(
-        ValueError, match="^x.bin: document 0 holds a token that uint16 cannot hold"
-    ):
+    message = r"^x.bin: document 0 holds a token that uint16 cannot hold"
+    with pytest.raises(ValueError, match=message):
         write_binidx("x", [[-1]])
-    with pytest.raises(
-        ValueError,
-        match="^missing/x.idx: cannot be written, as there is no folder missing/; mend that, or write elsewhere$",
-    ):
+    message = (
+        r"^missing/x.idx: cannot be written, as there is no folder missing/; "
+        r"fix that, or write elsewhere$"
+    )
+    with pytest.raises(ValueError, match=message):
         write_binidx("missing/x", [[1]])
     assert os.listdir() == []
 
@@ -110,7 +101,17 @@ def patched(offset, form, value):
 
 
 def index(found):
-    return rf"x.idx: not a whole binidx index of version 1 with integers \({found}\); copy or convert it again$"
+    return (
+        rf"x.idx: not a whole binidx index of version 1 with integers \({found}\); "
+        r"copy or convert it again$"
+    )
+
+
+def missing(path):
+    return (
+        rf"x: no {path}, and no x.jsonl; give a .jsonl, or the prefix of a .bin and .idx "
+        r"\(a text: --data_type utf-8; bare tokens: uint16\)$"
+    )
 
 
 @pytest.mark.parametrize(
@@ -131,16 +132,8 @@ def index(found):
             lambda b: b + b"\0",
             r"x.bin: 13 bytes, but the index needs 12; copy or convert both again$",
         ),
-        (
-            ".bin",
-            None,
-            r"x: no x.bin, and no x.jsonl; give a .jsonl, or the prefix of a .bin and .idx .a text: --data_type utf-8; bare tokens: uint16.$",
-        ),
-        (
-            ".idx",
-            None,
-            r"x: no x.idx, and no x.jsonl; give a .jsonl, or the prefix of a .bin and .idx .a text: --data_type utf-8; bare tokens: uint16.$",
-        ),
+        (".bin", None, missing("x.bin")),
+        (".idx", None, missing("x.idx")),
         (".idx", lambda b: b[:-1], index("version 1, type 8, 101 of 102 bytes")),
         (".idx", lambda b: b[:20], index("version 1, type 8, 20 of 70 bytes")),
         (".idx", lambda b: b"", index("version 0, type 0, 0 of 34 bytes")),
@@ -188,17 +181,17 @@ def test_a_damaged_pair_is_refused_in_one_line_that_names_the_file(end, damage, 
         path.write_bytes(damage(path.read_bytes()))
     with pytest.raises((ValueError, FileNotFoundError), match=f"^{message}") as error:
         open_data("x")
-    assert "\n" not in str(error.value) and "; " in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "; " in str(error.value)
 
 
 def test_a_pair_without_a_token_is_refused():
-    with pytest.raises(
-        ValueError, match="^x.idx: holds no tokens; convert a .jsonl that has some$"
-    ):
+    message = r"^x.idx: holds no tokens; convert a .jsonl that has some$"
+    with pytest.raises(ValueError, match=message):
         make([], [])
 
 
-# ---- opening -----------------------------------------------------------------------------------------------------------------
+# ---- opening ---------------------------------------------------------------------------------
 
 
 def test_a_jsonl_is_converted_beside_itself_once_and_again_when_it_changes():
@@ -236,7 +229,8 @@ def test_a_name_without_ending_stands_for_the_pair_or_else_for_the_jsonl():
     [
         (
             "d/x",
-            "d/x: no d/x.bin and d/x.idx, and no d/x.jsonl; give a .jsonl, or the prefix of a .bin and .idx",
+            "d/x: no d/x.bin and d/x.idx, and no d/x.jsonl; "
+            "give a .jsonl, or the prefix of a .bin and .idx",
         ),
         ("d/x.jsonl", "d/x.jsonl: no d/x.jsonl.bin and d/x.jsonl.idx, and no d/x.jsonl; give"),
         ("x.bin", "x.bin: no x.bin and x.idx, and no x.jsonl; give"),
@@ -254,10 +248,8 @@ def test_a_missing_path_says_what_was_looked_for(path, message):
 )
 def test_a_token_outside_the_vocabulary_is_refused_with_its_document(token, dtype):
     make([1, 2], [3], [], [token, 5], [6], dtype=dtype)
-    with pytest.raises(
-        ValueError,
-        match=f"^x: document 3 holds token {token}, but the model's vocabulary is 65536$",
-    ):
+    message = f"^x: document 3 holds token {token}, but the model's vocabulary is 65536$"
+    with pytest.raises(ValueError, match=message):
         open_data("x", vocab_size=65536)
     assert len(open_data("x")) == 5
 
@@ -265,7 +257,6 @@ def test_a_token_outside_the_vocabulary_is_refused_with_its_document(token, dtyp
 def test_the_last_token_of_the_vocabulary_is_accepted_and_the_next_is_not():
     make([1, 99, 0])
     assert len(open_data("x", vocab_size=100)) == 1
-    with pytest.raises(
-        ValueError, match="^x: document 0 holds token 99, but the model's vocabulary is 99$"
-    ):
+    message = "^x: document 0 holds token 99, but the model's vocabulary is 99$"
+    with pytest.raises(ValueError, match=message):
         open_data("x", vocab_size=99)

@@ -1,5 +1,9 @@
-"""data.py: tokens, one clear line for every wrong input, batches that depend on nothing hidden, the qa mask. Files: test_binidx.py."""
+"""data.py and tokenizer.py: tokens, batches as a function of (seed, i), the qa mask, messages.
 
+Of corpus.py: .jsonl and other texts; its binidx files are in test_binidx.py.
+"""
+
+import itertools
 import json
 import os
 import pathlib
@@ -12,9 +16,9 @@ import torch
 
 import corpus
 import data
-import tokenizer
+from cli import run_cli
 from corpus import Binidx, jsonl_to_binidx, write_binidx
-from data import batch, check_mask, collate, qa_mask, run_cli
+from data import BatchConfig, check_mask, collate, qa_mask
 from tokenizer import decode_bytes, encode, token_bytes
 
 
@@ -35,13 +39,18 @@ def make(*documents, dtype=np.uint16):
     return Binidx("x")
 
 
+def batch(documents, i, *config, **more):
+    return data.batch(documents, i, BatchConfig(*config, **more))
+
+
 def counting(text, extra=()):
     """The text of the tokens that count under the qa mask."""
-    tokens = encode(text) + list(extra)
-    return decode_bytes(token for token, counts in zip(tokens, qa_mask(tokens)) if counts).decode()
+    tokens = [*encode(text), *extra]
+    pairs = zip(tokens, qa_mask(tokens), strict=True)
+    return decode_bytes(token for token, counts in pairs if counts).decode()
 
 
-# ---- tokens ------------------------------------------------------------------------------------------------------------------
+# ---- tokens ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -55,11 +64,9 @@ def test_tokens_decode_to_the_bytes_of_their_text(text):
 def test_every_byte_is_a_token_and_every_token_is_its_own_entry():
     table = token_bytes()
     assert [table[i + 1] for i in range(256)] == [bytes([i]) for i in range(256)]
-    assert (
-        list(table) == list(range(1, 65530))
-        and len(set(table.values())) == 65529
-        and all(table.values())
-    )
+    assert list(table) == list(range(1, 65530))
+    assert len(set(table.values())) == 65529
+    assert all(table.values())
 
 
 def test_decoding_survives_cut_characters_and_unknown_ids():
@@ -67,16 +74,21 @@ def test_decoding_survives_cut_characters_and_unknown_ids():
     assert decode_bytes(np.array([0, 65530, 65535, 99999, -10, 66])) == b"A"
 
 
-# ---- jsonl -------------------------------------------------------------------------------------------------------------------
+# ---- jsonl -----------------------------------------------------------------------------------
 
 
 def test_blank_lines_and_empty_texts_are_skipped_and_counted_and_marks_of_byte_order_dropped():
-    lines = b'\xef\xbb\xbf{"text": "Hi"}\r\n\n   \n{"text": ""}\n{"id": 1, "text": "Hello World, this is long"}'
+    lines = b'\xef\xbb\xbf{"text": "Hi"}\r\n\n   \n{"text": ""}\n'
+    lines += b'{"id": 1, "text": "Hello World, this is long"}'
     pathlib.Path("a.jsonl").write_bytes(lines)
     long = len(encode("Hello World, this is long")) + 1
-    assert jsonl_to_binidx("a.jsonl", "a") == dict(
-        documents=2, tokens=2 + long, longest=long, skipped=3, too_long=None
-    )
+    assert jsonl_to_binidx("a.jsonl", "a") == {
+        "documents": 2,
+        "tokens": 2 + long,
+        "longest": long,
+        "skipped": 3,
+        "too_long": None,
+    }
     assert [decode_bytes(document) for document in Binidx("a")] == [
         b"Hi",
         b"Hello World, this is long",
@@ -88,7 +100,7 @@ def test_a_document_is_too_long_when_training_would_cut_it():
     n = jsonl_to_binidx("a.jsonl", "a")["tokens"]
     for ctx_len, too_long in ((n - 2, 1), (n - 1, 0)):  # ctx_len positions take ctx_len + 1 tokens
         assert jsonl_to_binidx("a.jsonl", "a", ctx_len)["too_long"] == too_long
-        idx, targets, _ = batch(Binidx("a"), 0, 1, ctx_len)
+        _, targets, _ = batch(Binidx("a"), 0, 1, ctx_len)
         assert (targets[0, -1] != 0) == too_long
 
 
@@ -97,7 +109,8 @@ def test_a_document_is_too_long_when_training_would_cut_it():
     [
         (
             b'{"text": "a"',
-            'not JSON in UTF-8 (Expecting \',\' delimiter: column 13 (char 12)); each line must look like {"text": "..."}',
+            "not JSON in UTF-8 (Expecting ',' delimiter: column 13 (char 12)); "
+            'each line must look like {"text": "..."}',
         ),
         (
             b"just words",
@@ -116,11 +129,13 @@ def test_a_document_is_too_long_when_training_would_cut_it():
         (b'"text"', 'has no "text" that is a string'),
         (
             b'{"text": "caf\xe9"}',
-            "not JSON in UTF-8 ('utf-8' codec can't decode byte 0xe9 in position 13: invalid continuation byte); each",
+            "not JSON in UTF-8 ('utf-8' codec can't decode byte 0xe9 in position 13: "
+            "invalid continuation byte); each",
         ),
         (
             b'{"text": "\\ud83d"}',
-            "not JSON in UTF-8 ('utf-8' codec can't encode character '\\ud83d' in position 0: surrogates not allowed)",
+            "not JSON in UTF-8 ('utf-8' codec can't encode character '\\ud83d' in position 0: "
+            "surrogates not allowed)",
         ),
     ],
 )
@@ -140,7 +155,7 @@ def test_a_jsonl_without_a_document_is_refused(content, capsys):
     assert os.listdir() == ["data.jsonl"]
 
 
-# ---- batches -----------------------------------------------------------------------------------------------------------------
+# ---- batches ---------------------------------------------------------------------------------
 
 
 def numbered(n, length=4):
@@ -157,7 +172,7 @@ def order(documents, steps, micro_bsz, seed=0):
 
 
 @pytest.mark.parametrize("dataload, micro_bsz", [("pad", 3), ("only", 1), ("get", 3)])
-def test_a_batch_is_a_function_of_seed_and_step(dataload, micro_bsz):
+def test_a_batch_is_a_function_of_seed_and_number(dataload, micro_bsz):
     documents = make(*np.random.default_rng(0).integers(1, 999, (50, 9)))
 
     def batches(steps, seed):
@@ -179,19 +194,18 @@ def test_a_batch_is_a_function_of_seed_and_step(dataload, micro_bsz):
 def test_each_epoch_sees_every_document_exactly_once(n, micro_bsz):
     seen = order(numbered(n), range(5 * n), micro_bsz)
     epochs = [seen[start : start + n] for start in range(0, len(seen), n)]
-    assert len(epochs) == 5 * micro_bsz and all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert len(epochs) == 5 * micro_bsz
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     if n == 12:
         assert len({tuple(epoch) for epoch in epochs}) == len(epochs)  # each in its own order
 
 
 def test_the_order_of_documents_does_not_depend_on_the_batch_size():
     documents = numbered(12)
-    assert (
-        order(documents, range(24), 1)
-        == order(documents, range(6), 4)
-        == order(documents, range(3), 8)
-    )
-    assert order(documents, range(24), 1, seed=1) != order(documents, range(24), 1)
+    one_by_one = order(documents, range(24), 1)
+    assert order(documents, range(6), 4) == one_by_one
+    assert order(documents, range(3), 8) == one_by_one
+    assert order(documents, range(24), 1, seed=1) != one_by_one
 
 
 def test_rows_are_cut_to_ctx_len_and_padded_to_the_longest_and_only_documents_count():
@@ -201,27 +215,32 @@ def test_rows_are_cut_to_ctx_len_and_padded_to_the_longest_and_only_documents_co
     assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert (idx.dtype, targets.dtype, mask.dtype) == (torch.int64, torch.int64, torch.float32)
     idx, targets, mask = collate([np.array([1, 2, 0]), np.array([3, 4, 5, 6, 0])], ctx_len=3)
-    assert (
-        idx.tolist() == [[1, 2, 0], [3, 4, 5]]
-        and targets.tolist() == [[2, 0, -100], [4, 5, 6]]
-        and mask.tolist() == [[1, 1, 0], [1, 1, 1]]
-    )
+    assert idx.tolist() == [[1, 2, 0], [3, 4, 5]]
+    assert targets.tolist() == [[2, 0, -100], [4, 5, 6]]
+    assert mask.tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
+def test_the_picture_at_the_head_of_data_py_is_what_collate_makes():
+    idx, targets, mask = collate([np.array([7, 8, 9, 0]), np.array([5, 6, 0])], ctx_len=8)
+    assert idx.tolist() == [[7, 8, 9], [5, 6, 0]]
+    assert targets.tolist() == [[8, 9, 0], [6, 0, -100]]
+    assert mask.tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
 def test_without_a_mask_rows_are_padded_to_ctx_len_and_the_padding_counts():
     idx, targets, mask = batch(make([1, 2, 0]), 0, 2, 6, loss_mask="none")
-    assert (
-        idx.tolist() == [[1, 2, 0, 0, 0, 0]] * 2
-        and targets.tolist() == [[2, 0, 0, 0, 0, 0]] * 2
-        and mask.tolist() == [[1] * 6] * 2
-    )
+    assert idx.tolist() == [[1, 2, 0, 0, 0, 0]] * 2
+    assert targets.tolist() == [[2, 0, 0, 0, 0, 0]] * 2
+    assert mask.tolist() == [[1] * 6] * 2
 
 
 @pytest.mark.parametrize("loss_mask", ["pad", "none"])
 def test_only_gives_one_document_without_padding(loss_mask):
     idx, targets, mask = batch(make([1, 2, 0]), 0, 1, 6, "only", loss_mask)
-    assert idx.tolist() == [[1, 2]] and targets.tolist() == [[2, 0]] and mask.tolist() == [[1, 1]]
-    with pytest.raises(ValueError, match="--dataload only --micro_bsz 1$"):
+    assert idx.tolist() == [[1, 2]]
+    assert targets.tolist() == [[2, 0]]
+    assert mask.tolist() == [[1, 1]]
+    with pytest.raises(ValueError, match=r"--dataload only --micro_bsz 1$"):
         batch(make([1, 2, 0]), 0, 2, 6, "only", loss_mask)
 
 
@@ -233,13 +252,14 @@ def test_only_gives_one_document_without_padding(loss_mask):
 def test_a_document_of_one_token_gives_a_position_that_does_not_count(
     document, dataload, loss_mask
 ):
-    write_binidx("x", [document, document + [5]])
+    write_binidx("x", [document, [*document, 5]])
     data_set = Binidx("x")
-    for documents in (
+    for made in (
         collate([np.array(document, np.int64)], 6, "qa"),
-        *(batch(data_set, s, 1, 6, dataload, loss_mask) for s in (0, 1)),
+        batch(data_set, 0, 1, 6, dataload, loss_mask),
+        batch(data_set, 1, 1, 6, dataload, loss_mask),
     ):
-        idx, targets, mask = documents
+        idx, targets, mask = made
         assert idx.shape == targets.shape == mask.shape == (1, 1)
         assert mask.sum() == (loss_mask != "qa" and len(document) == 1 and targets.item() == 5)
     idx, _, mask = batch(make([0], [0]), 0, 2, 3, loss_mask="none")
@@ -257,18 +277,24 @@ def test_get_takes_windows_from_anywhere_in_the_stream():
     assert starts == {0, 1, 2, 3}  # 12 tokens, windows of 9
     assert batch(documents, 0, 1, 11, "get")[1].tolist() == [list(range(1, 12))]
     with pytest.raises(
-        ValueError, match="^x: 12 tokens, too few for --dataload get; use --ctx_len 11 or less$"
+        ValueError, match=r"^x: 12 tokens, too few for --dataload get; use --ctx_len 11 or less$"
     ):
         batch(documents, 0, 1, 12, "get")
 
 
-@pytest.mark.parametrize("words", [dict(dataload="onyl"), dict(loss_mask="pda")])
-def test_an_unknown_way_of_loading_or_masking_is_refused(words):
-    with pytest.raises(ValueError, match="there are pad, only, get and pad, none, qa"):
-        batch(make([1, 2]), 0, 1, 4, **words)
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ({"dataload": "onyl"}, "--dataload onyl is unknown; use pad, only or get"),
+        ({"loss_mask": "pda"}, "--loss_mask pda is unknown; use pad, none, qa or se"),
+    ],
+)
+def test_an_unknown_way_of_loading_or_masking_is_refused(words, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        BatchConfig(1, 4, **words)
 
 
-# ---- the qa mask -------------------------------------------------------------------------------------------------------------
+# ---- the qa mask -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -285,10 +311,8 @@ def test_an_unknown_way_of_loading_or_masking_is_refused(words):
         ("User: hi\n\nAssistant:\n\nHello", "\n\nHello"),
         ("User: hi\n\nAssistant:“你”", "你”"),  # ':“' is one token: it belongs to the marker
         ("User: hi\n\nAssistant:) yes", " yes"),
-        (
-            "Assistant: a Assistant: b User: c",
-            " a b",
-        ),  # ' Assistant' and ' User' are tokens, and the markers' own
+        # ' Assistant' and ' User' are tokens, and the markers' own.
+        ("Assistant: a Assistant: b User: c", " a b"),
         ("Assistant:User: a", ""),
         ("Assistant: I", " I"),
         ("User: a\n\nAssistant:", ""),
@@ -303,45 +327,42 @@ def test_what_follows_assistant_up_to_user_counts(text, answers):
 
 
 def test_the_mask_is_that_of_a_plain_walk_over_the_bytes():
-    rng, pieces = (
-        np.random.default_rng(0),
-        ["User:", "Assistant:", "你好", " ", "\n\n", ":", "“", "Assist", "a", "ant", "User", ")"],
-    )
+    rng = np.random.default_rng(0)
+    pieces = ["User:", "Assistant:", "你好", " ", "\n\n", ":", "“"]
+    pieces += ["Assist", "a", "ant", "User", ")"]
     for _ in range(200):
         tokens = encode("".join(rng.choice(pieces, 12)))
-        rest, on, answer = (
-            decode_bytes(tokens),
-            False,
-            [],
-        )  # answer: for each byte, whether it belongs to one
+        rest = decode_bytes(tokens)
+        in_answer = False
+        answer = []  # for each byte, whether it belongs to an answer
         while rest:
-            marker = next((m for m in (b"User:", b"Assistant:") if rest.startswith(m)), b"")
-            on = marker == b"Assistant:" if marker else on
-            answer += [False] * len(marker) or [on]
-            rest = rest[len(marker) or 1 :]
-        for token, counts in zip(tokens, qa_mask(tokens)):
+            if rest.startswith((b"User:", b"Assistant:")):
+                in_answer = rest.startswith(b"Assistant:")
+                marker = rest[: rest.index(b":") + 1]
+                answer += [False] * len(marker)
+                rest = rest[len(marker) :]
+            else:
+                answer.append(in_answer)
+                rest = rest[1:]
+        for token, counts in zip(tokens, qa_mask(tokens), strict=True):
             size = len(decode_bytes([token]))
             assert counts == all(answer[:size]), decode_bytes(tokens)
             del answer[:size]
 
 
 def test_the_end_of_a_document_counts_after_an_answer_and_ends_it():
-    first, second = encode("User: a\n\nAssistant: b") + [0], encode("plain text") + [0]
-    question, answered = encode("User: a") + [0], encode("Assistant: b") + [0]
+    first = [*encode("User: a\n\nAssistant: b"), 0]
+    plain = [*encode("plain text"), 0]
+    question = [*encode("User: a"), 0]
     assert qa_mask(first)[-2:].tolist() == [1, 1]
     assert qa_mask(question).sum() == 0
-    assert qa_mask(first + second).tolist() == qa_mask(first).tolist() + [0] * len(second)
-    assert qa_mask(first + question).tolist() == qa_mask(first).tolist() + [0] * len(
-        question
-    )  # the next "User:" takes nothing back
-    assert qa_mask(encode("Assistant:") + [0])[-1] == 1
-    assert qa_mask(encode("Assist") + [0] + encode("ant: b")).sum() == 0
-    assert qa_mask(answered[:-1] + [65535, 70000, 66]).tolist()[-4:] == [
-        1,
-        1,
-        1,
-        1,
-    ]  # ids without an entry are as good as others
+    assert qa_mask(first + plain).tolist() == qa_mask(first).tolist() + [0] * len(plain)
+    # The next "User:" takes nothing back.
+    assert qa_mask(first + question).tolist() == qa_mask(first).tolist() + [0] * len(question)
+    assert qa_mask([*encode("Assistant:"), 0])[-1] == 1
+    assert qa_mask([*encode("Assist"), 0, *encode("ant: b")]).sum() == 0
+    # Ids without an entry are as good as others.
+    assert qa_mask([*encode("Assistant: b"), 65535, 70000, 66])[-4:].tolist() == [1, 1, 1, 1]
 
 
 def test_twenty_thousand_turns_are_masked_each():
@@ -351,13 +372,13 @@ def test_twenty_thousand_turns_are_masked_each():
 
 @pytest.mark.parametrize("dataload", ["pad", "only", "get"])
 def test_batches_mask_the_target_not_the_input(dataload):
-    tokens = encode("User: a\n\nAssistant: b") + [0]
-    idx, targets, mask = batch(make(tokens), 0, 1, len(tokens) - 1, dataload, "qa")
-    assert [t for t, m in zip(targets[0].tolist(), mask[0].tolist()) if m] == encode(" b") + [0]
+    tokens = [*encode("User: a\n\nAssistant: b"), 0]
+    _, targets, mask = batch(make(tokens), 0, 1, len(tokens) - 1, dataload, "qa")
+    assert targets[mask == 1].tolist() == [*encode(" b"), 0]
 
 
 def test_a_document_cut_in_its_question_counts_for_nothing():
-    tokens = np.array(encode("User: a long question\n\nAssistant: b") + [0])
+    tokens = np.array([*encode("User: a long question\n\nAssistant: b"), 0])
     answer = len(tokens) - 2
     for ctx_len in range(1, len(tokens) + 2):
         assert collate([tokens], ctx_len, "qa")[2].sum() == max(0, min(2, ctx_len + 1 - answer))
@@ -366,51 +387,51 @@ def test_a_document_cut_in_its_question_counts_for_nothing():
 def test_a_marker_that_the_cut_goes_through_is_still_a_marker():
     tokens = np.array(encode("Assistant: b\n\nUser: c"))
     at_user = encode("Assistant: b\n\nUser: c").index(encode("User")[0])
-    idx, targets, mask = collate([tokens], at_user, "qa")
-    assert targets[0, -1] == encode("User")[0] and mask[0, -1] == 0 and mask.sum() == 2
+    _, targets, mask = collate([tokens], at_user, "qa")
+    assert targets[0, -1] == encode("User")[0]
+    assert mask[0, -1] == 0
+    assert mask.sum() == 2
 
 
 def test_check_mask_refuses_data_without_an_answer_and_counts_documents_without_one():
-    silent, answered = encode("plain") + [0], encode("User: a\n\nAssistant: b") + [0]
-    with pytest.raises(
-        ValueError,
-        match="^x: no answer in 2 documents: no Assistant: in the first 64 tokens; use --loss_mask pad, or User: ... Assist",
-    ):
+    silent = [*encode("plain"), 0]
+    answered = [*encode("User: a\n\nAssistant: b"), 0]
+    message = (
+        r"^x: no answer in 2 documents: no Assistant: in the first 64 tokens; "
+        r"use --loss_mask pad, or User: \.\.\. Assistant: \.\.\.$"
+    )
+    with pytest.raises(ValueError, match=message):
         check_mask(make(silent, silent), 64, "qa")
     with pytest.raises(ValueError, match="no answer in 1 documents"):
         check_mask(make(answered), 3, "qa")  # the answer lies beyond ctx_len
     assert check_mask(make(silent, answered, silent), 64, "qa") == 2
-    assert check_mask(make(silent), 64, "pad") == check_mask(make(silent), 64, "none") == 0
+    assert check_mask(make(silent), 64, "pad") == 0
+    assert check_mask(make(silent), 64, "none") == 0
     assert check_mask(make(*[silent] * 999, answered, *[silent] * 50), 64, "qa") == 999
     with pytest.raises(ValueError, match="no answer in 1000 documents"):
         check_mask(make(*[silent] * 1000, answered), 64, "qa")
 
 
-# ---- command line ------------------------------------------------------------------------------------------------------------
+# ---- command line ----------------------------------------------------------------------------
 
 
 def run(argv, capsys):
-    """Run the program, which must fail with exit code 2 and one line on stderr. Returns that line."""
+    """Run the program, which must fail with exit code 2 and one line on stderr: that line."""
     with pytest.raises(SystemExit) as stop:
         run_cli(lambda: data.main(argv))
     captured = capsys.readouterr()
-    assert (
-        stop.value.code == 2
-        and captured.out == ""
-        and captured.err.count("\n") == 1
-        and captured.err.endswith("\n")
-    )
+    assert stop.value.code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.endswith("\n")
     return captured.err
 
 
 def test_the_command_line_writes_uint16_and_closes_with_a_summary(capsys):
     write_jsonl("a.jsonl", "Hi", "", "Hello World, this is long")
     data.main(["a.jsonl", "out", "--ctx_len", "5"])
-    assert Binidx("out").tokens.dtype == np.uint16 and sorted(os.listdir()) == [
-        "a.jsonl",
-        "out.bin",
-        "out.idx",
-    ]
+    assert Binidx("out").tokens.dtype == np.uint16
+    assert sorted(os.listdir()) == ["a.jsonl", "out.bin", "out.idx"]
     numbers = {
         line.split("  ")[-1]: int(line.split()[0].replace(",", ""))
         for line in capsys.readouterr().out.splitlines()
@@ -430,19 +451,12 @@ def test_the_command_line_writes_uint16_and_closes_with_a_summary(capsys):
 def test_the_prefix_is_the_name_of_the_jsonl_and_what_is_there_is_kept(capsys):
     write_jsonl("a.jsonl", "Hi")
     data.main(["a.jsonl"])
-    assert (
-        sorted(os.listdir()) == ["a.bin", "a.idx", "a.jsonl"]
-        and "ctx_len" not in capsys.readouterr().out
-    )
-    assert (
-        run(["a.jsonl"], capsys)
-        == "error: a.bin: already there; delete it, or give another prefix\n"
-    )
+    assert sorted(os.listdir()) == ["a.bin", "a.idx", "a.jsonl"]
+    assert "ctx_len" not in capsys.readouterr().out
+    advice = "already there; delete it, or give another prefix"
+    assert run(["a.jsonl"], capsys) == f"error: a.bin: {advice}\n"
     os.unlink("a.bin")
-    assert (
-        run(["a.jsonl", "a.bin"], capsys)
-        == "error: a.idx: already there; delete it, or give another prefix\n"
-    )
+    assert run(["a.jsonl", "a.bin"], capsys) == f"error: a.idx: {advice}\n"
 
 
 @pytest.mark.parametrize(
@@ -452,11 +466,11 @@ def test_the_prefix_is_the_name_of_the_jsonl_and_what_is_there_is_kept(capsys):
         (["."], ".: Is a directory"),
         (
             ["a.jsonl", "no/b"],
-            "no/b.idx: cannot be written, as there is no folder no/; mend that, or write elsewhere",
+            "no/b.idx: cannot be written, as there is no folder no/; fix that, or write elsewhere",
         ),
         (
             ["a.jsonl", "a.jsonl/b"],
-            "a.jsonl/b.idx: cannot be written, as there is no folder a.jsonl/; mend",
+            "a.jsonl/b.idx: cannot be written, as there is no folder a.jsonl/; fix",
         ),
         (["a.jsonl", "b", "--ctx_len", "0"], "--ctx_len 0 must be at least 1"),
     ],
@@ -473,27 +487,35 @@ def test_the_program_itself_ends_without_a_traceback():
         [sys.executable, data.__file__, "a.jsonl"], capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert (
-        done.stderr
-        == 'error: a.jsonl, line 2: has no "text" that is a string; each line must look like {"text": "..."}\n'
+    assert done.stderr == (
+        'error: a.jsonl, line 2: has no "text" that is a string; '
+        'each line must look like {"text": "..."}\n'
     )
 
 
-# ---- other data than documents ------------------------------------------------------------------------------------------------
+def test_the_parser_and_its_errors_need_no_library():
+    """So that --help and a mistyped flag answer at once."""
+    libraries = "{'torch', 'numpy', 'psutil'}"
+    code = f"import cli, sys; sys.exit(len({libraries} & sys.modules.keys()))"
+    folder = os.path.dirname(data.__file__)
+    assert subprocess.run([sys.executable, "-c", code], cwd=folder).returncode == 0
+
+
+# ---- other data than documents ---------------------------------------------------------------
 
 
 def test_a_text_is_cut_into_pieces_that_share_a_token_and_leave_none_out():
     for n, ctx_len in ((10, 3), (11, 3), (2, 5), (9, 1)):
         np.save("n.npy", np.arange(n))
         pieces = [piece.tolist() for piece in corpus.open_data("n.npy", ctx_len=ctx_len)]
-        assert [token for piece in pieces for token in piece[1:]] == list(range(1, n)) and all(
-            a[-1] == b[0] for a, b in zip(pieces, pieces[1:])
-        )
-        assert {len(piece) for piece in pieces[:-1]} <= {ctx_len + 1} and len(pieces[-1]) >= 2
+        assert [token for piece in pieces for token in piece[1:]] == list(range(1, n))
+        assert all(a[-1] == b[0] for a, b in itertools.pairwise(pieces))
+        assert {len(piece) for piece in pieces[:-1]} <= {ctx_len + 1}
+        assert len(pieces[-1]) >= 2
 
 
 @pytest.mark.parametrize(
-    "name, content, kind",
+    "name, content, data_type",
     [
         ("a.txt", "é 词".encode(), "utf-8"),
         ("a.txt", "\ufeffé 词".encode(), "utf-8"),
@@ -504,40 +526,36 @@ def test_a_text_is_cut_into_pieces_that_share_a_token_and_leave_none_out():
         ("gone.txt", None, "utf-8"),
     ],
 )
-def test_the_kind_of_data_is_told_by_the_file(name, content, kind):
-    content is None or pathlib.Path(name).write_bytes(content)
-    assert corpus.kind_of(name) == kind
-    if kind.startswith("utf") and content:
+def test_the_type_of_data_is_guessed_from_the_file(name, content, data_type):
+    if content is not None:
+        pathlib.Path(name).write_bytes(content)
+    assert corpus.guess_data_type(name) == data_type
+    if data_type.startswith("utf") and content:
         assert sorted(corpus.open_data(name).vocabulary) == [" ", "é", "词"]
 
 
 def test_the_dummy_text_is_that_of_rwkv_lm():
-    text = corpus.open_data("", kind="dummy")
-    assert text.vocabulary.decode_bytes(
-        text.tokens[:30]
-    ).decode() == ".0+0=0..1+1=2..2+4=6..3+9=12.."[:30] and sorted("0123456789.+=") == list(
-        text.vocabulary
-    )
+    data_set = corpus.open_data("", data_type="dummy")
+    beginning = data_set.vocabulary.decode_bytes(data_set.tokens[:28]).decode()
+    assert beginning == ".0+0=0..1+1=2..2+4=6..3+9=12"
+    assert list(data_set.vocabulary) == sorted("0123456789.+=")
 
 
 def test_without_shuffling_documents_come_in_the_order_of_the_file():
     documents = make(*([i, i + 1, 0] for i in range(1, 13)))
     for step in range(20):
-        idx, *_ = data.batch(documents, step, 1, 50, shuffle=False)
+        idx, _, _ = batch(documents, step, 1, 50, shuffle=False)
         assert idx[0].tolist() == documents[step % 12][:-1].tolist()
 
 
 def test_se_counts_what_follows_mask1_up_to_mask0_and_qa_is_one_case_of_it():
-    tokens = tokenizer.encode("<q>one<a>two, three<q>four<a>five") + [0]
-    mask = data.qa_mask(tokens, "<a>", "<q>")
-    assert (
-        tokenizer.decode_bytes(token for token, counts in zip(tokens, mask) if counts)
-        == b"two, threefive"
-        and mask[-1] == 1
-    )
-    tokens = tokenizer.encode("User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d") + [0]
-    assert data.qa_mask(tokens).tolist() == data.qa_mask(tokens, "Assistant:", "User:").tolist()
-    ours, theirs = (
-        data.collate([np.array(tokens)], 40, mask)[2] for mask in ("qa", ("Assistant:", "User:"))
-    )
-    assert ours.equal(theirs) and 0 < ours.sum() < len(tokens) - 1
+    tokens = [*encode("<q>one<a>two, three<q>four<a>five"), 0]
+    mask = qa_mask(tokens, "<a>", "<q>")
+    assert decode_bytes(np.array(tokens)[mask == 1]) == b"two, threefive"
+    assert mask[-1] == 1
+    tokens = [*encode("User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d"), 0]
+    assert qa_mask(tokens).tolist() == qa_mask(tokens, "Assistant:", "User:").tolist()
+    _, _, named = collate([np.array(tokens)], 40, "qa")
+    _, _, given = collate([np.array(tokens)], 40, ("Assistant:", "User:"))
+    assert named.equal(given)
+    assert 0 < named.sum() < len(tokens) - 1

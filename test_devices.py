@@ -117,7 +117,7 @@ def compare(flags, documents, passes, **chunks):
     mine = batches[devices.rank() :: n]
     found = train.step(
         model,
-        mine + [data.silent()] * (passes - len(mine)),
+        mine + [data.empty_batch()] * (passes - len(mine)),
         contextlib.nullcontext(),
         **chunks,
         compute=compute,

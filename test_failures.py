@@ -194,7 +194,7 @@ def test_a_folder_that_is_read_only_for_a_while_ends_no_training(monkeypatch, ca
         )
         run("--epoch_steps 4 --save_steps 1")
     assert re.findall(
-        r"could not save out/resume-(\d).pth: .*, as out/ is read-only; mend that",
+        r"could not save out/resume-(\d).pth: .*, as out/ is read-only; fix that",
         capsys.readouterr().out,
     ) == ["3"]
     assert [*resume.states("out")] == [4]
@@ -230,7 +230,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights_and_its_documents_a
     said, losses = capsys.readouterr().out, column("loss")
     documents, bad = corpus.Binidx("x"), []
     for n in range(12):
-        [row] = data.rows_of(documents, n, 1, 16, dataload)
+        [row] = data.rows_of(documents, n, data.BatchConfig(1, 16, dataload))
         read_by_the_model = (
             documents.tokens[row : row + 16] if dataload == "get" else sequences[row][:16]
         )

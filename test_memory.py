@@ -185,7 +185,7 @@ def test_a_tensor_that_was_read_gives_its_pages_back_and_can_be_read_again():
     before = status("RssFile")
     total = mapped["a"].sum()
     assert status("RssFile") > before + 15e6
-    archive.release(mapped["a"])
+    archive.drop_mapped_pages(mapped["a"])
     assert status("RssFile") < before + 1e6 and mapped["a"].sum() == total
 
 
@@ -193,7 +193,7 @@ def test_releasing_a_tensor_that_is_not_mapped_leaves_it_alone():
     tensors = {"a": torch.randn(4_000_000)}
     torch.save(tensors, "a.pth")
     for tensor in (tensors["a"].clone(), archive.read_checkpoint("a.pth")["a"] + 0):
-        archive.release(tensor)
+        archive.drop_mapped_pages(tensor)
         assert tensor.equal(tensors["a"])
 
 

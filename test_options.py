@@ -635,7 +635,9 @@ def test_a_gradient_in_fp16_is_that_of_fp32():
         args = arguments(f"--precision {precision}")
         model, *_ = train.build_model(args, torch.device("cpu"))
         autocast, scaler = train.precision(args, torch.device("cpu"))
-        train.step(model, [data.batch(corpus.Binidx("x"), 0, 4, 32)], autocast, scaler)
+        train.step(
+            model, [data.batch(corpus.Binidx("x"), 0, data.BatchConfig(4, 32))], autocast, scaler
+        )
         grads.append(
             {
                 name: p.grad / scaler.get_scale()

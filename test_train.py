@@ -185,7 +185,7 @@ def test_a_run_is_a_function_of_its_command_line():
 def test_the_first_loss_is_that_of_the_base_and_checkpoints_have_its_dtype(dtype, precision, near):
     torch.save(tiny(dtype), "base.pth")
     run(f"--precision {precision}")
-    idx, targets, mask = data.batch(corpus.Binidx("x"), 0, 4, 32)
+    idx, targets, mask = data.batch(corpus.Binidx("x"), 0, data.BatchConfig(4, 32))
     losses = F.cross_entropy(
         checkpoint.load_model("base.pth", torch.float32)(idx).flatten(0, 1),
         targets.flatten(),

@@ -139,7 +139,7 @@ def train(args):
         return devices.launch(args.devices, args.num_nodes)
     device = devices.find(args.accelerator)
     if not (args.load_model or args.vocab_size) and (
-        args.data_type or corpus.kind_of(args.data_file)
+        args.data_type or corpus.guess_data_type(args.data_file)
     ) not in ("binidx", "jsonl"):
         args.vocab_size = open_documents(args)[0].vocab_size()
     with devices.world(device, args.strategy), contextlib.ExitStack() as held:
@@ -163,21 +163,24 @@ def open_batches(args, vocab_size):
     )
     cut = args.train_type != "infctx"
     silent, _ = (
-        data.check_mask(d, args.ctx_len, loss_mask, cut) if d else 0 for d in (documents, held_out)
+        data.check_mask(d, args.ctx_len, loss_mask, cut=cut) if d else 0
+        for d in (documents, held_out)
     )
     if silent:
         marker, _ = data.MARKERS.get(loss_mask, loss_mask)
         print(
             f"note: {silent} of the first {min(1000, len(documents))} documents have nothing after {marker}{f' within {args.ctx_len} tokens' * cut} and count for nothing"
         )
-    rows = dict(
+    rows = data.BatchConfig(
         micro_bsz=args.micro_bsz,
         ctx_len=args.ctx_len,
         dataload=args.dataload,
         seed=args.random_seed,
         shuffle=bool(args.data_shuffle),
+        loss_mask=loss_mask,
+        cut=cut,
     )
-    micro_batch = functools.partial(data.batch, documents, loss_mask=loss_mask, cut=cut, **rows)
+    micro_batch = functools.partial(data.batch, documents, config=rows)
     micro_batch(0)  # what cannot be batched is refused here
     once = len(documents) if args.dataload != "get" else len(documents.tokens) / args.ctx_len
     return (
@@ -325,7 +328,7 @@ def run(args, device, built):
         shares,
     )
     mine = range(devices.rank(), N, devices.size())  # this rank's micro batches of a step,
-    silent = [data.silent()] * (
+    silent = [data.empty_batch()] * (
         len(range(0, N, devices.size())) - len(mine)
     )  # and what stands for one that only others have
 
@@ -399,7 +402,7 @@ def run(args, device, built):
                     log.point(i, loss=loss, lr=lr)
                     if progress.bad_in_a_row:
                         log.line(
-                            f"step {i} left out: loss {loss}, gradient norm {norm}; {data.suspects(plan.documents, losses, i * N, plan.rows)}"
+                            f"step {i} left out: loss {loss}, gradient norm {norm}; {data.describe_bad_rows(plan.documents, losses, i * N, config=plan.rows)}"
                         )
                         progress.check()
                     check()
