@@ -21,7 +21,7 @@ import zlib
 import psutil
 import torch
 
-ABOUT = "about"  # the tensor that makes a .pth the state of a training (resume.py): what is not numbers, as JSON, in bytes
+ABOUT = "about"  # the tensor that makes a .pth the state of a training (run_state.py): what is not numbers, as JSON, in bytes
 
 
 def check_pickle(content):

@@ -27,7 +27,8 @@ from tqdm import tqdm
 import data
 import devices
 import memory
-import resume
+import run_folder
+import run_state
 from archive import fingerprint
 from build import (
     build_model,
@@ -40,10 +41,12 @@ from build import (
     open_documents,
     precision,
 )
+from checkpointer import Checkpointer
 from cli import run_cli
-from log import Log, draw
 from loss import count_tokens, loss_fn, step, val_loss
 from options import parse_args
+from run_log import Log, draw
+from stop_signals import StopSignals
 
 OF_A_MACHINE = (
     "load_model",
@@ -157,7 +160,7 @@ def train(args):
         with devices.main_first():
             built = check_memory(args, device)
             if not (args.dry_run or devices.rank()):
-                held.enter_context(resume.lock(args.proj_dir))
+                held.enter_context(run_folder.lock(args.proj_dir))
         if not args.dry_run:
             run(args, device, built)
 
@@ -205,12 +208,12 @@ def prepare(args, built):
     documents, held_out, loss_mask, rows, micro_batch, steps_of = open_batches(
         args, built[0].config.vocab_size
     )
-    state, N, steps = resume.load(
+    state, N, steps = run_state.load(
         args.proj_dir,
         args.resume,
         args.epoch_begin,
-        steps_of,
-        args.accumulate_grad_batches * devices.size(),
+        steps_per_epoch=steps_of,
+        micro_batches=args.accumulate_grad_batches * devices.size(),
     )
     epochs = range(args.epoch_begin, args.epoch_begin + args.epoch_count)
     paths = {
@@ -224,8 +227,15 @@ def prepare(args, built):
         "data": documents.fingerprint(),
         "micro_batches": N,
     }
-    changes = resume.check_same_run(state, args, about) if state else []
-    resume.check_folder(args, paths, first, state and state.progress, not changes)
+    changes = run_state.check_same_run(state, vars(args), about) if state else []
+    run_folder.check_folder(
+        args.proj_dir,
+        paths,
+        first,
+        quant=args.quant,
+        resumed_from=state.progress.step if state else None,
+        unchanged=not changes,
+    )
     complete = gone = False
     if not devices.rank():  # whose folder counts
         complete = bool(state) and (
@@ -238,7 +248,14 @@ def prepare(args, built):
             and not os.path.exists(paths.get(state.progress.step, args.proj_dir))
         )
         if not complete:
-            resume.check_room(args, built, paths, first, state.progress.step if state else first)
+            run_folder.check_room(
+                args.proj_dir,
+                built,
+                paths,
+                keep=args.keep,
+                first=first,
+                step=state.progress.step if state else first,
+            )
     return types.SimpleNamespace(**locals())
 
 
@@ -250,7 +267,7 @@ def settle(args, built):
         log = (
             None
             if plan.complete
-            else Log(args, plan.documents.vocabulary, state and state.about["wandb"])
+            else Log(args, plan.documents.vocabulary, state and state.metadata["wandb"])
         )
     devices.check_same(
         {
@@ -265,7 +282,7 @@ def settle(args, built):
     if not plan.complete:
         return plan, log
     if not devices.rank():
-        resume.prune(args.proj_dir, args.keep, first)
+        run_folder.delete_old_states(args.proj_dir, args.keep, first)
         if not os.path.exists(os.path.join(args.proj_dir, "loss.png")):
             draw(args.proj_dir)  # it was killed while it did that
     print(
@@ -319,19 +336,20 @@ def run(args, device, built):
         device,
     )
     weights = {name: p for name, p in model.named_parameters() if name in saved_names}
-    progress = state.restore(weights, optimizer, scaler) if state else resume.Progress(first)
-    saver = resume.Saver(
-        args.proj_dir,
-        args.keep,
-        first,
-        log,
-        plan.about | {"args": vars(args), "wandb": log.wandb and log.wandb.id},
-        progress,
-        weights,
-        optimizer,
-        scaler,
-        shares,
+    progress = state.restore(weights, optimizer, scaler) if state else run_state.Progress(first)
+    checkpointer = Checkpointer(
+        folder=args.proj_dir,
+        keep=args.keep,
+        first=first,
+        log=log,
+        metadata=plan.about | {"args": vars(args), "wandb": log.wandb and log.wandb.id},
+        progress=progress,
+        weights=weights,
+        optimizer=optimizer,
+        scaler=scaler,
+        shares=shares,
     )
+    stop = StopSignals()
     mine = range(devices.rank(), N, devices.size())  # this rank's micro batches of a step,
     silent = [data.silent()] * (
         len(range(0, N, devices.size())) - len(mine)
@@ -353,15 +371,17 @@ def run(args, device, built):
             * (args.accumulate_grad_batches * devices.size() != N)
         )
     elif plan.held_out:
-        print(f"held-out loss before training: {log.point(first, val_loss=held_out_loss()):.4f}")
+        before = held_out_loss()
+        log.point(first, val_loss=before)
+        print(f"held-out loss before training: {before:.4f}")
     if plan.gone:
-        saver.save_checkpoint(
+        checkpointer.save_checkpoint(
             paths[progress.step], save_dtype
         )  # it was moved away, but the state has it
 
     missing = []
-    with saver.rescue(), resume.unbroken() as check:
-        for epoch in range((progress.step - bool(progress.losses)) // steps, epochs.stop):
+    with checkpointer.save_on_exit(), stop.deferred():
+        for epoch in range(progress.epochs_closed(steps), epochs.stop):
             with tqdm(
                 total=steps,
                 initial=progress.step - epoch * steps,
@@ -396,7 +416,7 @@ def run(args, device, built):
                     # costs this step, too: the state that is saved then is the one before it.)
                     prepared = step_data(i + 1) if i + 1 < (epoch + 1) * steps else None
 
-                    with saver.changing():
+                    with checkpointer.step_in_progress():
                         norm, scale = update(optimizer, scaler, lr, sum(losses))
                         # The step's only wait for the device.
                         *losses, norm, scale = torch.stack([*losses, norm, scale]).tolist()
@@ -410,7 +430,7 @@ def run(args, device, built):
                             f"step {i} left out: loss {loss}, gradient norm {norm}; {data.suspects(plan.documents, losses, i * N, plan.rows)}"
                         )
                         progress.check()
-                    check()
+                    stop.check()
                     speed = tokens / (time.perf_counter() - started)
                     bar.set_postfix_str(
                         f"loss {loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s, {memory.peak(device) / 1e9:.1f} GB"
@@ -421,27 +441,25 @@ def run(args, device, built):
                         and progress.step % args.save_steps == 0
                         and progress.step < (epoch + 1) * steps
                     ):
-                        saver.save_state()
-                        check()
-            log.line(
-                f"epoch {epoch}: {progress.summary(last - first)}"
-                + (
-                    f", held-out loss {log.point(progress.step, val_loss=held_out_loss(check=check)):.4f}"
-                    if plan.held_out
-                    else ""
-                )
-            )
-            if progress.step not in paths or saver.save_checkpoint(
+                        checkpointer.save_state()
+                        stop.check()
+            said = f"epoch {epoch}: {progress.summary(last - first)}"
+            if plan.held_out:
+                after = held_out_loss(check=stop.check)
+                log.point(progress.step, val_loss=after)
+                said += f", held-out loss {after:.4f}"
+            log.line(said)
+            if progress.step not in paths or checkpointer.save_checkpoint(
                 paths[progress.step], save_dtype
             ):
                 progress.losses.clear()
             else:
                 missing.append(paths[progress.step])
             if progress.step in paths or (args.save_steps and progress.step % args.save_steps == 0):
-                saver.save_state()
+                checkpointer.save_state()
             if progress.step < last:
                 progress.losses.clear()
-            check()
+            stop.check()
     said = log.close()
     if not devices.rank():
         conclude(
@@ -460,7 +478,7 @@ def conclude(args, last, first, missing, said):
             f"{last}: could not be saved, as said above; "
             + (
                 "mend that, then give the same command with --resume"
-                if resume.states(args.proj_dir, first)
+                if run_folder.states(args.proj_dir, first)
                 else "neither could any state"
             )
         )
