@@ -162,7 +162,7 @@ class Checkpointer:
     def _moments(self) -> dict[str, Tensor]:
         """Return Adam's tensors, {key.NAME: tensor}; none before the first step that was taken.
 
-        Of a parameter whose moments another rank has there are zeros: the sum of all ranks is it.
+        Zeros stand for moments that another rank has: the sum over all ranks is what is saved.
         """
         adam = self.optimizer.state
         # The first steps may have been left out: then Adam has tensors, of step 0.
@@ -197,10 +197,10 @@ class Checkpointer:
 
         like: {name: tensor} of their shapes and dtypes; alone: see save_state.
 
-        Invariant: every rank calls gather(name) once for each name, in the same order, whatever
-        becomes of the disk. For where ranks share out the tensors, gather waits for all of them,
-        and makes the whole tensor on each. Rank 0 writes it before it gathers the next one; the
-        others drop it.
+        Invariant: where ranks share out the tensors, every rank calls gather(name) once for each
+        name, in the same order, whatever becomes of the disk. For gather is a collective: it
+        waits for all ranks, and makes the whole tensor on each. Rank 0 writes it before it
+        gathers the next one; the others drop it.
         """
         not_gathered = list(like)
 

@@ -75,7 +75,7 @@ class Progress:
     def check(self) -> None:
         """Raise an error that all ranks agree on, after too many bad steps in a row."""
         if self.bad_in_a_row >= MAX_BAD_STEPS_IN_A_ROW:
-            # The run may be resumed, and is then given as many again.
+            # A run that is resumed from here may have as many again.
             self.bad_in_a_row = 0
             raise devices.Agreed(
                 f"{MAX_BAD_STEPS_IN_A_ROW} steps in a row had a loss or gradient that is not "
@@ -124,7 +124,10 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _check_metadata(metadata: dict[str, Any], progress: Progress, path: str) -> None:
-    """Refuse metadata that no run can have written. (Whatever else fails on the way says so.)"""
+    """Refuse metadata that no run can have written.
+
+    Raises ValueError, or whatever else values of a wrong type lead to.
+    """
     for count in (progress.step, progress.overflows, progress.bad, progress.bad_in_a_row):
         _require(type(count) is int and count >= 0, "invalid progress")
     _require(type(progress.losses) is list, "invalid losses")
@@ -200,7 +203,7 @@ class State:
         return self.progress
 
     def _adam_of(self, name: str, p: torch.nn.Parameter) -> dict[str, Tensor]:
-        """Return what Adam holds of a parameter, on its device, cut as it is."""
+        """Return what Adam holds of a parameter, on its device, and this rank's part of it."""
         adam = {}
         for key in ADAM_KEYS:
             tensor = self.tensors[f"{key}.{name}"]
@@ -211,7 +214,7 @@ class State:
 
     def _check_tensors(self, weights: dict[str, torch.nn.Parameter]) -> None:
         """Refuse tensors that are not those of a run with these weights."""
-        # Of earlier versions; nothing random happens on a GPU.
+        # Earlier versions saved this, too; nothing random happens on a GPU.
         self.tensors.pop("rng_cuda", None)
         expected = self._expected(weights)
         wrong_names = sorted(expected.keys() ^ self.tensors.keys())
