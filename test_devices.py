@@ -34,12 +34,15 @@ import run_state
 import train
 from test_train import (
     DEFAULTS,
+    base_file,  # noqa: F401 (a fixture)
     bone_of,
     column,
     counting,
+    folder,  # noqa: F401 (a fixture)
     read,
     run,
     tiny,
+    true_memory,  # noqa: F401 (a fixture)
 )
 
 STRATEGIES = ["ddp", *(f"deepspeed_stage_{stage}" for stage in "123")]
@@ -624,7 +627,8 @@ def test_what_cannot_be_started_is_refused(monkeypatch):
         run("--devices 2")
 
 
-def test_a_dry_run_says_what_each_rank_takes(true_memory, capsys):
+@pytest.mark.usefixtures("true_memory")
+def test_a_dry_run_says_what_each_rank_takes(capsys):
     said = {}
     for n, strategy in (
         (1, "ddp"),
