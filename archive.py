@@ -26,7 +26,7 @@ from torch import Tensor
 
 StrPath = str | os.PathLike[str]
 
-# A .pth with a tensor of this name is the state of a training run (resume.py). Its bytes are JSON:
+# A .pth with a tensor of this name is the state of a training run (run_state.py). Its bytes are JSON:
 # everything of the state that is not a tensor.
 ABOUT = "about"
 

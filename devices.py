@@ -138,7 +138,7 @@ def launch(devices, num_nodes):
         nonlocal deadline, since
         if (
             asked and number == signal.SIGINT and time.monotonic() - since > 0.2
-        ):  # see `unbroken` in resume.py
+        ):  # see stop_signals.py
             deadline = time.monotonic() + 5
         since = since if asked else time.monotonic()
         asked.append(number)

@@ -25,20 +25,24 @@ from torch.nn.parallel import DistributedDataParallel
 
 import archive
 import build
+import checkpointer
 import corpus
 import data
 import devices
 import loss
-import resume
+import run_state
 import train
 from test_train import (
     DEFAULTS,
+    base_file,  # noqa: F401 (a fixture)
     bone_of,
     column,
     counting,
+    folder,  # noqa: F401 (a fixture)
     read,
     run,
     tiny,
+    true_memory,  # noqa: F401 (a fixture)
 )
 
 STRATEGIES = ["ddp", *(f"deepspeed_stage_{stage}" for stage in "123")]
@@ -202,7 +206,7 @@ def trouble():
                     raise OSError(errno.ENOSPC, "No space left on device")
                 plain(*arguments)
 
-            patch.setattr(resume, "save_stream", full)
+            patch.setattr(checkpointer, "save_stream", full)
             train.train(
                 train.parse_args(
                     f"{FLAGS} --strategy {strategy} --save_steps 1 --keep 9 --proj_dir full_{strategy}".split()
@@ -362,8 +366,8 @@ def test_a_save_that_fails_on_rank_0_and_numbers_that_are_none_are_the_same_to_a
             ", 1 steps so far left out, whose gradient fp16 could not hold"
             in pathlib.Path(f"half_{strategy}/train_log.txt").read_text()
         )
-        about = resume.State(f"half_{strategy}/resume-3.pth").about
-        assert about["scaler"]["scale"] == 2.0**15 and about["progress"]["overflows"] == 1
+        metadata = run_state.State(f"half_{strategy}/resume-3.pth").metadata
+        assert metadata["scaler"]["scale"] == 2.0**15 and metadata["progress"]["overflows"] == 1
         losses = column("loss", f"half_{strategy}")
         assert losses[:2] == pytest.approx(
             column("loss", "half")[:2], rel=2e-3
@@ -623,7 +627,8 @@ def test_what_cannot_be_started_is_refused(monkeypatch):
         run("--devices 2")
 
 
-def test_a_dry_run_says_what_each_rank_takes(true_memory, capsys):
+@pytest.mark.usefixtures("true_memory")
+def test_a_dry_run_says_what_each_rank_takes(capsys):
     said = {}
     for n, strategy in (
         (1, "ddp"),

@@ -1,6 +1,8 @@
-"""resume.py: a run that is stopped, however, goes on as if it never had been."""
+"""A run that is stopped, however, goes on as if it never had been."""
 
 import contextlib
+import errno
+import functools
 import itertools
 import json
 import os
@@ -17,13 +19,24 @@ import pytest
 import torch
 
 import archive
+import checkpointer
 import cli
 import corpus
-import resume
+import run_folder
+import stop_signals
 import train
-from test_train import DEFAULTS, base_file, column, counting, folder, read, run  # noqa: F401 (two are fixtures)
+from test_train import (
+    DEFAULTS,
+    base_file,  # noqa: F401 (a fixture)
+    column,
+    counting,
+    folder,  # noqa: F401 (a fixture)
+    read,
+    run,
+)
 
-RUN = "--epoch_steps 3 --epoch_count 2 --save_steps 2 "  # states after 2, 3, 4 and 6 steps, checkpoints after 3 and 6
+# States after 2, 3, 4 and 6 steps, checkpoints after 3 and 6.
+RUN = "--epoch_steps 3 --epoch_count 2 --save_steps 2 "
 
 
 class Killed(BaseException):
@@ -33,14 +46,16 @@ class Killed(BaseException):
 def kill_at(monkeypatch, when):
     """The run ends, as if killed, before the optimizer steps whose number is in `when`."""
 
-    def step(*arguments, plain=train.step, done=[-1], **options):
-        done[0] += 1
-        if done[0] in when:
+    plain = train.step
+    numbers = itertools.count()
+
+    def step(*arguments, **options):
+        if next(numbers) in when:
             raise Killed
         return plain(*arguments, **options)
 
     monkeypatch.setattr(train, "step", step)
-    monkeypatch.setattr(resume.Saver, "rescue", contextlib.nullcontext)
+    monkeypatch.setattr(checkpointer.Checkpointer, "save_on_exit", contextlib.nullcontext)
 
 
 def same(a, b):
@@ -55,7 +70,7 @@ def curve(proj_dir):
     return pathlib.Path(proj_dir, "loss.csv").read_text()
 
 
-# ---- exact resume -------------------------------------------------------------------------------------------------------------
+# ---- exact resume -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -84,35 +99,32 @@ def test_a_run_killed_between_any_steps_and_resumed_is_the_run_that_never_was(mo
         assert curve(n) == curve("whole")
         for name in ("rwkv-0.pth", "rwkv-1.pth"):
             assert same(read(f"{n}/{name}"), read(f"whole/{name}"))
-        last, expected = read(f"{n}/resume-6.pth"), read("whole/resume-6.pth")
-        assert {"proj_dir", "resume"} == {
-            k
-            for k, v in about("whole/resume-6.pth")["args"].items()
-            if about(f"{n}/resume-6.pth")["args"][k] != v
-        }
-        assert all(
-            about(f"{n}/resume-6.pth")[name] == about("whole/resume-6.pth")[name]
-            for name in ("progress", "scaler", "base", "data")
-        )
-        assert same({**last, "about": torch.ones(1)}, {**expected, "about": torch.ones(1)})
+        found, expected = about(f"{n}/resume-6.pth"), about("whole/resume-6.pth")
+        args = found["args"]
+        differ = {name for name, value in expected["args"].items() if args[name] != value}
+        assert differ == {"proj_dir", "resume"}
+        for name in ("progress", "scaler", "base", "data"):
+            assert found[name] == expected[name]
+        found, expected = read(f"{n}/resume-6.pth"), read("whole/resume-6.pth")
+        del found["about"], expected["about"]
+        assert same(found, expected)
 
 
 def test_a_run_killed_again_and_again_is_the_same_too(monkeypatch, capsys):
     run(RUN + "--proj_dir whole")
-    for n in range(20):
+    kills = 0
+    while not os.path.exists("out/rwkv-1.pth"):
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
             kill_at(patch, {1})  # always after one step, which is saved
+            kills += 1
+            assert kills < 20
             run(RUN + "--save_steps 1 --resume auto")
-            break
-    assert re.findall(r"(\d)/3 \[[^]]*\]\n", capsys.readouterr().err)[-2:] == [
-        "2",
-        "3",
-    ]  # the bars of the last two runs
-    assert (
-        n == 5
-        and curve("out") == curve("whole")
-        and same(read("out/rwkv-1.pth"), read("whole/rwkv-1.pth"))
-    )
+            kills -= 1  # it came to its end
+    bars = re.findall(r"(\d)/3 \[[^]]*\]\n", capsys.readouterr().err)
+    assert bars[-2:] == ["2", "3"]  # of the last two runs
+    assert kills == 5
+    assert curve("out") == curve("whole")
+    assert same(read("out/rwkv-1.pth"), read("whole/rwkv-1.pth"))
 
 
 def in_a_child(run_it):
@@ -135,24 +147,26 @@ def test_a_run_that_dies_before_any_operation_on_a_file_leaves_no_wrong_file_and
         operations = itertools.count(1)
 
         def dying(plain):
-            return lambda *arguments, **options: (
-                os._exit(9) if next(operations) == n else plain(*arguments, **options)
-            )
+            def operation(*arguments, **options):
+                if next(operations) == n:
+                    os._exit(9)
+                return plain(*arguments, **options)
+
+            return operation
 
         for name in ("open", "fsync", "replace", "unlink"):
             setattr(os, name, dying(getattr(os, name)))
         run(f"{flags} --proj_dir {n}")
 
     for n in range(1, 100):
-        code = in_a_child(lambda: die_at(n))
+        code = in_a_child(functools.partial(die_at, n))
         assert all(archive.read_tensors(path) for path in pathlib.Path(str(n)).glob("r*.pth"))
         if code == 0:
             break
         assert code == 9
         run(flags + f"--proj_dir {n}")
-        assert curve(str(n)) == curve("whole") and same(
-            read(f"{n}/rwkv-0.pth"), read("whole/rwkv-0.pth")
-        ), n
+        assert curve(str(n)) == curve("whole"), n
+        assert same(read(f"{n}/rwkv-0.pth"), read("whole/rwkv-0.pth")), n
         assert {*os.listdir(str(n))} == {*os.listdir("whole")}, n
     assert n > 20
 
@@ -191,9 +205,9 @@ def test_a_file_is_on_disk_before_it_has_its_name_and_a_state_before_the_one_bef
 
 def test_the_last_states_are_kept(monkeypatch):
     run(RUN + "--save_steps 1 --keep 2")
-    assert [*resume.states("out")] == [5, 6]
+    assert [*run_folder.states("out")] == [5, 6]
     run("--epoch_steps 4 --save_steps 0 --proj_dir other")
-    assert [*resume.states("other")] == [4]
+    assert [*run_folder.states("other")] == [4]
 
 
 def test_a_complete_run_says_so_and_a_longer_one_goes_on(capsys):
@@ -229,7 +243,7 @@ def test_a_checkpoint_that_is_gone_is_written_again_from_the_state():
 def test_states_of_the_run_that_this_one_numbers_on_from_are_not_its_own():
     run("--epoch_steps 3")
     run("--epoch_steps 3 --epoch_begin 1 --bone_load out/rwkv-0.pth --resume auto")
-    assert [*resume.states("out")] == [3, 6] and column("step") == [*range(6)]
+    assert [*run_folder.states("out")] == [3, 6] and column("step") == [*range(6)]
 
 
 def test_the_order_of_train_parts_is_none():
@@ -262,7 +276,7 @@ def refused_at_the_end(capsys, main):
     return capsys.readouterr().err.rpartition("error: ")[2]
 
 
-# ---- signals ------------------------------------------------------------------------------------------------------------------
+# ---- signals ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -279,22 +293,32 @@ def handlers():
         signal.signal(number, handler)
 
 
+def home_of(name):
+    """The module whose NAME is called in a run."""
+    return checkpointer if hasattr(checkpointer, name) else train
+
+
 def ended(flags, monkeypatch, name, function):
-    """The exit code of a run in which train.NAME or resume.NAME is `function`."""
+    """The exit code of a run in which train.NAME or checkpointer.NAME is `function`."""
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(resume if hasattr(resume, name) else train, name, function)
+        patch.setattr(home_of(name), name, function)
         cli.run_cli(lambda: run(flags))
     return end.value.code
 
 
 def signalling(name, number, at, times=1, pause=0.0):
-    """train.NAME or resume.NAME, during whose call number `at` the signal comes, `times` times, a pause in between."""
-    plain, calls = getattr(resume if hasattr(resume, name) else train, name), itertools.count(1)
+    """train.NAME or checkpointer.NAME, during whose call number `at` the signal comes.
+
+    It comes `times` times, a pause (in seconds) in between.
+    """
+    plain = getattr(home_of(name), name)
+    calls = itertools.count(1)
 
     def function(*arguments, **options):
-        for n in range(times * (next(calls) == at)):
-            time.sleep(pause * n)
-            signal.raise_signal(number)
+        if next(calls) == at:
+            for n in range(times):
+                time.sleep(pause * n)
+                signal.raise_signal(number)
         return plain(*arguments, **options)
 
     return function
@@ -304,51 +328,50 @@ def signalling(name, number, at, times=1, pause=0.0):
     "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
 @pytest.mark.parametrize(
-    "name, at, step",
+    "call, step",
     [
-        ("step", 2, 2),
-        ("step", 3, 3),
-        ("val_loss", 2, 3),
-        ("save_stream", 1, 2),
-        ("save_stream", 2, 3),
-        ("save_stream", 3, 3),
+        (("step", 2), 2),
+        (("step", 3), 3),
+        (("val_loss", 2), 3),
+        (("save_stream", 1), 2),
+        (("save_stream", 2), 3),
+        (("save_stream", 3), 3),
     ],
 )
+@pytest.mark.usefixtures("handlers")
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
-    monkeypatch, capsys, handlers, number, code, name, at, step
+    monkeypatch, capsys, number, code, call, step
 ):
     """step 3 ends the epoch: a held-out loss, a checkpoint and a state follow it."""
+    name, at = call
     flags = RUN + "--val_file x "
     run(flags + "--proj_dir whole")
     monkeypatch.setattr(sys, "argv", ["train.py", "--some", "flags"])
     assert ended(flags, monkeypatch, name, signalling(name, number, at)) == code
     said = capsys.readouterr()
     assert (
-        f"stopped at step {step}; to go on from step {step}: python train.py --some flags --resume\n"
-        in said.out
-    )
-    assert [*resume.states("out")][-1] == step and not [
-        name for name in os.listdir("out") if name.endswith(".tmp") or name == ".lock"
-    ]
+        f"stopped at step {step}; to go on from step {step}: "
+        "python train.py --some flags --resume\n"
+    ) in said.out
+    assert [*run_folder.states("out")][-1] == step
+    for name in os.listdir("out"):
+        assert not name.endswith(".tmp") and name != ".lock"
     run(flags + "--resume")
-    assert curve("out") == curve("whole") and all(
-        same(read(f"out/rwkv-{n}.pth"), read(f"whole/rwkv-{n}.pth")) for n in range(2)
-    )
+    assert curve("out") == curve("whole")
+    for n in range(2):
+        assert same(read(f"out/rwkv-{n}.pth"), read(f"whole/rwkv-{n}.pth"))
 
 
 def test_a_second_signal_does_not_wait(monkeypatch, capsys, handlers):
     run(RUN + "--proj_dir whole")
-    assert (
-        ended(RUN, monkeypatch, "step", signalling("step", signal.SIGINT, 6, times=2, pause=0.3))
-        == 130
-    )
-    assert (
-        [*resume.states("out")] == [4]
-        and column("step") == [0, 1, 2, 3, 4]
-        and "to go on from step 4" in capsys.readouterr().out
-    )
+    twice = signalling("step", signal.SIGINT, 6, times=2, pause=0.3)
+    assert ended(RUN, monkeypatch, "step", twice) == 130
+    assert [*run_folder.states("out")] == [4]
+    assert column("step") == [0, 1, 2, 3, 4]
+    assert "to go on from step 4" in capsys.readouterr().out
     run(RUN + "--resume")
-    assert curve("out") == curve("whole") and same(read("out/rwkv-1.pth"), read("whole/rwkv-1.pth"))
+    assert curve("out") == curve("whole")
+    assert same(read("out/rwkv-1.pth"), read("whole/rwkv-1.pth"))
 
 
 @pytest.mark.parametrize(
@@ -357,11 +380,9 @@ def test_a_second_signal_does_not_wait(monkeypatch, capsys, handlers):
 def test_a_signal_that_comes_twice_at_once_and_a_request_repeated_are_no_impatience(
     monkeypatch, handlers, number, pause
 ):
-    assert (
-        ended(RUN, monkeypatch, "step", signalling("step", number, 5, times=2, pause=pause))
-        == 128 + number
-    )
-    assert [*resume.states("out")] == [5]
+    twice = signalling("step", number, 5, times=2, pause=pause)
+    assert ended(RUN, monkeypatch, "step", twice) == 128 + number
+    assert [*run_folder.states("out")] == [5]
 
 
 def test_a_ctrl_c_that_ends_the_reader_of_the_output_too_saves_and_exits_with_130(handlers):
@@ -382,8 +403,24 @@ def test_a_ctrl_c_that_ends_the_reader_of_the_output_too_saves_and_exits_with_13
     process.send_signal(signal.SIGINT)
     process.stdout.close()
     assert process.wait(timeout=60) == 130
-    [step] = resume.states("out")
+    [step] = run_folder.states("out")
     assert column("step") == [*range(step)]
+
+
+@pytest.mark.parametrize("pause, expected", [(0.0, KeyboardInterrupt), (0.3, stop_signals.StopNow)])
+@pytest.mark.usefixtures("handlers")
+def test_an_output_that_fails_over_a_stop_does_not_hide_it(pause, expected):
+    """As a progress bar does whose file is on a full disk."""
+    stop = stop_signals.StopSignals()
+    with pytest.raises(KeyboardInterrupt) as end, stop.deferred():
+        try:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(pause)
+            signal.raise_signal(signal.SIGINT)
+            stop.check()
+        finally:
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert type(end.value) is expected
 
 
 def test_a_signal_while_nothing_is_trained_yet_saves_nothing(monkeypatch, capsys, handlers):
@@ -391,7 +428,7 @@ def test_a_signal_while_nothing_is_trained_yet_saves_nothing(monkeypatch, capsys
         ended("--val_file x", monkeypatch, "val_loss", signalling("val_loss", signal.SIGTERM, 1))
         == 143
     )
-    assert not resume.states("out")
+    assert not run_folder.states("out")
 
 
 def test_a_real_process_is_stopped_and_goes_on(handlers):
@@ -416,26 +453,31 @@ def test_a_real_process_is_stopped_and_goes_on(handlers):
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=60)
         assert process.returncode == 130 and "--resume" in said
-        assert column("step") == [*range([*resume.states("out")][-1])]
+        assert column("step") == [*range([*run_folder.states("out")][-1])]
 
 
 def test_whatever_ends_a_run_its_steps_are_saved(monkeypatch, capsys):
-    def step(*arguments, plain=train.step, steps=itertools.count(1), **options):
+    plain = train.step
+    steps = itertools.count(1)
+
+    def step(*arguments, **options):
         if next(steps) == 2:
             raise torch.OutOfMemoryError("no memory")
         return plain(*arguments, **options)
 
     monkeypatch.setattr(train, "step", step)
-    assert refused_at_the_end(capsys, lambda: run("--epoch_steps 4")) == "no memory\n" and [
-        *resume.states("out")
-    ] == [1]
+    assert refused_at_the_end(capsys, lambda: run("--epoch_steps 4")) == "no memory\n"
+    assert [*run_folder.states("out")] == [1]
     run("--epoch_steps 4 --resume")
     assert column("step") == [0, 1, 2, 3]
 
 
 def test_half_a_step_is_not_saved(monkeypatch):
-    def update(*arguments, plain=train.update, steps=itertools.count(1)):
-        result = plain(*arguments)
+    plain = train.update
+    steps = itertools.count(1)
+
+    def update(*arguments, **options):
+        result = plain(*arguments, **options)
         if next(steps) == 2:
             raise RuntimeError("after the weights have changed, before the step is counted")
         return result
@@ -443,4 +485,4 @@ def test_half_a_step_is_not_saved(monkeypatch):
     monkeypatch.setattr(train, "update", update)
     with pytest.raises(RuntimeError):
         run("--epoch_steps 4 --save_steps 0")
-    assert not resume.states("out")
+    assert not run_folder.states("out")

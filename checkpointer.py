@@ -1,0 +1,246 @@
+"""Save a run: write its checkpoints and states whole, on one rank, whatever happens.
+
+One need not read this to understand Bone.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import devices
+from archive import ABOUT, all_finite, save_stream
+from cli import silence_broken_pipes
+from run_folder import delete_old_states, lock, states
+from run_log import Log
+from run_state import ADAM_KEYS, Progress, own_optimizer
+from stop_signals import StopNow, only_ctrl_c
+
+
+@dataclasses.dataclass(kw_only=True)
+class Checkpointer:
+    """Save a run: its checkpoints, and its states.
+
+    A disk that is full, or gone, ends no training: the log says so, and the next save may find
+    it in order again. Of several ranks, rank 0 writes, and all come to every save.
+    """
+
+    folder: str
+    # How many states stay.
+    keep: int
+    # The run's first step.
+    first: int
+    log: Log
+    # What a state says of its run, as JSON holds it.
+    metadata: dict[str, Any]
+    progress: Progress
+    # What a checkpoint holds.
+    weights: dict[str, torch.nn.Parameter]
+    optimizer: Any
+    scaler: torch.amp.GradScaler
+    # What the ranks share out: (Adam's moments, trained weights, frozen base), see devices.py.
+    shares: tuple[bool, bool, bool] = (False, False, False)
+
+    def __post_init__(self) -> None:
+        self.optimizer = own_optimizer(self.optimizer)
+        # The step whose state is on disk.
+        self.saved = self.progress.step
+        # Whether the weights are those of progress.step.
+        self.weights_consistent = True
+        # Of the folder, where that had to be made again.
+        self.lock = contextlib.ExitStack()
+
+    def save_checkpoint(self, path: str, dtype: torch.dtype) -> bool:
+        """Write the weights to `path`, in `dtype`. Return whether that worked."""
+        like = {}
+        for name, p in self.weights.items():
+            like[name] = torch.empty(p.shape, dtype=dtype, device="meta")
+
+        def gather(name: str) -> Tensor:
+            return devices.whole(self.weights[name].detach()).to("cpu", dtype)
+
+        return self._gather_and_write(path, like, gather)
+
+    def save_state(self, *, delete_old: bool = True, alone: bool = False) -> None:
+        """Write the state of this step, then delete old ones.
+
+        alone: no other rank comes to this save.
+        """
+        metadata = self.metadata | {
+            "progress": dataclasses.asdict(self.progress),
+            "scaler": self.scaler.state_dict(),
+        }
+        in_bytes = bytearray(json.dumps(metadata).encode())
+        moments = self._moments()
+        tensors = {f"weights.{name}": p.detach() for name, p in self.weights.items()}
+        tensors |= moments
+        tensors["rng"] = torch.get_rng_state()
+        tensors[ABOUT] = torch.frombuffer(in_bytes, dtype=torch.uint8)
+
+        def gather(name: str) -> Tensor:
+            if self._moments_are_dealt() and name in moments:
+                return devices.added_up(tensors[name])
+            return devices.whole(tensors[name]).cpu()
+
+        path = os.path.join(self.folder, f"resume-{self.progress.step}.pth")
+        self.log.sync()
+        if self._gather_and_write(path, tensors, gather, alone=alone):
+            self.saved = self.progress.step
+            if delete_old and devices.rank() == 0:
+                delete_old_states(self.folder, self.keep, self.first)
+
+    @contextlib.contextmanager
+    def step_in_progress(self) -> Iterator[None]:
+        """Mark what changes the weights and counts the step.
+
+        Broken off inside, a state would be half of one step and half of the next: none is saved.
+        """
+        self.weights_consistent = False
+        yield
+        self.weights_consistent = True
+
+    @contextlib.contextmanager
+    def save_on_exit(self) -> Iterator[None]:
+        """Save what was trained when anything ends the block; an error deletes no old state."""
+        try:
+            yield
+        except BaseException as error:
+            silence_broken_pipes()
+            self._save_after(error)
+            if not isinstance(error, (KeyboardInterrupt, SystemExit)):
+                if self.saved == self.progress.step:
+                    self.log.line(f"the state of step {self.saved} was saved")
+            elif devices.rank() == 0:
+                self._say_how_to_go_on()
+            raise
+        finally:
+            self.lock.close()
+
+    def _save_after(self, error: BaseException) -> None:
+        """Save the state after the error that ends the run, unless it is saved already."""
+        if self.progress.step == self.saved or not self.weights_consistent:
+            return
+        if isinstance(error, StopNow):
+            return
+        stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
+        # Of another error the other ranks know nothing, and do not come to this save.
+        together = stopped or isinstance(error, devices.Agreed)
+        if not together and any(self.shares):
+            return
+        with only_ctrl_c():
+            self.save_state(delete_old=stopped, alone=not together)
+            if together:
+                # Whoever started the ranks ends all of them when the first one ends.
+                devices.most([0])
+
+    def _say_how_to_go_on(self) -> None:
+        found = states(self.folder, self.first)
+        arguments = list(sys.argv)
+        if "--resume" not in arguments:
+            arguments.append("--resume")
+        if not found:
+            advice = "nothing was saved"
+        elif devices.started_here():
+            advice = f"to go on from step {max(found)}: python {shlex.join(arguments)}"
+        else:
+            advice = (
+                f"to go on from step {max(found)}: the same command, on each machine, with --resume"
+            )
+        self.log.line(f"stopped at step {self.progress.step}; {advice}")
+
+    def _moments_are_dealt(self) -> bool:
+        """Return whether each parameter's moments are on one rank, while all have its weights."""
+        return self.shares == (True, False, False)
+
+    def _moments(self) -> dict[str, Tensor]:
+        """Return Adam's tensors, {key.NAME: tensor}; none before the first step that was taken.
+
+        Zeros stand for moments that another rank has: the sum over all ranks is what is saved.
+        """
+        adam = self.optimizer.state
+        # The first steps may have been left out: then Adam has tensors, of step 0.
+        taken = bool(adam) and next(iter(adam.values()))["step"].item() > 0
+        if self._moments_are_dealt():
+            taken = bool(devices.most([taken])[0])
+        if not taken:
+            return {}
+        moments = {}
+        for name, p in self.weights.items():
+            if not p.requires_grad:
+                continue
+            for key in ADAM_KEYS:
+                if p in adam:
+                    moments[f"{key}.{name}"] = adam[p][key]
+                elif key == "step":
+                    moments[f"{key}.{name}"] = torch.zeros(())
+                else:
+                    # As large, but without memory of its own.
+                    moments[f"{key}.{name}"] = torch.zeros(()).expand(p.shape)
+        return moments
+
+    def _gather_and_write(
+        self,
+        path: str,
+        like: dict[str, Tensor],
+        gather: Callable[[str], Tensor],
+        *,
+        alone: bool = False,
+    ) -> bool:
+        """Write {name: gather(name)} to `path`. Return whether rank 0 could, on all ranks.
+
+        like: {name: tensor} of their shapes and dtypes; alone: see save_state.
+
+        Invariant: where ranks share out the tensors, every rank calls gather(name) once for each
+        name, in the same order, whatever becomes of the disk. For gather is a collective: it
+        waits for all ranks, and makes the whole tensor on each. Rank 0 writes it before it
+        gathers the next one; the others drop it.
+        """
+        not_gathered = list(like)
+
+        def gather_next(name: str) -> Tensor:
+            not_gathered.remove(name)
+            tensor = gather(name)
+            if not all_finite(tensor):
+                raise ValueError(f"{name} holds NaN or infinite values in {tensor.dtype}")
+            return tensor
+
+        failed = False
+        if devices.rank() == 0:
+            try:
+                self._make_folder_again()
+                save_stream(like, gather_next, path)
+            except Exception as error:  # whatever it is, days of training do not end for it
+                failed = True
+                self._log_failure(path, error)
+        if any(self.shares):
+            # All names on the other ranks; on rank 0 what a disk that failed has left.
+            for name in not_gathered:
+                gather(name)
+        if not alone:
+            failed = bool(devices.most([failed])[0])
+        return not failed
+
+    def _make_folder_again(self) -> None:
+        """If the folder has vanished, make it, with its lock and what describes its checkpoints."""
+        if not os.path.exists(self.folder):
+            self.lock.enter_context(lock(self.folder))
+            self.log.describe()
+
+    def _log_failure(self, path: str, error: Exception) -> None:
+        why = getattr(error, "strerror", None)
+        if not why:
+            first_line, _, _ = str(error).partition("\n")
+            why = first_line.removeprefix(f"{path}: ")
+        found = states(self.folder, self.first)
+        if found:
+            left = f"what was saved before is whole, the state of step {max(found)} the last"
+        else:
+            left = "no state of this run is on disk so far"
+        self.log.line(f"could not save {path}: {why}; {left}")

@@ -1,0 +1,104 @@
+"""Ctrl-C and requests to end, answered where nothing is half done.
+
+One need not read this to understand Bone.
+"""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+import devices
+from cli import STOP_SIGNALS
+
+
+class StopNow(KeyboardInterrupt):
+    """A second Ctrl-C: stop at once, without saving."""
+
+
+class StopSignals:
+    """Ctrl-C and requests to end, deferred until `check` is called.
+
+    All ranks stop at the same call, whichever of them was told. A second Ctrl-C does not wait.
+    """
+
+    # A wrapper may pass on the Ctrl-C that the terminal has sent, too: within so many seconds
+    # a second one is the first one again.
+    ECHO_SECONDS = 0.2
+
+    def __init__(self) -> None:
+        self.number = 0  # of the first signal; 0 while none has come
+        self.came_at = 0.0  # when, in seconds of time.monotonic()
+        self.stopping: BaseException | None = None  # what was raised to end the run
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let signals end the block only where `check` is called in it."""
+        before = {}
+        for number in STOP_SIGNALS:
+            # One that is ignored stays so: nohup has SIGHUP ignored.
+            if callable(signal.getsignal(number)):
+                before[number] = signal.signal(number, self._handle)
+        try:
+            yield
+        except OSError as error:
+            # What ends the run may end the reader of its output, too: in `train.py | tee log` a
+            # Ctrl-C ends both. Then a progress bar fails, before the run stops or as it does.
+            if self.stopping:
+                raise self.stopping from None
+            if self.number and isinstance(error, BrokenPipeError):
+                self._stop()
+            raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def check(self) -> None:
+        """End the run here, on all ranks, if any of them was told to."""
+        number = int(devices.most([self.number])[0])
+        if not number:
+            return
+        if not self.number:
+            # Another rank was told first. What this one is about to be told is the same request.
+            time.sleep(0.5)
+        self.number = self.number or number
+        self._stop()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            late = time.monotonic() - self.came_at > self.ECHO_SECONDS
+            if number == signal.SIGINT and late:
+                self.stopping = StopNow()
+                raise self.stopping
+            return
+        self.number = number
+        self.came_at = time.monotonic()
+        if devices.rank() == 0:
+            # The terminal may be closed, or the reader of a pipe be gone.
+            with contextlib.suppress(OSError):
+                os.write(
+                    2, b"\nstopping after this step; once more stops at once, without saving\n"
+                )
+
+    def _stop(self) -> None:
+        if self.number == signal.SIGINT:
+            self.stopping = KeyboardInterrupt()
+        else:
+            self.stopping = SystemExit(128 + self.number)
+        raise self.stopping
+
+
+@contextlib.contextmanager
+def only_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C alone break the block off. (Supervisors send several requests to end.)"""
+    before = {}
+    for number in STOP_SIGNALS:
+        if number != signal.SIGINT:
+            before[number] = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
