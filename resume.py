@@ -28,6 +28,7 @@ import filelock
 import torch
 
 import devices
+import sharding
 from archive import (
     ABOUT,
     all_finite,
@@ -101,7 +102,7 @@ class Progress:
     def check(self):
         if self.bad_in_a_row >= HOPELESS:
             self.bad_in_a_row = 0
-            raise devices.Agreed(
+            raise devices.CollectiveError(
                 f"{HOPELESS} steps in a row had a loss or gradient that is not finite; the weights are those from before. Look at the "
                 "documents named in the log; or begin anew, or from an earlier state, with a smaller --lr_init, or with --precision fp32"
             )
@@ -109,7 +110,7 @@ class Progress:
     def summary(self, steps):
         """The epoch in words. ValueError where none of the run's `steps` was taken."""
         if self.overflows + self.bad == steps:
-            raise devices.Agreed(
+            raise devices.CollectiveError(
                 f"loss or gradient were not finite in each of {steps} steps, so nothing was learnt; use --precision bf16 or fp32"
             )
         finite = [loss for loss in self.losses if math.isfinite(loss)]
@@ -143,7 +144,7 @@ def prune(folder, keep, first):
 class Saver:
     """Saves a run: checkpoints, and states, of which the last `keep` stay. A disk that is full, or gone, ends no training: the log says so, and
     the next save may find it mended. about: {name: what JSON holds}; weights: {name: parameter}, what a checkpoint holds. Of several ranks, rank 0
-    writes; where they share out weights or moments (shares, see devices.py) the others send it theirs, so that all must save at once."""
+    writes; where they share out weights or moments (shares, see sharding.py) the others send it theirs, so that all must save at once."""
 
     def __init__(
         self,
@@ -156,7 +157,7 @@ class Saver:
         weights,
         optimizer,
         scaler,
-        shares=(False, False, False),
+        shares=sharding.Sharding(),
     ):
         self.folder, self.keep, self.first, self.log, self.about, self.progress = (
             folder,
@@ -188,12 +189,12 @@ class Saver:
             return tensor
 
         def take_part():
-            for name in names if any(self.shares) else ():
+            for name in names if self.shares.optimizer_state else ():
                 make(name)
 
         if devices.rank():
             take_part()
-            return not any(self.shares) or not devices.most([0])[0]
+            return not self.shares.optimizer_state or not devices.max_over_ranks([0])[0]
         failed = False
         try:
             if not os.path.exists(
@@ -217,7 +218,7 @@ class Saver:
             )
             take_part()  # the others wait for it
             failed = True
-        return not (devices.most([failed])[0] if any(self.shares) else failed)
+        return not (devices.max_over_ranks([failed])[0] if self.shares.optimizer_state else failed)
 
     def save_checkpoint(self, path, dtype):
         """Whether the weights could be written to `path`, in `dtype`."""
@@ -226,7 +227,9 @@ class Saver:
             for name, p in self.weights.items()
         }
         return self.attempt(
-            path, like, lambda name: devices.whole(self.weights[name].detach()).to("cpu", dtype)
+            path,
+            like,
+            lambda name: sharding.full_tensor(self.weights[name].detach()).to("cpu", dtype),
         )
 
     def save_state(self, keep=None):
@@ -239,13 +242,13 @@ class Saver:
         weights, adam, dealt = (
             {f"weights.{name}": p.detach() for name, p in self.weights.items()},
             self.optimizer.state,
-            self.shares == (True, False, False),
+            self.shares.optimizer_state and not self.shares.trained,
         )
         moments = {}
         taken = (
             bool(adam) and next(iter(adam.values()))["step"].item() > 0
         )  # the first steps may have been left out
-        if devices.most([taken])[0] if dealt else taken:
+        if devices.max_over_ranks([taken])[0] if dealt else taken:
             nothing = {
                 key: torch.zeros(()) for key in ("step", "exp_avg", "exp_avg_sq")
             }  # of a parameter whose moments another rank has
@@ -264,9 +267,9 @@ class Saver:
             path,
             tensors,
             lambda name: (
-                devices.added_up(tensors[name])
+                sharding.summed_on_cpu(tensors[name])
                 if dealt and name in moments
-                else devices.whole(tensors[name]).cpu()
+                else sharding.full_tensor(tensors[name]).cpu()
             ),
         ):
             self.saved = self.progress.step
@@ -294,18 +297,18 @@ class Saver:
                 end = end.__context__
             stopped = isinstance(end, (KeyboardInterrupt, SystemExit))
             together = stopped or isinstance(
-                end, devices.Agreed
+                end, devices.CollectiveError
             )  # of another error the other ranks know nothing, and take no part in saving
             if (
                 self.whole
                 and self.progress.step != self.saved
                 and not getattr(end, "impatient", False)
-                and (together or not any(self.shares))
+                and (together or not self.shares.optimizer_state)
             ):
                 with only_ctrl_c():
                     self.save_state(None if stopped else 1 << 30)
                     if together:
-                        devices.most(
+                        devices.max_over_ranks(
                             [0]
                         )  # the others wait: whoever started the ranks ends all when the first one ends
             if not stopped:
@@ -434,12 +437,12 @@ class State:
                 f"{self.path}: its gradient scaler or random state cannot be ({str(error).partition(chr(10))[0]}); move it away"
             ) from error
         for name, p in weights.items():
-            p.copy_(devices.part(tensors[f"weights.{name}"], p))
+            p.copy_(sharding.local_shard(tensors[f"weights.{name}"], p))
             if f"step.{name}" in tensors and p in mine:
                 parts = {
                     key: tensors[f"{key}.{name}"]
                     if key == "step"
-                    else devices.part(tensors[f"{key}.{name}"], p)
+                    else sharding.local_shard(tensors[f"{key}.{name}"], p)
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
                 optimizer.state[p] = {
@@ -618,13 +621,16 @@ def unbroken():
         caught.append(number)
         if len(caught) > 1 or devices.rank():
             return
+        said = b"\nstopping after this step\n"
+        if devices.size() == 1:  # torchrun passes on no second Ctrl-C
+            said = b"\nstopping after this step; once more stops at once, without saving\n"
         with contextlib.suppress(
             OSError
         ):  # of a terminal that is closed, a pipe whose reader the same Ctrl-C ended
-            os.write(2, b"\nstopping after this step; once more stops at once, without saving\n")
+            os.write(2, said)
 
     def check():
-        if number := int(devices.most([caught[0] if caught else 0])[0]):
+        if number := int(devices.max_over_ranks([caught[0] if caught else 0])[0]):
             if not caught:
                 time.sleep(
                     0.5
