@@ -32,6 +32,7 @@ import corpus
 import data
 import devices
 import loss
+import memory
 import resume
 import sharding
 import train
@@ -75,6 +76,12 @@ def start(ranks, line, **options):
 
 def errors_of(end):
     return "\n".join(line for line in end.stderr.splitlines() if re.search("Error|, line ", line))
+
+
+def without_delays(patch):
+    """As if without matplotlib, and without looking for memory: they take longer than training."""
+    patch.setitem(sys.modules, "matplotlib.figure", None)
+    patch.setattr(memory, "expected", lambda *_: {"weights": 0, "optimizer": 0, "workspace": 0})
 
 
 def parse(flags):
@@ -356,8 +363,7 @@ def on_one(tmp_path_factory, base_file):  # noqa: F811 (base_file is a fixture)
     path = tmp_path_factory.mktemp("on_one")
     write_inputs(path)
     with contextlib.chdir(path), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build.memory, "expected", lambda *_: {"weights": 0, "optimizer": 0})
-        patch.setitem(sys.modules, "matplotlib.figure", None)
+        without_delays(patch)
         run(f"{LIKE_TWO} --precision fp32 {SAVING} --proj_dir whole")
         run(f"{LIKE_TWO} --precision fp16 --proj_dir half")
     return path
@@ -710,7 +716,7 @@ def test_a_dry_run_says_what_each_rank_takes(true_memory, capsys):  # noqa: F811
 
 
 if __name__ == "__main__":
-    sys.modules["matplotlib.figure"] = None  # as if without it, which takes its time
+    without_delays(pytest.MonkeyPatch())
     torch.distributed.init_process_group("gloo")
     devices.world = lambda *_: contextlib.nullcontext()  # the group is there already
     with contextlib.ExitStack() as silence:
