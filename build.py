@@ -15,6 +15,7 @@ import corpus
 import devices
 import memory
 import rwkv6
+import sharding
 import tokenizer
 from archive import read_checkpoint, trained_quant
 from loss import LOGITS, apart, loss_fn, tensors
@@ -96,12 +97,12 @@ def build_model(args, device):
 def build_shares(args, device):
     """What `build_model` makes, shared out among the ranks; where that is the base, too: made without data, then filled tensor by tensor, so that no
     rank ever holds the whole."""
-    if not args.load_model or not devices.shares(args.strategy)[2]:
+    if not args.load_model or not sharding.Sharding.of(args.strategy).frozen:
         model, *_ = built = build_model(args, device)
-        devices.shard(model, args.strategy, device)
+        sharding.shard(model, args.strategy, device)
         return built
     model, *_ = built = build_model(args, torch.device("meta"))
-    devices.shard(model, args.strategy, device)
+    sharding.shard(model, args.strategy, device)
     model.to_empty(device="cpu" if args.strategy.endswith("offload") else device)
     parameters = dict(model.named_parameters())
     loaded = read_checkpoint(args.bone_load) if args.bone_load else {}
@@ -119,7 +120,9 @@ def build_shares(args, device):
             else {name: tensor}
         )
         for key, values in whole.items():
-            parameters[key].copy_(devices.part(values.view(parameters[key].shape), parameters[key]))
+            parameters[key].copy_(
+                sharding.local_shard(values.view(parameters[key].shape), parameters[key])
+            )
     return built
 
 
@@ -217,7 +220,7 @@ def expected_memory(args, device, longest=None):
         ranks(args),
     )
     at_once = min(longest, chunk_ctx(args) or longest)
-    parts_of_gradients = n if devices.shares(args.strategy, n)[1] else 1
+    parts_of_gradients = n if sharding.Sharding.of(args.strategy, n).trained else 1
     earlier = (
         args.accumulate_grad_batches > 1 or at_once < longest or n > parts_of_gradients
     )  # DDP keeps their place from step to step
@@ -258,7 +261,7 @@ def expected_memory(args, device, longest=None):
         parts["states between chunks"] = (together - 2 + 2 * (together < chunks)) * built[
             0
         ].state_bytes(args.micro_bsz)  # one more is in `outputs`
-    parts = devices.memory_of_one(parts, built[0], args.strategy, n)
+    parts = sharding.memory_of_one_rank(parts, built[0], args.strategy, ranks=n)
     return built, parts | memory.beside_tensors(parts, device)
 
 
@@ -271,7 +274,7 @@ def check_memory(args, device):
     if args.dry_run or need > free:
         print(model.config)
         if (n := ranks(args)) > 1:
-            print(f"each of {n} ranks, by {devices.engine(args.strategy)}:")
+            print(f"each of {n} ranks, by {sharding.describe(args.strategy)}:")
         trained, total = count(model)
         for what, number in (("trained", trained), ("frozen", total - trained)):
             size = sum(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import devices
+import sharding
 from archive import ABOUT, all_finite, save_stream
 from cli import silence_broken_pipes
 from run_folder import delete_old_states, lock, states
@@ -45,8 +46,8 @@ class Checkpointer:
     weights: dict[str, torch.nn.Parameter]
     optimizer: Any
     scaler: torch.amp.GradScaler
-    # What the ranks share out: (Adam's moments, trained weights, frozen base), see devices.py.
-    shares: tuple[bool, bool, bool] = (False, False, False)
+    # What the ranks share out.
+    shares: sharding.Sharding = dataclasses.field(default_factory=sharding.Sharding)
 
     def __post_init__(self) -> None:
         self.optimizer = own_optimizer(self.optimizer)
@@ -64,7 +65,7 @@ class Checkpointer:
             like[name] = torch.empty(p.shape, dtype=dtype, device="meta")
 
         def gather(name: str) -> Tensor:
-            return devices.whole(self.weights[name].detach()).to("cpu", dtype)
+            return sharding.full_tensor(self.weights[name].detach()).to("cpu", dtype)
 
         return self._gather_and_write(path, like, gather)
 
@@ -86,8 +87,8 @@ class Checkpointer:
 
         def gather(name: str) -> Tensor:
             if self._moments_are_dealt() and name in moments:
-                return devices.added_up(tensors[name])
-            return devices.whole(tensors[name]).cpu()
+                return sharding.summed_on_cpu(tensors[name])
+            return sharding.full_tensor(tensors[name]).cpu()
 
         path = os.path.join(self.folder, f"resume-{self.progress.step}.pth")
         self.log.sync()
@@ -131,14 +132,14 @@ class Checkpointer:
             return
         stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
         # Of another error the other ranks know nothing, and do not come to this save.
-        together = stopped or isinstance(error, devices.Agreed)
-        if not together and any(self.shares):
+        together = stopped or isinstance(error, devices.CollectiveError)
+        if not together and self.shares.optimizer_state:
             return
         with only_ctrl_c():
             self.save_state(delete_old=stopped, alone=not together)
             if together:
                 # Whoever started the ranks ends all of them when the first one ends.
-                devices.most([0])
+                devices.max_over_ranks([0])
 
     def _say_how_to_go_on(self) -> None:
         found = states(self.folder, self.first)
@@ -157,7 +158,7 @@ class Checkpointer:
 
     def _moments_are_dealt(self) -> bool:
         """Return whether each parameter's moments are on one rank, while all have its weights."""
-        return self.shares == (True, False, False)
+        return self.shares.optimizer_state and not self.shares.trained
 
     def _moments(self) -> dict[str, Tensor]:
         """Return Adam's tensors, {key.NAME: tensor}; none before the first step that was taken.
@@ -168,7 +169,7 @@ class Checkpointer:
         # The first steps may have been left out: then Adam has tensors, of step 0.
         taken = bool(adam) and next(iter(adam.values()))["step"].item() > 0
         if self._moments_are_dealt():
-            taken = bool(devices.most([taken])[0])
+            taken = bool(devices.max_over_ranks([taken])[0])
         if not taken:
             return {}
         moments = {}
@@ -219,12 +220,12 @@ class Checkpointer:
             except Exception as error:  # whatever it is, days of training do not end for it
                 failed = True
                 self._log_failure(path, error)
-        if any(self.shares):
+        if self.shares.optimizer_state:
             # All names on the other ranks; on rank 0 what a disk that failed has left.
             for name in not_gathered:
                 gather(name)
         if not alone:
-            failed = bool(devices.most([failed])[0])
+            failed = bool(devices.max_over_ranks([failed])[0])
         return not failed
 
     def _make_folder_again(self) -> None:

@@ -1,106 +1,71 @@
-"""Several devices: a process for each, its rank, through PyTorch's engines. `torchrun --nproc_per_node N train.py ...` starts them, or --devices N.
+"""Several devices: this process's device, the world of ranks, what they tell one another.
 
-    --strategy                  engine                                         what one of N ranks holds
-    auto, ddp                   DistributedDataParallel                        everything; gradients are added up
-    deepspeed_stage_1           the same, and ZeroRedundancyOptimizer          everything, but an N-th of Adam's moments
-    deepspeed_stage_2           FSDP2 (fully_shard) of what is trained         the frozen base; an N-th of the rest, its gradients and moments
-    deepspeed_stage_3           FSDP2 of all weights                           an N-th of everything, and the blocks that are being computed
-    deepspeed_stage_2_offload, deepspeed_stage_3_offload                       the same, the N-th in the memory of the CPU
+One need not read this to understand Bone. Each device has a process of its own, a rank. They are
+started by `--devices N`, or by `torchrun --nproc_per_node N train.py ...`. What the ranks share out
+among them is the matter of sharding.py.
 
-The names are those of DeepSpeed's ways to do the same, which is not used. Tensors of the model travel by NCCL between GPUs and by gloo between CPUs;
-the few numbers that ranks tell one another (`total`, `most`, `in_turn`) always by gloo.
+Tensors of the model travel by NCCL between GPUs and by gloo between CPUs. The few numbers that
+ranks tell one another (sum_over_ranks, gather_objects, ...) always travel by gloo.
 
 A single process is a world of one: every function here then returns what it is given.
 """
 
 import contextlib
-import ctypes
 import datetime
-import math
+import logging
 import os
 import re
 import signal
-import socket
-import subprocess
 import sys
 import time
 import traceback
-import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from cli import STOP_SIGNALS, one_line
-from quant import (
-    Quantized,
-)  # PyTorch's engines are imported where they are used: that takes seconds, which one process need not wait
 
-ENGINES = {
-    "auto": "DDP",
-    "ddp": "DDP",
-    "deepspeed_stage_1": "DDP, Adam's moments shared out (ZeroRedundancyOptimizer)",
-    "deepspeed_stage_2": "FSDP2, what is trained shared out",
-    "deepspeed_stage_3": "FSDP2, all weights shared out",
-}
+# Of one rank for another: the first one may have much text to tokenize while the others wait.
+LONGEST_WAIT = datetime.timedelta(hours=2)
+# What ranks that `launch` starts find in TORCHELASTIC_RUN_ID.
+RUN_ID = "train.py --devices"
 
 
-def engine(strategy):
-    """What a --strategy is here, in words."""
-    return ENGINES[
-        strategy.removesuffix("_offload")
-    ] + ", kept in the memory of the CPU" * strategy.endswith("_offload")
-
-
-def size():
-    started = os.environ.get("WORLD_SIZE", "")  # `train` refuses what is no number
+def size() -> int:
+    """Return the number of ranks. (train.py refuses a WORLD_SIZE that is not a number.)"""
+    started = os.environ.get("WORLD_SIZE", "")
     return max(1, int(started)) if started.isdecimal() else 1
 
 
-def rank():
-    return int(os.environ.get("RANK", 0)) if size() > 1 else 0
+def rank() -> int:
+    """Return this process's number among all ranks, from 0. A RANK without a WORLD_SIZE is 0."""
+    return int(os.environ["RANK"]) if size() > 1 else 0
 
 
-def started_here():
-    """Whether `python train.py`, on this machine alone, is what started this world."""
-    return size() == 1 or (
-        "LAUNCHER" in os.environ and size() == int(os.environ["LOCAL_WORLD_SIZE"])
-    )
+def local_rank() -> int:
+    """Return this process's number among the ranks of its machine, from 0."""
+    return int(os.environ["LOCAL_RANK"]) if size() > 1 else 0
 
 
-def shares(strategy, n=None):
-    """Whether a strategy, among n ranks (None: of this world), shares out (Adam's moments, what is trained itself, the frozen base, too)."""
-    stage = (n or size()) > 1 and strategy.removeprefix("deepspeed_stage_")[0]
-    return stage in ("1", "2", "3"), stage in ("2", "3"), stage == "3"
+def on_one_machine() -> bool:
+    """Return whether all ranks are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", size())) == size()
 
 
-def memory_of_one(parts, model, strategy, n):
-    """What one of n ranks takes, from {part: bytes} of a single process. A block is gathered into one piece, then cut into its weights, while the
-    piece is there; those outside of the blocks, embedding and head, are there from the beginning to the end of a step."""
-
-    def bytes_of(module):
-        return sum(
-            t.nbytes for t in (*module.parameters(), *module.buffers()) if base or t.requires_grad
-        )
-
-    moments, trained, base = shares(strategy, n)
-    if moments:
-        parts["optimizer"] /= n
-    if trained:
-        everything, blocks = bytes_of(model), [bytes_of(block) for block in model.blocks]
-        parts["gathered weights"] = (
-            everything - sum(blocks) + (2 * max(blocks) if base else sum(blocks) + max(blocks))
-        )
-        parts["weights"] -= everything * (1 - 1 / n)
-    return parts
+def started_here() -> bool:
+    """Return whether `python train.py`, on this machine alone, is what started this world."""
+    if size() == 1:
+        return True
+    return os.environ.get("TORCHELASTIC_RUN_ID") == RUN_ID and on_one_machine()
 
 
 def find(accelerator: str = "auto") -> torch.device:
-    """Return the device that --accelerator means: `cpu`; or, for `gpu` and `auto`, PyTorch's accelerator.
+    """Return the device that --accelerator means.
 
-    That is what torch.accelerator names: CUDA's, ROCm's, Intel's or Apple's; where there is none,
-    the CPU. (options.py refuses `gpu` then.)
+    That is the CPU for `cpu`; for `gpu` and `auto` PyTorch's accelerator: CUDA's, ROCm's, Intel's
+    or Apple's. Where there is none, it is the CPU. (parse_options.py refuses `gpu` then.)
     """
     found = None
     if accelerator != "cpu":
@@ -108,179 +73,205 @@ def find(accelerator: str = "auto") -> torch.device:
     return found or torch.device("cpu")
 
 
-# ---- processes ----------------------------------------------------------------------------------------------------------------
+# ---- starting ranks, and ending them -----------------------------------------------------------
 
 
-class Agreed(ValueError):
-    """An error that all ranks come to at the same place, so that the first of each machine says it, and all can still save."""
+class CollectiveError(ValueError):
+    """An error that all ranks raise at the same place: all can still save, and one reports it."""
 
 
-def launch(devices, num_nodes):
-    """Run this program once for each device, and end as they end: SystemExit. Of several machines each runs this; MASTER_ADDR, MASTER_PORT and
-    NODE_RANK say where the first one is, and which one this is. Signals are passed on. When a rank fails the others are asked to end, too; after
-    a minute, or 5 s after a second Ctrl-C, they are made to. (torchrun, which does the same, leaves them half a minute for saving, too.)"""
-    with socket.socket() as s:
-        s.bind(("", 0))  # a free port
-        where = (
-            {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
-            if num_nodes == 1
-            else {"MASTER_PORT": "29500"} | os.environ
-        )
-    node, ranks, asked, since, deadline = (
-        int(os.environ["NODE_RANK"]) if num_nodes > 1 else 0,
-        [],
-        [],
-        0,
-        math.inf,
+def launch(devices: int, num_nodes: int) -> None:
+    """Run this program once for each device of this machine, and return when all have succeeded.
+
+    torchrun's library does it, which on one machine chooses a free port. Each of several machines
+    calls this; MASTER_ADDR, MASTER_PORT and NODE_RANK say where the first one is, and which one
+    this is.
+
+    What is printed: the ranks' own words, their errors included; nothing by torchrun. One line is
+    added here where it was a signal that ended a rank, which then could not say so itself.
+    Exit code, by SystemExit: that of the rank that failed first; 2 where a signal ended it; 128 + N
+    where signal N was sent to this process. It is passed on to the ranks, which have 30 s to save
+    their state before they are killed. They have as long when one of them fails.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # torchrun's warnings and reports of what is said here already.
+    logging.disable(logging.ERROR)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // devices)))
+    config = LaunchConfig(
+        min_nodes=num_nodes,
+        max_nodes=num_nodes,
+        nproc_per_node=devices,
+        run_id=RUN_ID,
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+        signals_to_handle=",".join(signals_to_pass_on()),
+        **meeting_place(num_nodes),
     )
+    try:
+        with ended_by_signals():
+            elastic_launch(config, sys.executable)(*sys.argv)
+    except ChildFailedError as failed:
+        failed_rank, failure = failed.get_first_failure()
+        if failure.exitcode > 0:
+            sys.exit(failure.exitcode)
+        raise ValueError(
+            f"rank {failed_rank} of {devices * num_nodes} was ended by {failure.signal_name()}, "
+            "and the others with it; if nobody did that, and nothing is said above, there was too "
+            "little memory"
+        ) from failed
+    except SignalException as stopped:
+        sys.exit(128 + stopped.sigval)
+    except dist.DistError as error:
+        raise ValueError(why_not_met(error, config.rdzv_endpoint)) from error
 
-    def pass_on(number, _):
-        nonlocal deadline, since
-        if (
-            asked and number == signal.SIGINT and time.monotonic() - since > 0.2
-        ):  # see stop_signals.py
-            deadline = time.monotonic() + 5
-        since = since if asked else time.monotonic()
-        asked.append(number)
-        for process in ranks:
-            process.send_signal(number)
 
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, pass_on)
-    if num_nodes > 1:
-        print(
-            f"machine {node} of {num_nodes}, counted from 0: waits until all are at {where['MASTER_ADDR']}:{where['MASTER_PORT']}, the first machine's",
-            flush=True,
-        )
-    for local in range(devices):
-        numbers = {
-            "WORLD_SIZE": devices * num_nodes,
-            "RANK": node * devices + local,
-            "LOCAL_WORLD_SIZE": devices,
-            "LOCAL_RANK": local,
-            "LAUNCHER": os.getpid(),
+def signals_to_pass_on() -> list[str]:
+    """Name the signals that torchrun passes on to ranks, but for those that nohup has ignored."""
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+    return [
+        name
+        for name in names
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN
+    ]
+
+
+def meeting_place(num_nodes: int) -> dict[str, Any]:
+    """Return where the ranks find one another, as torchrun's words for it."""
+    if num_nodes == 1:
+        return {
+            "rdzv_backend": "c10d",
+            "rdzv_endpoint": "localhost:0",
+            "local_addr": "localhost",
         }
-        environment = os.environ | where | {name: str(n) for name, n in numbers.items()}
-        # A session of its own, or a terminal's Ctrl-C would reach a rank twice.
-        ranks.append(
-            subprocess.Popen([sys.executable, *sys.argv], env=environment, start_new_session=True)
-        )
-        if asked:
-            ranks[-1].send_signal(asked[0])
-    failed = None
-    while any(process.poll() is None for process in ranks):
-        time.sleep(0.1)
-        failed = failed or next((process for process in ranks if process.poll()), None)
-        if failed and not asked and deadline == math.inf:
-            deadline = time.monotonic() + 60
-            for process in ranks:
-                process.terminate()
-        if time.monotonic() > deadline:
-            for process in ranks:
-                process.kill()
-    failed = failed or next((process for process in ranks if process.poll()), None)
-    if failed and failed.returncode < 0 and not asked:
-        print(
-            f"\nerror: rank {node * devices + ranks.index(failed)} of {devices * num_nodes} was ended by {signal.Signals(-failed.returncode).name}, and the "
-            "others with it; where nobody did that, and nothing is said above, memory was too small",
-            file=sys.stderr,
-        )
-    sys.exit(
-        0
-        if not failed
-        else failed.returncode
-        if failed.returncode > 0
-        else 128 + asked[0]
-        if asked
-        else 2
+    node = int(os.environ["NODE_RANK"])
+    endpoint = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '29500')}"
+    print(
+        f"machine {node} of {num_nodes}, counted from 0: "
+        f"waits until all are at {endpoint}, the first machine's",
+        flush=True,
     )
+    return {
+        "rdzv_backend": "static",
+        "rdzv_endpoint": endpoint,
+        "rdzv_configs": {"rank": node, "timeout": LONGEST_WAIT.total_seconds()},
+    }
+
+
+def why_not_met(error: dist.DistError, endpoint: str) -> str:
+    """Say in one line why this machine did not meet the others."""
+    if "EADDRINUSE" in str(error):
+        port = endpoint.rpartition(":")[2]
+        return (
+            f"port {port} is taken on this machine; "
+            "set another MASTER_PORT, the same on all machines"
+        )
+    first_line = str(error).partition("\n")[0]
+    return f"the machines did not meet at {endpoint} ({first_line}); is its port open?"
 
 
 @contextlib.contextmanager
-def world(device, strategy):
-    """Around what a rank does. All but rank 0 are silent, but for errors that are not Agreed."""
+def ended_by_signals() -> Iterator[None]:
+    """Let a signal end this process at once, while it waits for others and has nothing to save.
+
+    A handler in Python would be called only when the wait is over.
+    """
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    ours = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in ours:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def world(device: torch.device) -> Iterator[None]:
+    """Connect this rank with the others for what it does within, and end it as it should end.
+
+    All but rank 0 print nothing there. Of an error that all have (CollectiveError) the first rank
+    of each machine prints its line; of any other error the rank that has it.
+    """
     if size() == 1:
         yield
         return
-    local, on_this_machine = (
-        int(os.environ.get("LOCAL_RANK", 0)),
-        int(os.environ.get("LOCAL_WORLD_SIZE", size())),
-    )
-    if device.type != "cpu":
-        if local >= torch.accelerator.device_count():
-            raise ValueError(
-                f"rank {rank()}: {on_this_machine} processes were started here, but PyTorch sees {torch.accelerator.device_count()} GPUs"
-            )
-        torch.accelerator.set_device_index(local)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // on_this_machine))
-    if "LAUNCHER" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(
-            1, signal.SIGTERM
-        )  # PR_SET_PDEATHSIG: when the launcher is killed, nobody would be left to end this
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    join_world(device)
     try:
-        for number in (
-            STOP_SIGNALS
-        ):  # nothing is to be saved yet, and a handler would wait until the others are there
-            if callable(handlers[number]):
-                signal.signal(number, signal.SIG_DFL)
-        engine = (
-            f",{device.type}:{dist.get_default_backend_for_device(device)}"
-            if device.type != "cpu"
-            else ""
-        )
-        dist.init_process_group(f"cpu:gloo{engine}", timeout=datetime.timedelta(hours=2))
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        with (
-            contextlib.redirect_stdout(open(os.devnull, "w"))
-            if rank()
-            else contextlib.nullcontext()
-        ):
+        with contextlib.ExitStack() as silence:
+            if rank() > 0:
+                nowhere = silence.enter_context(open(os.devnull, "w"))
+                silence.enter_context(contextlib.redirect_stdout(nowhere))
             yield
-        most([0])  # none goes while another one still speaks
         dist.destroy_process_group()
-    except Agreed:
-        if rank() == 0 or local == 0:  # once on each machine
-            raise
-        sys.exit(2)
-    except RuntimeError as error:
-        if "EADDRINUSE" in str(error):
-            raise ValueError(
-                f"port {os.environ['MASTER_PORT']} is taken on this machine; set another MASTER_PORT, the same on all machines"
-            ) from error
-        if not isinstance(error, dist.DistError) and not re.search(
-            "gloo|nccl|process group", str(error), re.IGNORECASE
-        ):
-            raise
-        if started_here():
-            time.sleep(1)  # so that the launcher sees the other one's end first, and says it
+    except CollectiveError:
+        if local_rank() > 0:
             sys.exit(2)
-        time.sleep(10)  # torchrun ends this one meanwhile, and says why the other ended
-        raise ValueError(
-            f"rank {rank()}: the connection to another rank was lost, which has ended, or cannot be reached"
-        ) from error
+        raise
     except ValueError as error:
-        if "env://" in str(error):
-            raise ValueError(
-                "WORLD_SIZE is set, but not all of RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; unset it, or start the ranks by torchrun"
-            ) from error
         if rank() == 0:
             raise
         raise ValueError(f"rank {rank()}: {error}") from error
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        # That rank has ended. Who started the ranks is to see its end first, and ends this one.
+        time.sleep(1)
+        if on_one_machine() or local_rank() > 0:
+            sys.exit(2)
+        raise ValueError(
+            f"rank {rank()}: the connection to another rank was lost; "
+            "it has ended, or cannot be reached"
+        ) from error
 
 
-def leave(main):
-    """Run main(), and end as it ends. A rank ends at once when all is said: in the interpreter's own end, the threads by which ranks talk can abort it."""
+def join_world(device: torch.device) -> None:
+    """Choose this rank's device, then wait until all ranks are there."""
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"WORLD_SIZE is set, but not {', '.join(missing)}; "
+            "unset it, or start the ranks by torchrun"
+        )
+    backends = "cpu:gloo"
+    if device.type != "cpu":
+        available = torch.accelerator.device_count()
+        if local_rank() >= available:
+            raise ValueError(
+                f"rank {rank()}: is number {local_rank()} of this machine, counted from 0, "
+                f"but PyTorch sees {available} GPUs"
+            )
+        torch.accelerator.set_device_index(local_rank())
+        backends += f",{device.type}:{dist.get_default_backend_for_device(device)}"
+    with ended_by_signals():
+        dist.init_process_group(backends, timeout=LONGEST_WAIT)
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Return whether this is what PyTorch raises when another rank has ended."""
+    if isinstance(error, dist.DistError):
+        return True
+    return bool(re.search("gloo|nccl|process group", str(error), re.IGNORECASE))
+
+
+def exit_process(main: Callable[[], None]) -> None:
+    """Run main(), and end the process as it ends.
+
+    A rank leaves without the interpreter's own end, in which the threads by which ranks talk can
+    abort it: a run that is complete would look like one that crashed.
+    """
     if size() == 1:
-        return main()
+        main()
+        return
     code = 0
     try:
         main()
     except SystemExit as end:
-        code = end.code or 0
+        code = end.code if isinstance(end.code, int) else 0
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -290,204 +281,87 @@ def leave(main):
     os._exit(code)
 
 
+# ---- agreeing ----------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
-def main_first():
-    """Rank 0 goes through the block before the others do: what it makes, they find, and where it refuses something, they need not. On other machines,
-    too, one goes before the rest. What any of them refuses is Agreed by all."""
-    turn = 0 if rank() == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+def rank0_first() -> Iterator[None]:
+    """Let the first rank of each machine go through the block before its others do.
+
+    What it makes, they find. What any of them refuses by an OSError or ValueError becomes a
+    CollectiveError of all.
+    """
     if size() == 1:
         yield
         return
-    refused = None
-    for at in range(3):
-        if at == turn:
-            try:
-                yield
-            except (OSError, ValueError) as error:
-                refused = one_line(error)
-        for n, words in enumerate(of_all(refused)):
-            if words:
-                raise Agreed(f"rank {n}: {words}" if n else words)
+    if local_rank() > 0:
+        agree(None)
+    refusal = None
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        refusal = one_line(error)
+    agree(refusal)
+    if local_rank() == 0:
+        agree(None)
 
 
-def check_same(what):
-    """Agreed, unless {name: value} is the same on all ranks."""
-    for n, other in enumerate(of_all(what) if size() > 1 else ()):
-        for name in [name for name in what if other[name] != what[name]]:
-            raise Agreed(
-                f"{name} differs: {what[name]} on rank {rank()}, {other[name]} on rank {n}; all need the same"
-            )
+def agree(refusal: str | None) -> None:
+    """Raise a CollectiveError on all ranks if one of them gives a refusal."""
+    for number, words in enumerate(gather_objects(refusal)):
+        if words is not None:
+            raise CollectiveError(f"rank {number}: {words}" if number else words)
 
 
-# ---- numbers ------------------------------------------------------------------------------------------------------------------
+def check_same(values: dict[str, Any]) -> None:
+    """Raise a CollectiveError unless {name: value} is the same on all ranks."""
+    for number, others in enumerate(gather_objects(values)):
+        for name, value in values.items():
+            if others[name] != value:
+                raise CollectiveError(
+                    f"{name} differs: {value} on rank {rank()}, {others[name]} on rank {number}; "
+                    "all need the same"
+                )
 
 
-def reduced(numbers, operation):
+# ---- numbers -----------------------------------------------------------------------------------
+
+
+def sum_over_ranks(numbers: Sequence[float]) -> list[float]:
+    """Return the sums of a list of numbers over all ranks."""
+    return _reduce(numbers, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(numbers: Sequence[float]) -> list[float]:
+    """Return the largest of all ranks, for each of a list of numbers."""
+    return _reduce(numbers, dist.ReduceOp.MAX)
+
+
+def _reduce(numbers: Sequence[float], operation: Any) -> list[float]:
     if size() == 1:
-        return numbers
-    dist.all_reduce(x := torch.tensor(numbers, dtype=torch.float64), operation)
-    return x.tolist()
+        return list(numbers)
+    reduced = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(reduced, operation)
+    return reduced.tolist()
 
 
-def total(numbers):
-    """The sums of a list of numbers over all ranks."""
-    return reduced(numbers, dist.ReduceOp.SUM)
-
-
-def most(numbers):
-    """The largest of all ranks, of each of a list of numbers."""
-    return reduced(numbers, dist.ReduceOp.MAX)
-
-
-def of_all(what):
-    """A list of what each rank has, objects that pickle holds."""
+def gather_objects(what: Any) -> list[Any]:
+    """Return what each rank gives, in the order of ranks: objects that pickle can hold."""
+    if size() == 1:
+        return [what]
     gathered = [None] * size()
     dist.all_gather_object(gathered, what)
     return gathered
 
 
-def in_turn(numbers):
-    """The first numbers of all ranks, then the second ones, and so on. All ranks have as many."""
-    if size() == 1:
-        return numbers
-    gathered = [torch.empty(len(numbers), dtype=torch.float64) for _ in range(size())]
-    dist.all_gather(gathered, torch.tensor(numbers, dtype=torch.float64))
-    return torch.stack(gathered, 1).flatten().tolist()
+def interleave_ranks(numbers: Sequence[float]) -> list[float]:
+    """Return the first numbers of all ranks, then their second ones, and so on.
 
-
-# ---- engines ------------------------------------------------------------------------------------------------------------------
-
-
-class Loss(nn.Module):
-    """DDP adds up the gradients of a module when its forward was called: here that is loss_fn."""
-
-    def __init__(self, model, loss_fn):
-        super().__init__()
-        self.model, self.loss_fn = model, loss_fn
-
-    def forward(self, *batch):
-        return self.loss_fn(self.model, *batch)
-
-
-def wrap(model, loss_fn, strategy):
-    """loss_fn(model, ...) as a function of the rest, whose backward pass adds up the gradients of all ranks. Outside `quiet`, that is."""
-    if size() == 1 or shares(strategy)[1]:
-        return lambda *batch: loss_fn(model, *batch)
-    with warnings.catch_warnings(
-        action="ignore"
-    ):  # of another name for broadcast_buffers, in some releases
-        return DistributedDataParallel(
-            Loss(model, loss_fn),
-            broadcast_buffers=False,
-            init_sync=False,
-            gradient_as_bucket_view=True,
-        )
-
-
-def quiet(compute):
-    """The forward and backward passes within only add to this rank's gradients."""
-    return (
-        compute.no_sync()
-        if isinstance(compute, DistributedDataParallel)
-        else contextlib.nullcontext()
-    )
-
-
-def shares_out_integers():
-    """Whether PyTorch's FSDP2 takes the integers of a quantized base: since 2.12."""
-    major, minor = torch.__version__.split(".")[:2]
-    return (int(major), int(minor)) >= (2, 12)
-
-
-def shard(model, strategy, device):
-    """Share out the weights of `model`, or those that are trained: each rank will hold an N-th of every tensor, along its first dimension."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import (
-        CPUOffloadPolicy,
-        OffloadPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
-
-    _, _, base = shares(strategy)
-    if (
-        base
-        and not shares_out_integers()
-        and any(isinstance(module, Quantized) for module in model.modules())
-    ):
-        raise ValueError(
-            f"--strategy {strategy} shares out a quantized base with PyTorch 2.12 or newer, and this is {torch.__version__}; "
-            "use deepspeed_stage_2, or --quant none, or install a newer one"
-        )
-    for module in model.modules() if base else ():
-        if isinstance(module, Quantized):  # only parameters are shared out
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                delattr(module, name)
-                module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
-    options = {
-        "mesh": init_device_mesh(device.type, (size(),)),
-        "ignored_params": set() if base else {p for p in model.parameters() if not p.requires_grad},
-        "offload_policy": CPUOffloadPolicy()
-        if strategy.endswith("_offload") and device.type != "cpu"
-        else OffloadPolicy(),
-    }
-    for block in model.blocks:
-        fully_shard(
-            block, reshard_after_forward=base, **options
-        )  # what is trained is small, and stays from the forward to the backward pass
-    fully_shard(model, reshard_after_forward=False, **options)
-    register_fsdp_forward_method(model, "hidden")
-
-
-def is_shared(tensor):
-    return hasattr(tensor, "full_tensor")  # a DTensor
-
-
-def part(tensor, parameter):
-    """This rank's part of a whole tensor, as `parameter` is shared out; for a plain parameter, the tensor."""
-    if not is_shared(parameter):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(
-        tensor, parameter.device_mesh, parameter.placements, src_data_rank=None
-    )
-
-
-def whole(tensor):
-    """The whole of a tensor that is shared out; any other as it is. On all ranks at once."""
-    return tensor.full_tensor() if is_shared(tensor) else tensor
-
-
-def added_up(tensor):
-    """The sum of what all ranks have, on the CPU."""
-    dist.all_reduce(tensor := tensor.to("cpu", copy=True).contiguous())
-    return tensor
-
-
-def optimizer(groups, strategy, **options):
-    """AdamW; with deepspeed_stage_1 each rank has the moments of its share of the parameters, and sends these out after a step."""
-    if shares(strategy) == (True, False, False):
-        from torch.distributed.optim import ZeroRedundancyOptimizer
-
-        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
-    return torch.optim.AdamW(groups, **options)
-
-
-def step_if_finite(optimizer, number):
-    """Take the optimizer's step if `number`, a tensor (), is finite on all ranks, without waiting for the device.
-
-    The fused kernel of AdamW looks at `found_inf`, which is there for fp16: where it is 1, weights,
-    moments and step counts keep their bits. (On CPUs and by CUDA; Apple's kernel does not look.)
+    All ranks have as many.
     """
-    found_inf = (~number.isfinite()).float()
-    if size() > 1:
-        dist.all_reduce(found_inf, dist.ReduceOp.MAX)
-    if found_inf.device.type == "mps" and found_inf.item():
-        return
-    inner = getattr(optimizer, "optim", optimizer)  # ZeroRedundancyOptimizer's own
-    inner.found_inf = found_inf.to(
-        optimizer.param_groups[0]["params"][0].device
-    )  # the CPU's, with offload
-    optimizer.step()
-    del inner.found_inf
+    if size() == 1:
+        return list(numbers)
+    mine = torch.tensor(numbers, dtype=torch.float64)
+    gathered = [torch.empty_like(mine) for _ in range(size())]
+    dist.all_gather(gathered, mine)
+    return torch.stack(gathered, dim=1).flatten().tolist()

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import data
 import devices
+import sharding
 
 LOGITS = 1 << 24  # how many the head makes at once
 
@@ -143,7 +144,7 @@ def loss_fn(model, idx, targets, mask, tokens=None, positions=None, state=None):
 def split(batch, chunk_ctx):
     """idx, targets and mask (B, T) as chunks of at most chunk_ctx tokens (0: as one); on each rank as many, if need be with some that count nothing."""
     chunks = [*zip(*(x.split(chunk_ctx or x.shape[1], 1) for x in batch))]
-    missing = int(devices.most([len(chunks)])[0]) - len(chunks)
+    missing = int(devices.max_over_ranks([len(chunks)])[0]) - len(chunks)
     if missing == 0:
         return chunks
     return chunks + [data.empty_batch(len(batch[0]), batch[0].device)] * missing
@@ -164,7 +165,7 @@ def backward(
     model, compute, batch, tokens, positions, autocast, scaler=None, chunk_ctx=0, bptt=0, last=True
 ):
     """Forward and backward of a micro batch, as the head of this file describes it; gradients are added to those of the parameters. Returns its
-    loss, as loss_fn counts it. compute: loss_fn of the model, perhaps by an engine that adds up the gradients of all ranks (devices.py), which
+    loss, as loss_fn counts it. compute: loss_fn of the model, perhaps by an engine that adds up the gradients of all ranks (sharding.py), which
     happens in the `last` micro batch; scaler: of fp16; chunk_ctx: tokens in a chunk, 0: all; bptt: chunks the gradient flows through, 0: all.
     The loss is a tensor (): nothing here waits for the device."""
     chunks, state, loss = split(batch, chunk_ctx), model.empty_state(), 0.0
@@ -177,7 +178,7 @@ def backward(
         for chunk in reversed(group):
             before = apart(states.pop(), requires_grad=bool(states))
             at_end = last and not states and first + bptt >= len(chunks)
-            with contextlib.nullcontext() if at_end else devices.quiet(compute):
+            with contextlib.nullcontext() if at_end else sharding.no_gradient_sync(compute):
                 with autocast:
                     if len(chunks) > 1:
                         value, after = compute(*chunk, tokens, positions, before)
@@ -206,7 +207,7 @@ def count_tokens(micro):
     """
     tokens = sum(mask.sum().item() for _, _, mask in micro)
     positions = sum((targets >= 0).sum().item() for _, targets, _ in micro)
-    return devices.total([tokens, positions])
+    return devices.sum_over_ranks([tokens, positions])
 
 
 def step(model, micro, autocast, scaler=None, chunk_ctx=0, bptt=0, *, compute=None, counts=None):
@@ -262,5 +263,5 @@ def val_loss(
             losses.append(value)
         check()
     total = sum(torch.stack(losses).tolist()) if losses else 0.0  # the only wait for the device
-    total, tokens = devices.total([total, tokens])
+    total, tokens = devices.sum_over_ranks([total, tokens])
     return total / max(tokens, 1.0)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 import devices
 import options
+import sharding
 from archive import ABOUT, all_finite, drop_mapped_pages, read_tensors
 from run_folder import states
 
@@ -78,7 +79,7 @@ class Progress:
         if self.bad_in_a_row >= MAX_BAD_STEPS_IN_A_ROW:
             # A run that is resumed from here may have as many again.
             self.bad_in_a_row = 0
-            raise devices.Agreed(
+            raise devices.CollectiveError(
                 f"{MAX_BAD_STEPS_IN_A_ROW} steps in a row had a loss or gradient that is not "
                 "finite; the weights are those from before. Look at the documents named in the "
                 "log; or start again, or from an earlier state, with a smaller --lr_init, or "
@@ -88,7 +89,7 @@ class Progress:
     def summary(self, steps: int) -> str:
         """Describe the epoch. steps: those of the run; an error if none of them was taken."""
         if self.overflows + self.bad == steps:
-            raise devices.Agreed(
+            raise devices.CollectiveError(
                 f"loss or gradient were not finite in each of {steps} steps, so nothing was "
                 "learnt; use --precision bf16 or fp32"
             )
@@ -196,7 +197,7 @@ class State:
         optimizer = own_optimizer(optimizer)
         mine = {p for group in optimizer.param_groups for p in group["params"]}
         for name, p in weights.items():
-            p.copy_(devices.part(self.tensors[f"weights.{name}"], p))
+            p.copy_(sharding.local_shard(self.tensors[f"weights.{name}"], p))
             if p in mine and f"step.{name}" in self.tensors:
                 optimizer.state[p] = self._adam_of(name, p)
         # Otherwise the file would stay mapped, and its room on the disk taken when it is deleted.
@@ -209,7 +210,7 @@ class State:
         for key in ADAM_KEYS:
             tensor = self.tensors[f"{key}.{name}"]
             if key != "step":
-                tensor = devices.part(tensor, p)
+                tensor = sharding.local_shard(tensor, p)
             adam[key] = tensor.to(p.device, copy=True)
         return adam
 

@@ -57,7 +57,7 @@ class StopSignals:
 
     def check(self) -> None:
         """End the run here, on all ranks, if any of them was told to."""
-        number = int(devices.most([self.number])[0])
+        number = int(devices.max_over_ranks([self.number])[0])
         if not number:
             return
         if not self.number:
@@ -75,12 +75,13 @@ class StopSignals:
             return
         self.number = number
         self.came_at = time.monotonic()
+        said = b"\nstopping after this step\n"
+        if devices.size() == 1:  # torchrun does not pass on a second Ctrl-C
+            said = b"\nstopping after this step; once more stops at once, without saving\n"
         if devices.rank() == 0:
             # The terminal may be closed, or the reader of a pipe be gone.
             with contextlib.suppress(OSError):
-                os.write(
-                    2, b"\nstopping after this step; once more stops at once, without saving\n"
-                )
+                os.write(2, said)
 
     def _stop(self) -> None:
         if self.number == signal.SIGINT:

@@ -1,10 +1,13 @@
-"""Several devices: here processes on CPUs, which talk by gloo. As one process with all their micro batches, to the last digits; none waits for a dead one.
+"""Several devices, here processes on CPUs that talk by gloo.
 
-Starting processes takes seconds, so those of one test try everything of their kind: `python test_devices.py gradients`, started once for each rank.
+They compute what one process with all their micro batches does, to the last digits, and none waits
+for a dead one. Starting processes takes seconds, so one start does all jobs of its ranks:
+`python test_devices.py gradients runs trouble`, run by torchrun.
 """
 
 import contextlib
 import errno
+import functools
 import itertools
 import json
 import math
@@ -30,7 +33,9 @@ import corpus
 import data
 import devices
 import loss
+import memory
 import run_state
+import sharding
 import train
 from test_train import (
     DEFAULTS,
@@ -51,22 +56,18 @@ FLAGS = (
     DEFAULTS.replace("--epoch_steps 4 ", "").replace("--micro_bsz 4", "--micro_bsz 2")
     + "--precision fp32 --random_seed 1 "
 )
+# A step of these in one process is a step of FLAGS on two.
+LIKE_TWO = "--epoch_steps 0 --micro_bsz 2 --accumulate_grad_batches 2 --random_seed 1 "
+CPU = torch.device("cpu")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 
 def start(ranks, line, **options):
     """`python LINE` as so many ranks, by torchrun."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(ranks),
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.run(
-        [*command, *line.split()],
-        env=environment,
+        [*command, "--nproc_per_node", str(ranks), *line.split()],
+        env=os.environ | ENVIRONMENT | {"PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -78,6 +79,16 @@ def errors_of(end):
     return "\n".join(line for line in end.stderr.splitlines() if re.search("Error|, line ", line))
 
 
+def without_delays(patch):
+    """As if without matplotlib, and without looking for memory: they take longer than training."""
+    patch.setitem(sys.modules, "matplotlib.figure", None)
+    patch.setattr(memory, "expected", lambda *_: {"weights": 0, "optimizer": 0, "workspace": 0})
+
+
+def parse(flags):
+    return train.parse_args((FLAGS + flags).split())
+
+
 @contextlib.contextmanager
 def alone():
     """Within, this rank is a world of one."""
@@ -86,451 +97,494 @@ def alone():
     os.environ |= before
 
 
-# ---- what the ranks do --------------------------------------------------------------------------------------------------------
+# ---- what the ranks do: gradients --------------------------------------------------------------
 
 
-def compare(flags, documents, passes, **chunks):
-    """Largest difference, relative, of loss and any gradient of `passes` micro batches on each rank from those of one process with all of them."""
-    args, n = train.parse_args((FLAGS + flags).split()), devices.size()
-    rows = [
-        [documents[i % len(documents)] for i in range(2 * number, 2 * number + 2)]
-        for number in range(n * passes - 1)
-    ]
-    batches = [
-        data.collate(
-            row, 32, args.loss_mask if args.loss_mask != "se" else ("P", "d"), cut=not chunks
-        )
-        for row in rows
-    ]
+def all_batches(args, documents, number, cut):
+    """So many micro batches of two documents."""
+    mask = args.loss_mask if args.loss_mask != "se" else ("P", "d")
+    batches = []
+    for first in range(0, 2 * number, 2):
+        rows = [documents[i % len(documents)] for i in (first, first + 1)]
+        batches.append(data.collate(rows, 32, mask, cut))
+    return batches
+
+
+def step_of_one_process(args, batches, chunks):
+    """The losses and gradients of one process with all micro batches."""
     with alone():
-        model, *_ = train.build_model(args, torch.device("cpu"))
+        model, *_ = train.build_model(args, CPU)
         model.keep_products = bool(chunks)
-        expected = [
-            value.item() for value in train.step(model, batches, contextlib.nullcontext(), **chunks)
-        ]
-        grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    model, *_ = (train.build_shares if devices.shares(args.strategy)[1] else train.build_model)(
-        args, torch.device("cpu")
-    )
+        losses = train.step(model, batches, contextlib.nullcontext(), **chunks)
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        return [value.item() for value in losses], gradients
+
+
+def step_of_ranks(args, batches, passes, chunks):
+    """The model, and this rank's losses, after `passes` micro batches on each rank."""
+    trained_is_shared = sharding.Sharding.of(args.strategy).trained
+    make = train.build_shares if trained_is_shared else train.build_model
+    model, *_ = make(args, CPU)
     model.keep_products = bool(chunks)
-    compute, reduced = devices.wrap(model, loss.loss_fn, args.strategy), []
-    if isinstance(compute, DistributedDataParallel):
-        compute.register_comm_hook(
-            None, lambda state, bucket: reduced.append(bucket) or allreduce_hook(state, bucket)
-        )
-    mine = batches[devices.rank() :: n]
-    found = train.step(
-        model,
-        mine + [data.empty_batch()] * (passes - len(mine)),
-        contextlib.nullcontext(),
-        **chunks,
-        compute=compute,
-    )
-    found = devices.in_turn([value.item() for value in found])
-    assert (
-        len(found) == n * passes and found[n * passes - 1] == 0
-    )  # the last rank has one micro batch less
-    assert len(reduced) == isinstance(
-        compute, DistributedDataParallel
-    )  # all gradients at once, when a step's last one is there
-    shared = {name: p for name, p in model.named_parameters() if devices.is_shared(p)}
-    assert shared.keys() == {
-        name
-        for name, p in model.named_parameters()
-        if devices.shares(args.strategy)[2 - p.requires_grad]
-    }
-    assert all(p.to_local().shape[0] <= -(-p.shape[0] // n) for p in shared.values())
-    ours = {name: devices.whole(p.grad) for name, p in model.named_parameters() if p.requires_grad}
-    assert ours.keys() == grads.keys()
-    return max(
-        *(abs(a - b) / sum(expected) for a, b in zip(found, expected)),
-        *(((ours[name] - g).norm() / g.norm()).item() for name, g in grads.items()),
-    )
+    compute = sharding.wrap(model, loss.loss_fn, args.strategy)
+    reductions = []
+
+    def count_reductions(state, bucket):
+        reductions.append(bucket)
+        return allreduce_hook(state, bucket)
+
+    is_ddp = isinstance(compute, DistributedDataParallel)
+    if is_ddp:
+        compute.register_comm_hook(None, count_reductions)
+    mine = batches[devices.rank() :: devices.size()]
+    mine += [data.empty_batch()] * (passes - len(mine))
+    losses = train.step(model, mine, contextlib.nullcontext(), **chunks, compute=compute)
+    # All gradients at once, when a step's last one is there.
+    assert len(reductions) == is_ddp
+    return model, [value.item() for value in losses]
+
+
+def check_shards(model, strategy):
+    """What a strategy shares out is shared out, and a rank holds its part alone."""
+    shared = sharding.Sharding.of(strategy)
+    for name, p in model.named_parameters():
+        expected = shared.trained if p.requires_grad else shared.frozen
+        assert sharding.is_shared(p) == expected, name
+        if expected:
+            assert p.to_local().shape[0] <= -(-p.shape[0] // devices.size()), name
+
+
+def compare(flags, documents, passes=2, **chunks):
+    """The largest relative difference of loss and any gradient from those of one process.
+
+    Each rank has `passes` micro batches, the last one of them one less.
+    """
+    args = parse(flags)
+    number = devices.size() * passes - 1
+    batches = all_batches(args, documents, number, cut=not chunks)
+    expected, expected_gradients = step_of_one_process(args, batches, chunks)
+    model, losses = step_of_ranks(args, batches, passes, chunks)
+    check_shards(model, args.strategy)
+    losses = devices.interleave_ranks(losses)
+    assert len(losses) == number + 1 and losses[number] == 0
+    differences = [
+        abs(found - loss) / sum(expected)
+        for found, loss in zip(losses[:number], expected, strict=True)
+    ]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == expected_gradients.keys()
+    for name, p in trained.items():
+        gradient = expected_gradients[name]
+        difference = sharding.full_tensor(p.grad) - gradient
+        differences.append((difference.norm() / gradient.norm()).item())
+    return max(differences)
+
+
+GRADIENT_CASES = [
+    ("--grad_cp 1 --quant nf4 --bone_load bones.pth --loss_mask pad", {}),
+    ("--train_parts time ln emb head --bone_load bones.pth --loss_mask none", {}),
+    ("""--train_parts --loss_mask se --mask_id {"mask0":"d","mask1":"P"}""", {}),
+    (
+        "--grad_cp 1 --bone_mode bone --quant int8 --loss_mask pad",
+        {"chunk_ctx": 7, "bptt": 2},
+    ),
+]
 
 
 def gradients():
+    """Print the differences of all cases, a JSON list in each line."""
     documents = [corpus.Binidx("x")[i] for i in (1, 2, 3, 7, 5)]
-    cases = [
-        ("--grad_cp 1 --quant nf4 --bone_load bones.pth", "pad", {}),
-        ("--train_parts time ln emb head --bone_load bones.pth", "none", {}),
-        ("--train_parts", "se", {}),
-        ("--grad_cp 1 --bone_mode bone --quant int8", "pad", {"chunk_ctx": 7, "bptt": 2}),
-    ]
-    for strategy, (flags, loss_mask, chunks) in itertools.product(
-        ("ddp", "deepspeed_stage_2", "deepspeed_stage_3"), cases
-    ):
-        if (
-            strategy == "deepspeed_stage_3"
-            and "--quant" in flags
-            and not devices.shares_out_integers()
-        ):
-            with pytest.raises(ValueError, match="with PyTorch 2.12 or newer, and this is 2.11"):
-                devices.shard(
-                    train.build_model(
-                        train.parse_args((FLAGS + flags).split()), torch.device("cpu")
-                    )[0],
-                    strategy,
-                    torch.device("cpu"),
-                )
+    strategies = ("ddp", "deepspeed_stage_2", "deepspeed_stage_3")
+    for strategy, (flags, chunks) in itertools.product(strategies, GRADIENT_CASES):
+        integers = strategy == "deepspeed_stage_3" and "--quant" in flags
+        if integers and not sharding.shares_out_integers():
+            model, *_ = train.build_model(parse(flags), CPU)
+            with pytest.raises(ValueError, match=r"2\.12 or newer, and this is 2\.11"):
+                sharding.shard(model, strategy, CPU)
             continue
-        mask = f"--loss_mask {loss_mask} " + """--mask_id {"mask0":"d","mask1":"P"}""" * (
-            loss_mask == "se"
-        )
-        difference = compare(f"--strategy {strategy} {mask} {flags}", documents, 2, **chunks)
+        difference = compare(f"--strategy {strategy} {flags}", documents, **chunks)
         if devices.rank() == 0:
-            print(json.dumps([strategy, flags, loss_mask, difference]))
+            print(json.dumps([strategy, flags, difference]), flush=True)
+
+
+# ---- what the ranks do: runs -------------------------------------------------------------------
 
 
 def runs():
-    """Train with every strategy, each in a folder of its name; or, where these are there, go on from there with the next strategy."""
-    sys.modules["matplotlib.figure"] = None  # as if without it, which takes its time
-    for strategy, other in zip(STRATEGIES, STRATEGIES[1:] + STRATEGIES[:1]):
+    """Train with every strategy, each in a folder of its name.
+
+    Where these are there, go on from there with the next strategy.
+    """
+    next_ones = STRATEGIES[1:] + STRATEGIES[:1]
+    for strategy, next_one in zip(STRATEGIES, next_ones, strict=True):
         going_on = os.path.exists(strategy)
-        devices.most([0])
-        train.train(
-            train.parse_args(
-                f"{FLAGS} {SAVING} --proj_dir {strategy} --strategy {other if going_on else strategy} {'--resume' * going_on}".split()
-            )
-        )
+        devices.max_over_ranks([0])
+        flags = f"--strategy {next_one} --resume" if going_on else f"--strategy {strategy}"
+        train.train(parse(f"{SAVING} --proj_dir {strategy} {flags}"))
 
 
-def trouble():
-    """With every strategy: rank 0 finds the disk full at one save of four; no loss is a number; fp16 cannot hold one number of a gradient, which a single
-    rank has where gradients are shared out."""
-    sys.modules["matplotlib.figure"] = None
-    for strategy in STRATEGIES:
-        with pytest.MonkeyPatch.context() as patch:
+# ---- what the ranks do: trouble ----------------------------------------------------------------
 
-            def full(*arguments, plain=archive.save_stream, saves=itertools.count(1)):
-                if next(saves) == 2:
-                    raise OSError(errno.ENOSPC, "No space left on device")
-                plain(*arguments)
 
-            patch.setattr(checkpointer, "save_stream", full)
-            train.train(
-                train.parse_args(
-                    f"{FLAGS} --strategy {strategy} --save_steps 1 --keep 9 --proj_dir full_{strategy}".split()
-                )
-            )
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            pytest.raises(devices.Agreed, match="10 steps in a row"),
-        ):
-            patch.setattr(
-                train,
-                "step",
-                lambda *arguments, **options: [
-                    value * math.nan for value in loss.step(*arguments, **options)
-                ],
-            )
-            train.train(
-                train.parse_args(
-                    f"{FLAGS} --strategy {strategy} --epoch_count 9 --proj_dir bad_{strategy}".split()
-                )
-            )
-        with pytest.MonkeyPatch.context() as patch:
+def second_save_fails(strategy):
+    """Rank 0 finds the disk full at one save of four."""
+    saves = itertools.count(1)
+    plain = archive.save_stream
 
-            def overflowing(model, *arguments, steps=itertools.count(1), **options):
-                losses, shared = (
-                    loss.step(model, *arguments, **options),
-                    devices.shares(strategy)[1],
-                )
-                if next(steps) == 2 and (devices.rank() == 1 or not shared):
-                    grad = next(p.grad for p in model.parameters() if p.requires_grad)
-                    (grad.to_local() if shared else grad).view(-1)[0] = math.inf
-                return losses
+    def full(*arguments):
+        if next(saves) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(*arguments)
 
-            patch.setattr(train, "step", overflowing)
-            train.train(
-                train.parse_args(
-                    f"{FLAGS} --precision fp16 --strategy {strategy} --proj_dir half_{strategy}".split()
-                )
-            )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpointer, "save_stream", full)
+        flags = f"--strategy {strategy} --save_steps 1 --keep 9 --proj_dir full_{strategy}"
+        train.train(parse(flags))
+
+
+def no_loss_is_a_number(strategy):
+    def step(*arguments, **options):
+        return [value * math.nan for value in loss.step(*arguments, **options)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "step", step)
+        with pytest.raises(devices.CollectiveError, match="10 steps in a row"):
+            train.train(parse(f"--strategy {strategy} --epoch_count 9 --proj_dir bad_{strategy}"))
+
+
+def one_gradient_overflows(strategy):
+    """fp16 cannot hold one number of a gradient, which one rank has where these are shared out."""
+    steps = itertools.count(1)
+    shared = sharding.Sharding.of(strategy).trained
+
+    def step(model, *arguments, **options):
+        losses = loss.step(model, *arguments, **options)
+        if next(steps) == 2 and (devices.rank() == 1 or not shared):
+            grad = next(p.grad for p in model.parameters() if p.requires_grad)
+            local = grad.to_local() if shared else grad
+            local.view(-1)[0] = math.inf
+        return losses
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "step", step)
+        train.train(parse(f"--precision fp16 --strategy {strategy} --proj_dir half_{strategy}"))
+
+
+NO_STATE = "rank 1: new: holds no resume-N.pth to go on from; copy the first machine's folder"
+# (Flags of rank 0, of rank 1, the error of both.)
+DIFFERENCES = [
+    (
+        "--lr_init 1",
+        "--lr_init 2",
+        "--lr_init differs: [12].0 on rank [01], [12].0 on rank [01]; all need the same",
+    ),
+    ("", "--load_model nowhere.pth", "rank 1: nowhere.pth: No such file or directory"),
+    ("", "--load_model other.pth", "the content of --load_model differs"),
+    ("", "--data_file held", "the content of --data_file differs"),
+    (
+        "--resume --proj_dir full_ddp",
+        "--resume --proj_dir bad_ddp",
+        "the step to go on from in --proj_dir differs: ",
+    ),
+    ("--resume --proj_dir full_ddp", "--resume --proj_dir new", NO_STATE),
+]
+
+
+def what_differs_is_refused():
     if devices.rank():
         torch.save(tiny(torch.float32) | {"head.weight": torch.ones(300, 64)}, "other.pth")
-    for flags, says in (
-        (
-            ("--lr_init 1", "--lr_init 2"),
-            "--lr_init differs: [12].0 on rank [01], [12].0 on rank [01]; all need the same",
-        ),
-        (("", "--load_model nowhere.pth"), "rank 1: nowhere.pth: No such file or directory"),
-        (("", "--load_model other.pth"), "the content of --load_model differs"),
-        (("", "--data_file held"), "the content of --data_file differs"),
-        (
-            ("--resume --proj_dir full_ddp", "--resume --proj_dir bad_ddp"),
-            "the step to go on from in --proj_dir differs: ",
-        ),
-        (
-            ("--resume --proj_dir full_ddp", "--resume --proj_dir new"),
-            "rank 1: new: holds no resume-N.pth to go on from; copy the first machine's folder",
-        ),
-    ):
-        with pytest.raises(devices.Agreed, match=says):
-            train.train(train.parse_args(f"{FLAGS} {flags[devices.rank()]}".split()))
-        devices.most([0])
+    for *flags, says in DIFFERENCES:
+        with pytest.raises(devices.CollectiveError, match=says):
+            train.train(parse(flags[devices.rank()]))
+        devices.max_over_ranks([0])
         assert not os.path.exists("out")
 
 
-# ---- tests --------------------------------------------------------------------------------------------------------------------
+def trouble():
+    for strategy in STRATEGIES:
+        second_save_fails(strategy)
+        no_loss_is_a_number(strategy)
+        one_gradient_overflows(strategy)
+    what_differs_is_refused()
+
+
+# ---- tests of what they did --------------------------------------------------------------------
+
+
+def write_inputs(path):
+    """Documents of very different lengths; no two ranks have rows of one width."""
+    with contextlib.chdir(path):
+        torch.save(tiny(torch.float32), "base.pth")
+        bones = {name: t + 0.01 * torch.randn_like(t) for name, t in bone_of("base.pth").items()}
+        torch.save(bones, "bones.pth")
+        corpus.write_binidx("x", counting([20, 33, 40, 9, 25, 30, 33, 12, 28, 33, 31, 18]))
+        corpus.write_binidx("held", counting([30, 12, 40]))
 
 
 @pytest.fixture
-def whole_documents():
-    """Documents of very different lengths; no two ranks have rows of one width."""
-    torch.save(tiny(torch.float32), "base.pth")
-    torch.save(
-        {name: t + 0.01 * torch.randn_like(t) for name, t in bone_of("base.pth").items()},
-        "bones.pth",
-    )
-    corpus.write_binidx("x", counting([20, 33, 40, 9, 25, 30, 33, 12, 28, 33, 31, 18]))
-    corpus.write_binidx("held", counting([30, 12, 40]))
+def inputs(tmp_path):
+    write_inputs(tmp_path)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_the_gradient_is_that_of_one_process_with_all_micro_batches(whole_documents, ranks):
-    end = start(ranks, f"{os.path.abspath(__file__)} gradients")
+def do_jobs(path, ranks, jobs):
+    """Have ranks do their jobs in the proj_dir `path`. Returns what `gradients` printed."""
+    end = start(ranks, f"{os.path.abspath(__file__)} {jobs}", cwd=path)
     assert end.returncode == 0, errors_of(end)
-    said = [json.loads(line) for line in end.stdout.splitlines() if line.startswith('["')]
-    assert len(said) == (12 if devices.shares_out_integers() else 10)
-    for case in said:
-        assert case[-1] <= 1e-5, case
+    return [json.loads(line) for line in end.stdout.splitlines() if line.startswith('["')]
 
 
-def test_a_run_on_two_goes_on_on_one_and_on_three_with_another_strategy(whole_documents):
-    """All are the run of one process with as many micro batches in a step: losses, held-out losses, weights and moments."""
-    worker, one = (
-        f"{os.path.abspath(__file__)} runs",
-        f"--epoch_steps 0 --micro_bsz 2 --precision fp32 --random_seed 1 {SAVING}",
-    )
-    run(f"{one} --accumulate_grad_batches 2 --proj_dir whole")
-
-    def check(proj_dir):
-        for name in ("loss", "val_loss"):
-            assert column(name, proj_dir) == pytest.approx(column(name, "whole"), rel=1e-5), (
-                proj_dir,
-                name,
-            )
-        for name in ("rwkv-0.pth", "rwkv-1.pth", "resume-6.pth"):
-            found, expected = read(f"{proj_dir}/{name}"), read(f"whole/{name}")
-            assert found.keys() == expected.keys()
-            for key, tensor in expected.items():
-                assert (
-                    key in ("about", "rng") or (found[key] - tensor).norm() <= 2e-4 * tensor.norm()
-                ), (proj_dir, name, key)
-        assert {*os.listdir(proj_dir)} == {*os.listdir("whole")}
-
-    for ranks in (2, 3):
-        end = start(ranks, worker)
-        assert end.returncode == 0, errors_of(end)
-        for strategy in STRATEGIES:
-            check(strategy)
-            for name in (
-                "rwkv-0.pth",
-                "rwkv-1.pth",
-                *(f"resume-{n}.pth" for n in (3, 4, 5, 6)),
-            ):  # as if killed in step 2
-                os.unlink(f"{strategy}/{name}")
-            if ranks == 2:
-                shutil.copytree(strategy, f"{strategy}_on_1")
-                run(f"{one} --proj_dir {strategy}_on_1 --resume")
-                check(f"{strategy}_on_1")
-            assert (
-                "; a step still has 2 micro batches, shared out among 1\n"
-                in pathlib.Path(f"{strategy}_on_1", "train_log.txt").read_text()
-            )
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory):
+    """The folder where two ranks have done all jobs, and the differences of their gradients."""
+    path = tmp_path_factory.mktemp("on_two")
+    write_inputs(path)
+    return path, do_jobs(path, 2, "gradients runs trouble")
 
 
-def test_a_save_that_fails_on_rank_0_and_numbers_that_are_none_are_the_same_to_all_ranks(
-    whole_documents,
-):
-    end = start(2, f"{os.path.abspath(__file__)} trouble")
-    assert end.returncode == 0, errors_of(end)
-    run(
-        "--epoch_steps 0 --micro_bsz 2 --accumulate_grad_batches 2 --random_seed 1 --precision fp16 --proj_dir half"
-    )
+@pytest.fixture(scope="module")
+def on_three(on_two, tmp_path_factory):
+    """The same for three ranks, which go on with the runs, and meet no trouble."""
+    path = tmp_path_factory.mktemp("on_three")
+    write_inputs(path)
     for strategy in STRATEGIES:
-        assert {*map(str, pathlib.Path(f"full_{strategy}").glob("*.pth"))} == {
-            f"full_{strategy}/{name}" for name in ("rwkv-0.pth", "resume-1.pth", "resume-3.pth")
-        }
-        assert (
-            f"could not save full_{strategy}/resume-2.pth: No space left on device"
-            in pathlib.Path(f"full_{strategy}/train_log.txt").read_text()
-        )
-        state = read(f"bad_{strategy}/resume-10.pth")
-        assert all(
-            state[f"weights.{name}"].equal(p)
-            for name, p in read("base.pth").items()
-            if "ln" in name
-        )
-        assert (
-            ", 1 steps so far left out, whose gradient fp16 could not hold"
-            in pathlib.Path(f"half_{strategy}/train_log.txt").read_text()
-        )
-        metadata = run_state.State(f"half_{strategy}/resume-3.pth").metadata
-        assert metadata["scaler"]["scale"] == 2.0**15 and metadata["progress"]["overflows"] == 1
-        losses = column("loss", f"half_{strategy}")
-        assert losses[:2] == pytest.approx(
-            column("loss", "half")[:2], rel=2e-3
-        ) and losses == pytest.approx(column("loss", "half_ddp"), rel=2e-3)
+        killed_in_step_2(on_two[0] / strategy, path / strategy)
+    return path, do_jobs(path, 3, "gradients runs")
 
 
-def test_two_machines_train_as_one(whole_documents):
-    """Each started by hand, here both on this one."""
+def killed_in_step_2(proj_dir, copy):
+    """Make a copy of a run's folder as if it had been killed in step 2."""
+    shutil.copytree(proj_dir, copy)
+    for name in ("rwkv-0.pth", "rwkv-1.pth", *(f"resume-{n}.pth" for n in (3, 4, 5, 6))):
+        os.unlink(f"{copy}/{name}")
+
+
+@pytest.fixture(scope="module")
+def on_one(tmp_path_factory, base_file):  # noqa: F811 (base_file is a fixture)
+    """The folder where one process has done the run of two ranks."""
+    path = tmp_path_factory.mktemp("on_one")
+    write_inputs(path)
+    with contextlib.chdir(path), pytest.MonkeyPatch.context() as patch:
+        without_delays(patch)
+        run(f"{LIKE_TWO} --precision fp32 {SAVING} --proj_dir whole")
+        run(f"{LIKE_TWO} --precision fp16 --proj_dir half")
+    return path
+
+
+def check_run(proj_dir, whole):
+    """A run is that of one process: losses, held-out losses, weights and moments."""
+    for name in ("loss", "val_loss"):
+        assert column(name, proj_dir) == pytest.approx(column(name, whole), rel=1e-5), name
+    for name in ("rwkv-0.pth", "rwkv-1.pth", "resume-6.pth"):
+        found, expected = read(f"{proj_dir}/{name}"), read(f"{whole}/{name}")
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            if key not in ("about", "rng"):
+                assert (found[key] - tensor).norm() <= 2e-4 * tensor.norm(), (name, key)
+    assert {*os.listdir(proj_dir)} == {*os.listdir(whole)}
+
+
+@pytest.mark.parametrize(
+    "ranks", ["on_two", pytest.param("on_three", marks=pytest.mark.exhaustive)]
+)
+def test_the_gradient_is_that_of_one_process_with_all_micro_batches(ranks, request):
+    _, differences = request.getfixturevalue(ranks)
+    assert len(differences) == (12 if sharding.shares_out_integers() else 10)
+    for strategy, flags, difference in differences:
+        assert difference <= 1e-5, (strategy, flags)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_on_two_is_that_of_one_process_which_can_go_on_with_it(on_two, on_one, strategy):
+    check_run(on_two[0] / strategy, on_one / "whole")
+    copy = f"{strategy}_on_1"
+    killed_in_step_2(on_two[0] / strategy, copy)
+    write_inputs(".")
+    run(
+        f"--epoch_steps 0 --micro_bsz 2 --precision fp32 --random_seed 1 {SAVING} "
+        f"--proj_dir {copy} --resume"
+    )
+    check_run(copy, on_one / "whole")
+    log = pathlib.Path(copy, "train_log.txt").read_text()
+    assert "; a step still has 2 micro batches, shared out among 1\n" in log
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_on_two_goes_on_on_three_with_another_strategy(on_three, on_one, strategy):
+    check_run(on_three[0] / strategy, on_one / "whole")
+    log = (on_three[0] / strategy / "train_log.txt").read_text()
+    assert "; a step still has 2 micro batches, shared out among 3\n" in log
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_save_that_fails_on_rank_0_fails_on_all(on_two, strategy):
+    proj_dir = on_two[0] / f"full_{strategy}"
+    assert {path.name for path in proj_dir.glob("*.pth")} == {
+        *("rwkv-0.pth", "resume-1.pth", "resume-3.pth")
+    }
+    log = (proj_dir / "train_log.txt").read_text()
+    assert f"could not save full_{strategy}/resume-2.pth: No space left on device" in log
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_losses_that_are_not_finite_change_no_weight_on_any_rank(on_two, strategy):
+    state = read(on_two[0] / f"bad_{strategy}/resume-10.pth")
+    base = read(on_two[0] / "base.pth")
+    for name in (name for name in base if "ln" in name):
+        assert state[f"weights.{name}"].equal(base[name]), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_all_ranks_leave_out_a_step_that_overflows_on_one(on_two, on_one, strategy):
+    proj_dir = on_two[0] / f"half_{strategy}"
+    log = (proj_dir / "train_log.txt").read_text()
+    assert ", 1 steps so far left out, whose gradient fp16 could not hold" in log
+    metadata = run_state.State(f"{proj_dir}/resume-3.pth").metadata
+    assert metadata["scaler"]["scale"] == 2.0**15 and metadata["progress"]["overflows"] == 1
+    losses = column("loss", proj_dir)
+    assert losses[:2] == pytest.approx(column("loss", on_one / "half")[:2], rel=2e-3)
+    assert losses == pytest.approx(column("loss", on_two[0] / "half_ddp"), rel=2e-3)
+
+
+# ---- several machines --------------------------------------------------------------------------
+
+
+def free_port():
     with socket.socket() as s:
         s.bind(("", 0))
-        port = s.getsockname()[1]
-    line = (
-        f"{train.__file__} --load_model base.pth {FLAGS} --num_nodes 2 --strategy deepspeed_stage_3"
+        return s.getsockname()[1]
+
+
+def start_machine(node, port, flags=""):
+    """train.py on one of two machines, which are both this one."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": str(node)}
+    line = f"{train.__file__} --load_model base.pth {FLAGS} --num_nodes 2 {flags}"
+    return subprocess.Popen(
+        [sys.executable, *line.split()],
+        env=os.environ | ENVIRONMENT | where,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
-    ends = [
-        subprocess.Popen(
-            [sys.executable, *line.split()],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ
-            | {
-                "OMP_NUM_THREADS": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "NODE_RANK": str(node),
-            },
-        )
-        for node in (1, 0)
-    ]
-    (second, _), (first, _) = said = [process.communicate(timeout=120) for process in ends]
-    assert [process.returncode for process in ends] == [0, 0], said
-    assert (
-        second.startswith("machine 1 of 2")
-        and second.count("\n") == 1
-        and "by FSDP2, all weights shared out" in first
-    )
-    run(
-        "--epoch_steps 0 --micro_bsz 2 --accumulate_grad_batches 2 --random_seed 1 --precision fp32 --proj_dir whole"
-    )
-    assert (
-        column("loss") == pytest.approx(column("loss", "whole"), rel=1e-5)
-        and len(column("loss")) == 3
-    )
+
+
+def test_two_machines_train_as_one(inputs):
+    port = free_port()
+    machines = [start_machine(node, port, "--strategy deepspeed_stage_3") for node in (1, 0)]
+    said = [machine.communicate(timeout=120) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    (second, _), (first, _) = said
+    assert second.startswith("machine 1 of 2") and second.count("\n") == 1
+    assert "by FSDP2, all weights shared out" in first
+    run(f"{LIKE_TWO} --precision fp32 --proj_dir whole")
+    assert column("loss") == pytest.approx(column("loss", "whole"), rel=1e-5)
+    assert len(column("loss")) == 3
     assert {*os.listdir("out")} - {"loss.png"} == {*os.listdir("whole")}
 
 
-def test_who_waits_for_another_machine_says_so_and_can_be_stopped(whole_documents):
+def test_who_waits_for_another_machine_says_so_and_can_be_stopped(inputs):
+    port = free_port()
+    machine = start_machine(0, port)
+    where = f"127.0.0.1:{port}"
+    expected = (
+        f"machine 0 of 2, counted from 0: waits until all are at {where}, the first machine's"
+    )
+    assert machine.stdout.readline() == f"{expected}\n"
+    with contextlib.closing(socket.socket()) as s:
+        while s.connect_ex(("127.0.0.1", port)):  # until it does wait
+            time.sleep(0.1)
+    machine.send_signal(signal.SIGINT)
+    assert machine.communicate(timeout=60) == ("", "")
+    assert machine.returncode == -signal.SIGINT  # 130 to a shell
+
+
+def test_a_port_that_is_taken_is_refused(inputs):
     with socket.socket() as s:
         s.bind(("", 0))
-        line, where = (
-            f"{train.__file__} --load_model base.pth {FLAGS} --num_nodes 2",
-            {"MASTER_ADDR": "127.0.0.1", "NODE_RANK": "0", "MASTER_PORT": str(s.getsockname()[1])},
-        )
-        taken = subprocess.run(
-            [sys.executable, *line.split()],
-            env=os.environ | where,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-    assert (
-        taken.returncode == 2
-        and f"error: port {where['MASTER_PORT']} is taken on this machine; set another MASTER_PORT"
-        in taken.stderr
-    )
-    process = subprocess.Popen(
-        [sys.executable, *line.split()],
-        env=os.environ | where,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert (
-        process.stdout.readline()
-        == f"machine 0 of 2, counted from 0: waits until all are at 127.0.0.1:{where['MASTER_PORT']}, the first machine's\n"
-    )
-    with contextlib.closing(socket.socket()) as s:
-        while s.connect_ex(("127.0.0.1", int(where["MASTER_PORT"]))):  # until it does wait
-            time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)
-    assert process.returncode == 130 and said == ("", "")
+        port = s.getsockname()[1]
+        machine = start_machine(0, port)
+        _, errors = machine.communicate(timeout=60)
+    assert machine.returncode == 2
+    assert f"error: port {port} is taken on this machine; set another MASTER_PORT" in errors
 
 
-def test_what_torchrun_starts_says_things_once(whole_documents):
-    line = f"{train.__file__} --load_model base.pth {FLAGS}"
-    for flags, says in (
-        ("", "wrote out/rwkv-0.pth"),
-        ("--resume", "out: this run is complete, 3 steps"),
-        ("--dry_run", "each of 2 ranks, by DDP:"),
-    ):
-        end = start(2, f"{line} {flags}")
-        assert end.returncode == 0 and end.stdout.count(says) == 1 and "error" not in end.stderr, (
-            end.stdout,
-            end.stderr,
-        )
-
+# ---- one machine: what is said, and how it ends ------------------------------------------------
 
 LONG = FLAGS + "--load_model base.pth --epoch_steps 40000 --save_steps 100000 --devices 2"
+reads_proc = pytest.mark.skipif(
+    sys.platform != "linux", reason="who started whom is read from /proc"
+)
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("", "wrote out/rwkv-0.pth"),
+        pytest.param("--dry_run", "each of 2 ranks, by DDP:", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_what_torchrun_starts_says_things_once(inputs, flags, says):
+    end = start(2, f"{train.__file__} --load_model base.pth {FLAGS} {flags}")
+    assert end.returncode == 0, end.stderr
+    assert end.stdout.count(says) == 1 and "error" not in end.stderr
+
+
+@pytest.mark.exhaustive
+def test_a_run_that_is_complete_says_so_once(on_two, monkeypatch):
+    monkeypatch.chdir(on_two[0])
+    line = f"{train.__file__} --load_model base.pth {FLAGS} {SAVING} --proj_dir ddp --resume"
+    end = start(2, line)
+    assert end.returncode == 0, end.stderr
+    assert end.stdout.count("ddp: this run is complete, 6 steps") == 1
 
 
 def begin(strategy, program=train.__file__):
-    """train.py with two ranks, in a process group of its own, after some steps: (process, its ranks)."""
-    command = [sys.executable, program, *LONG.split(), "--strategy", strategy]
+    """train.py with two ranks, in a process group of its own, after some steps.
+
+    Returns (process, the numbers of its ranks' processes).
+    """
     process = subprocess.Popen(
-        command,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, program, *LONG.split(), "--strategy", strategy],
+        env=os.environ | ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # which a shell's background has ignored
+        # A shell's background has it ignored.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     curve = pathlib.Path("out/loss.csv")
-    while process.poll() is None and not (
-        curve.exists() and len(curve.read_text().splitlines()) > 4
-    ):
+    while process.poll() is None:
+        if curve.exists() and len(curve.read_text().splitlines()) > 4:
+            break
         time.sleep(0.05)
-    return process, [
-        int(pid)
-        for pid in pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        .read_text()
-        .split()
-    ]
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return process, [int(pid) for pid in children.split()]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="who started whom is read from /proc")
-@pytest.mark.parametrize("strategy, which", [("ddp", 1), ("deepspeed_stage_3", 0)])
-def test_the_death_of_a_rank_ends_all_and_is_said(whole_documents, strategy, which):
+@reads_proc
+@pytest.mark.parametrize(
+    "strategy, which",
+    [("ddp", 1), pytest.param("deepspeed_stage_3", 0, marks=pytest.mark.exhaustive)],
+)
+def test_the_death_of_a_rank_ends_all_and_is_said(inputs, strategy, which):
     process, ranks = begin(strategy)
     os.kill(ranks[which], signal.SIGKILL)
-    out, errors = process.communicate(timeout=60)
-    said = [
-        line for line in errors.splitlines() if line.startswith("error") or "step/s" not in line
-    ]
-    assert process.returncode == 2 and re.search(
-        rf"error: rank {which} of 2 was ended by SIGKILL, and the others with it", errors
-    ), errors
-    assert errors.count("error: ") == 1 and "Traceback" not in errors, said
-    assert bool(list(pathlib.Path("out").glob("resume-*.pth"))) == (
-        strategy == "ddp"
-    )  # whose rank 0 has all that a state needs
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    says = f"error: rank {which} of 2 was ended by SIGKILL, and the others with it"
+    assert says in errors and errors.count("error: ") == 1 and "Traceback" not in errors, errors
+    # With ddp rank 0 has all that a state needs.
+    assert bool(list(pathlib.Path("out").glob("resume-*.pth"))) == (strategy == "ddp")
     for pid in ranks:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="who started whom is read from /proc")
-def test_the_death_of_what_started_the_ranks_ends_them_with_all_saved(whole_documents):
-    process, _ = begin("deepspeed_stage_2")
-    process.kill()
-    out, _ = process.communicate(
-        timeout=60
-    )  # which takes until the ranks, too, hold its pipes no longer
-    assert list(pathlib.Path("out").glob("resume-*.pth")) and out.count("stopped at") == 1
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="who started whom is read from /proc")
-def test_an_error_of_one_rank_ends_all_and_is_said_once(whole_documents):
-    pathlib.Path("program.py").write_text(f"""import sys
+PROGRAM = f"""
+import sys
 sys.path.insert(0, {os.path.dirname(train.__file__)!r})
 import cli, devices, train
 
@@ -541,78 +595,79 @@ def step(*arguments, plain=train.step, steps=[], **options):
     return plain(*arguments, **options)
 
 train.step = step
-devices.leave(lambda: cli.run_cli(lambda: train.train(train.parse_args())))
-""")
+devices.exit_process(lambda: cli.run_cli(lambda: train.train(train.parse_args())))
+"""
+
+
+@reads_proc
+def test_an_error_of_one_rank_ends_all_and_is_said_once(inputs):
+    pathlib.Path("program.py").write_text(PROGRAM)
     process, _ = begin("deepspeed_stage_2", "program.py")
-    out, errors = process.communicate(timeout=60)
-    assert (
-        process.returncode == 2
-        and errors.count("error: ") == 1
-        and "error: rank 1: this rank alone has met it\n" in errors
-        and "Traceback" not in errors
-    ), errors
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "error: rank 1: this rank alone has met it\n" in errors
+    assert errors.count("error: ") == 1 and "Traceback" not in errors, errors
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="who started whom is read from /proc")
+@reads_proc
 @pytest.mark.parametrize(
-    "strategy, how, code", [("ddp", signal.SIGINT, 130), ("deepspeed_stage_2", signal.SIGTERM, 143)]
+    "strategy, how, code",
+    [
+        ("deepspeed_stage_2", signal.SIGINT, 130),
+        pytest.param("ddp", signal.SIGTERM, 143, marks=pytest.mark.exhaustive),
+    ],
 )
-def test_ctrl_c_saves_once_on_all_ranks_at_the_same_step(whole_documents, strategy, how, code):
+def test_ctrl_c_saves_once_on_all_ranks_at_the_same_step(inputs, strategy, how, code):
     process, _ = begin(strategy)
-    os.killpg(process.pid, how) if how == signal.SIGINT else process.send_signal(
-        how
-    )  # a terminal's Ctrl-C reaches all
+    if how == signal.SIGINT:  # a terminal's Ctrl-C reaches its whole process group
+        os.killpg(process.pid, how)
+    else:
+        process.send_signal(how)
     out, errors = process.communicate(timeout=60)
+    assert process.returncode == code
     [state] = pathlib.Path("out").glob("resume-*.pth")
     step = int(state.name[7:-4])
-    assert (
-        process.returncode == code
-        and out.count("stopped at") == 1
-        and f"stopped at step {step}; to go on from step {step}: python " in out
-    ), (out, errors)
-    assert errors.count("stopping after this step") == 1 and "Traceback" not in errors
+    assert f"stopped at step {step}; to go on from step {step}: python " in out, (out, errors)
+    assert out.count("stopped at") == 1 and errors.count("stopping after this step") == 1
+    assert "Traceback" not in errors and "Signal" not in errors, errors
     assert len(column("loss")) == step
 
 
-@pytest.mark.parametrize(
-    "flags, says",
-    [
-        ("--data_file nowhere", "nowhere: no nowhere.bin and nowhere.idx, and no nowhere.jsonl"),
-        ("--bone_r 7", "bone_r 7 does not divide"),
-    ],
-)
-def test_what_is_wrong_is_said_once(whole_documents, flags, says):
-    command = [sys.executable, train.__file__, *f"{LONG} {flags}".split()]
+def test_what_is_wrong_is_said_once(inputs):
+    """Here what only the ranks find out, since they read the base."""
     end = subprocess.run(
-        command,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, train.__file__, *LONG.split(), "--bone_r", "7"],
+        env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert (
-        end.returncode == 2
-        and end.stderr.count("error: ") == 1
-        and f"error: {says}" in end.stderr
-        and "Traceback" not in end.stderr
-    ), end.stderr
+    assert end.returncode == 2
+    assert end.stderr.startswith("error: bone_r 7 does not divide") and end.stderr.count("\n") == 1
     assert not os.path.exists("out")
 
 
 def test_what_cannot_be_started_is_refused(monkeypatch):
+    def must_not_start(*_):
+        pytest.fail("ranks were started")
+
+    monkeypatch.setattr(devices, "launch", must_not_start)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="--devices 2, but PyTorch sees 1 GPUs here"):
         train.parse_args((DEFAULTS.replace("--accelerator cpu", "") + "--devices 2").split())
     with pytest.raises(ValueError, match="--num_nodes 2 needs to know where the first machine is"):
         run("--num_nodes 2")
-    for where, says in (
-        ({"NODE_RANK": "2"}, "which one this is, from 0 to 1"),
-        ({"NODE_RANK": "1", "MASTER_PORT": "abc"}, "MASTER_PORT abc is not a port"),
-    ):
-        for name, value in ({"MASTER_ADDR": "127.0.0.1"} | where).items():
-            monkeypatch.setenv(name, value)
-        with pytest.raises(ValueError, match=says):
-            run("--num_nodes 2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("NODE_RANK", "2")
+    with pytest.raises(ValueError, match="which one this is, from 0 to 1"):
+        run("--num_nodes 2")
+    monkeypatch.setenv("NODE_RANK", "1")
+    monkeypatch.setenv("MASTER_PORT", "abc")
+    with pytest.raises(ValueError, match="MASTER_PORT abc is no port"):
+        run("--num_nodes 2")
+
+
+def test_what_the_environment_says_of_ranks_must_be_whole(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     run("--epoch_steps 1")  # a RANK alone makes no world
     assert os.path.exists("out/rwkv-0.pth")
@@ -620,60 +675,57 @@ def test_what_cannot_be_started_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="WORLD_SIZE four is no number of processes; unset it"):
         run("")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(
-        ValueError,
-        match="--devices 2 --num_nodes 1, but WORLD_SIZE says 4; with torchrun leave both out",
-    ):
+    says = "--devices 2 --num_nodes 1, but WORLD_SIZE says 4; with torchrun leave both out"
+    with pytest.raises(ValueError, match=says):
         run("--devices 2")
+    says = "WORLD_SIZE is set, but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT; unset it, or start"
+    with pytest.raises(ValueError, match=says):
+        run("")
 
 
-@pytest.mark.usefixtures("true_memory")
-def test_a_dry_run_says_what_each_rank_takes(capsys):
-    said = {}
-    for n, strategy in (
-        (1, "ddp"),
-        (2, "ddp"),
-        (2, "deepspeed_stage_1"),
-        (2, "deepspeed_stage_3"),
-        (8, "deepspeed_stage_3"),
-    ):
-        flags = f"--grad_cp 1 --ctx_len 8 --micro_bsz 1 --devices {n} --strategy {strategy}"  # so that there is little beside gradients
-        built, said[n, strategy] = build.expected_memory(
-            train.parse_args((DEFAULTS + flags).split()), torch.device("cpu")
-        )
-    one, ddp, zero, two, eight = said.values()
-    assert (
-        ddp["weights"] == one["weights"]
-        and zero["optimizer"] == ddp["optimizer"] / 2
-        and zero["weights"] == one["weights"]
-    )
-    assert (
-        two["weights"] == one["weights"] / 2
-        and eight["weights"] == one["weights"] / 8
-        and two["gathered weights"] == eight["gathered weights"]
-    )
+# ---- memory ------------------------------------------------------------------------------------
+
+
+def expected_memory(ranks, strategy):
+    """What each of so many ranks takes, of a step that has little beside gradients."""
+    flags = f"--grad_cp 1 --ctx_len 8 --micro_bsz 1 --devices {ranks} --strategy {strategy}"
+    return build.expected_memory(train.parse_args((DEFAULTS + flags).split()), CPU)
+
+
+def test_a_dry_run_says_what_each_rank_takes(true_memory, capsys):  # noqa: F811 (a fixture)
+    built, one = expected_memory(1, "ddp")
+    _, ddp = expected_memory(2, "ddp")
+    _, zero = expected_memory(2, "deepspeed_stage_1")
+    _, two = expected_memory(2, "deepspeed_stage_3")
+    _, eight = expected_memory(8, "deepspeed_stage_3")
+    assert ddp["weights"] == zero["weights"] == one["weights"]
+    assert zero["optimizer"] == ddp["optimizer"] / 2
+    assert two["weights"] == one["weights"] / 2
+    assert eight["weights"] == one["weights"] / 8
+    assert two["gathered weights"] == eight["gathered weights"]
+    # DDP's gradients stay in their place from one step to the next.
     gradients = 4 * build.count(built[0])[0]
-    assert (
-        sum(ddp.values()) - sum(one.values()) > 0.4 * gradients
-    )  # which stay in their place from one step to the next
-    assert (
-        two["activations, gradients"] == one["activations, gradients"] / 2
-        and eight["activations, gradients"] == one["activations, gradients"] / 8
-    )
-    assert two["workspace"] - eight["workspace"] == pytest.approx(
-        3 / 8 * (gradients - one["activations, gradients"]), rel=0.01
-    )  # those of the first block, and outside
+    assert sum(ddp.values()) - sum(one.values()) > 0.4 * gradients
+    of_one = one["activations, gradients"]
+    assert two["activations, gradients"] == of_one / 2
+    assert eight["activations, gradients"] == of_one / 8
+    # The gradients of the first block, and outside of the blocks.
+    difference = two["workspace"] - eight["workspace"]
+    assert difference == pytest.approx(3 / 8 * (gradients - of_one), rel=0.01)
     run("--devices 2 --strategy deepspeed_stage_3 --dry_run")
     assert "each of 2 ranks, by FSDP2, all weights shared out:\n" in capsys.readouterr().out
 
 
 if __name__ == "__main__":
+    without_delays(pytest.MonkeyPatch())
     torch.distributed.init_process_group("gloo")
     devices.world = lambda *_: contextlib.nullcontext()  # the group is there already
-    with (
-        contextlib.redirect_stdout(open(os.devnull, "w"))
-        if devices.rank()
-        else contextlib.nullcontext()
-    ):
-        {"gradients": gradients, "runs": runs, "trouble": trouble}[sys.argv[1]]()
+    with contextlib.ExitStack() as silence:
+        if devices.rank():
+            nowhere = silence.enter_context(open(os.devnull, "w"))
+            silence.enter_context(contextlib.redirect_stdout(nowhere))
+        for name in sys.argv[1:]:
+            began = time.perf_counter()
+            {"gradients": gradients, "runs": runs, "trouble": trouble}[name]()
+            print(name, round(time.perf_counter() - began, 1), "s")
     torch.distributed.destroy_process_group()

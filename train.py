@@ -28,6 +28,7 @@ import data
 import devices
 import memory
 import resume
+import sharding
 from archive import fingerprint
 from build import (
     build_model,
@@ -65,7 +66,7 @@ def make_optimizer(
                 (scale, decay),
                 {"params": [], "lr": lr * scale, "lr_scale": scale, "weight_decay": decay},
             )["params"].append(p)
-    return devices.optimizer([*groups.values()], strategy, lr=lr, betas=betas, eps=eps, fused=True)
+    return sharding.adamw([*groups.values()], strategy, lr=lr, betas=betas, eps=eps, fused=True)
 
 
 def learning_rate(step, first, total, lr_init, lr_final, warmup_steps):
@@ -84,7 +85,7 @@ def describe(args, model, device, plan):
     print(
         f"{model.config}\n{f'Bone {args.bone_mode} r {args.bone_r}' if args.load_model else 'from scratch'}: "
         f"{' of '.join(f'{n:,}' for n in count(model))} parameters trained, {args.precision} on "
-        f"{f'{devices.size()} x ' * (devices.size() > 1)}{device.type}{f', by {devices.engine(args.strategy)}' * (devices.size() > 1)}\n"
+        f"{f'{devices.size()} x ' * (devices.size() > 1)}{device.type}{f', by {sharding.describe(args.strategy)}' * (devices.size() > 1)}\n"
         f"{len(plan.documents):,} documents, {len(plan.documents.tokens):,} tokens; {args.epoch_count} x {plan.steps} steps of "
         f"{args.micro_bsz * plan.N} rows up to {longest_row(args):,} tokens"
         + f", in chunks of {args.chunk_ctx}"
@@ -114,8 +115,8 @@ def update(optimizer, scaler, lr, loss):
     scale = scaler.scale(torch.ones_like(loss))
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = devices.whole(nn.utils.clip_grad_norm_(parameters, 1.0)).to(loss.device)
-    devices.step_if_finite(optimizer, loss + norm)
+    norm = sharding.full_tensor(nn.utils.clip_grad_norm_(parameters, 1.0)).to(loss.device)
+    sharding.step_if_finite(optimizer, loss + norm)
     scaler.update()
     optimizer.zero_grad()
     return norm, scale
@@ -142,11 +143,11 @@ def train(args):
         args.data_type or corpus.guess_data_type(args.data_file)
     ) not in ("binidx", "jsonl"):
         args.vocab_size = open_documents(args)[0].vocab_size()
-    with devices.world(device, args.strategy), contextlib.ExitStack() as held:
+    with devices.world(device), contextlib.ExitStack() as held:
         devices.check_same(
             {f"--{name}": value for name, value in vars(args).items() if name not in per_machine()}
         )
-        with devices.main_first():
+        with devices.rank0_first():
             built = check_memory(args, device)
             if not (args.dry_run or devices.rank()):
                 held.enter_context(resume.lock(args.proj_dir))
@@ -239,7 +240,7 @@ def prepare(args, built):
 
 def settle(args, built):
     """What `prepare` finds, the same on all ranks, and the log; None where there is nothing left to do, which is said."""
-    with devices.main_first():
+    with devices.rank0_first():
         plan = prepare(args, built)
         state, first = plan.state, plan.first
         log = (
@@ -256,7 +257,7 @@ def settle(args, built):
             "the number of documents in --val_file": len(plan.held_out or ()),
         }
     )
-    plan.complete, plan.gone = devices.most([plan.complete, plan.gone])
+    plan.complete, plan.gone = devices.max_over_ranks([plan.complete, plan.gone])
     if not plan.complete:
         return plan, log
     if not devices.rank():
@@ -284,11 +285,11 @@ def run(args, device, built):
         plan.epochs,
         plan.paths,
     )
-    shares = devices.shares(args.strategy)
+    shares = sharding.Sharding.of(args.strategy)
     if device.type == "cpu":
-        memory.give_back_freed() if shares[2] else memory.reuse_freed()
+        memory.give_back_freed() if shares.frozen else memory.reuse_freed()
     model, saved_names, save_dtype = (
-        build_shares(args, device) if shares[1] else build_model(args, device)
+        build_shares(args, device) if shares.trained else build_model(args, device)
     )
     optimizer = make_optimizer(
         model,
@@ -299,7 +300,7 @@ def run(args, device, built):
         args.layerwise_lr,
         args.strategy,
     )
-    compute = devices.wrap(model, loss_fn, args.strategy)
+    compute = sharding.wrap(model, loss_fn, args.strategy)
     autocast, scaler = precision(args, device)
     held_out_loss = functools.partial(
         val_loss,
@@ -335,7 +336,7 @@ def run(args, device, built):
     def step_data(i):
         """This rank's micro batches of step i, on the device; the counts of all ranks' ones; and their size in tokens."""
         micro = [plan.micro_batch(i * N + n) for n in mine] + silent
-        tokens = devices.total([sum(idx.numel() for idx, _, _ in micro)])[0]
+        tokens = devices.sum_over_ranks([sum(idx.numel() for idx, _, _ in micro)])[0]
         return data.to_device(micro, device), count_tokens(micro), tokens
 
     describe(args, built[0], device, plan)
@@ -395,7 +396,7 @@ def run(args, device, built):
                         norm, scale = update(optimizer, scaler, lr, sum(losses))
                         # The step's only wait for the device.
                         *losses, norm, scale = torch.stack([*losses, norm, scale]).tolist()
-                        losses = devices.in_turn(losses)[:N]
+                        losses = devices.interleave_ranks(losses)[:N]
                         loss = sum(losses)
                         overflow = scale > 1 and math.isfinite(loss) and not math.isfinite(norm)
                         progress.count(loss, norm, overflow)
@@ -469,4 +470,4 @@ def conclude(args, last, first, missing, said):
 
 
 if __name__ == "__main__":
-    devices.leave(lambda: run_cli(lambda: train(parse_args())))
+    devices.exit_process(lambda: run_cli(lambda: train(parse_args())))
