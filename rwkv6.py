@@ -74,6 +74,7 @@ class TimeMix(nn.Module):
     """Mix tokens over time. RWKV-6 and RWKV-5 differ in `mix`."""
 
     impl = "auto"  # form of WKV-6, see wkv6.py
+    time_faaaa: nn.Parameter  # u of WKV-6, (H, N)
 
     def __init__(self, c: Config) -> None:
         super().__init__()
@@ -127,7 +128,7 @@ class TimeMix6(TimeMix):
         self.time_decay_w1 = parameter(C, c.decay_rank)
         self.time_decay_w2 = parameter(c.decay_rank, C)
         self.time_decay = parameter(1, 1, C)
-        self.time_faaaa = parameter(C // c.head_size, c.head_size)  # u of WKV-6
+        self.time_faaaa = parameter(C // c.head_size, c.head_size)
 
     def mix(self, x: Tensor, previous: Tensor) -> tuple[Tensor, ...]:
         B, T, C = x.shape
@@ -156,7 +157,7 @@ class TimeMix5(TimeMix):
         self.time_mix_r = parameter(1, 1, C)
         self.time_mix_g = parameter(1, 1, C)
         self.time_decay = parameter(C // N, N)
-        self.time_faaaa = parameter(C // N, N)  # u of WKV-6
+        self.time_faaaa = parameter(C // N, N)
 
     def mix(self, x: Tensor, previous: Tensor) -> tuple[Tensor, ...]:
         kept = torch.stack([self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g])
