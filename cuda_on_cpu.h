@@ -1,9 +1,11 @@
-// CUDA on a CPU, as far as wkv6_cuda.cu, wkv6_cuda_op.cpp and nvrtc.py use it, so that tests can run
-// them where no GPU is. Test code.
+// CUDA on a CPU, as far as wkv6_cuda.cu, wkv6_cuda_op.cpp and nvrtc.py use it. With it, tests run
+// them on machines without a GPU. Test code.
 //
-// Threads are fibers: each runs until a barrier, a shuffle or its end, and the others follow. A warp runs until all of it waits at a barrier,
-// then the next warp; blocks run one after the other. All three in an order that tests choose, so that whoever reads what another thread, warp or
-// block has not written yet is found out: shared memory is NaN before each block, and beyond its size it must still be so afterwards.
+// Threads are fibers. Each runs until a barrier, a shuffle or its end, and the others follow.
+// A warp runs until all of it waits at a barrier, then the next warp. Blocks run one after the
+// other. Tests choose the order of all three: so they find out a thread that reads what another
+// thread, warp or block has not written yet. Shared memory is NaN before each block. Beyond its
+// size it must still be NaN afterwards.
 
 #pragma once
 #include <c10/core/Device.h>
@@ -40,23 +42,31 @@ struct dim3 {
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 using std::max, std::min;
 
-extern "C" {  // what the tests set and read
-inline int emulator_order = 0;           // of threads, warps and blocks: 0 ascending, 1 descending, others: a random one each
-inline int emulator_skipped_barrier = 0; // the line of a __syncthreads() that is left out
-inline int64_t emulator_loaded = 0, emulator_stored = 0, emulator_shared_bytes = 0;
-inline int64_t emulator_launches = 0, emulator_blocks[16];
+// What the tests set and read.
+extern "C" {
+// Of threads, warps and blocks: 0 ascending, 1 descending, others: random, another each time.
+inline int emulator_order = 0;
+// The line of a __syncthreads() that is left out.
+inline int emulator_skipped_barrier = 0;
+inline int64_t emulator_loaded = 0;
+inline int64_t emulator_stored = 0;
+inline int64_t emulator_shared_bytes = 0;
+inline int64_t emulator_launches = 0;
+inline int64_t emulator_blocks[16];
 }
 
 namespace emulator {
 
 constexpr int WARP = 32;
-constexpr size_t SHARED_LIMIT = 48 << 10, STACK = 64 << 10;
+constexpr size_t SHARED_LIMIT = 48 << 10;
+constexpr size_t STACK = 64 << 10;
 inline char* shared;  // SHARED_LIMIT bytes
 inline std::string error;
 
 struct Fiber {
   enum { NEW, READY, BARRIER, DONE } state = NEW;
-  int barrier = 0, shuffles = 0;
+  int barrier = 0;
+  int shuffles = 0;
   float slot[2];
   jmp_buf at;
   ucontext_t context;
@@ -97,14 +107,17 @@ inline void barrier(int line) {
   yield();
 }
 
-// The lanes of a warp come here together. Two slots, since one lane may be at its next shuffle before another has read this one.
+// The lanes of a warp come here together. There are two slots, since one lane may be at its next
+// shuffle before another has read this one.
 inline float shuffle(float x, int lane) {
   Fiber& me = current();
   const int turn = me.shuffles++;
   me.slot[turn % 2] = x;
   yield();
   const Fiber& other = fibers[threadIdx.x ^ lane];
-  if (other.shuffles != turn + 1 && other.shuffles != turn + 2) error = "a shuffle that not all threads of the warp come to";
+  if (other.shuffles != turn + 1 && other.shuffles != turn + 2) {
+    error = "a shuffle that not all threads of the warp come to";
+  }
   return other.slot[turn % 2];
 }
 
@@ -117,21 +130,36 @@ inline std::vector<int> order(int n) {
   return all;
 }
 
+// Runs each lane of a warp that is not at a barrier, to its next shuffle or barrier. Returns
+// whether there was one.
+inline bool run_lanes(int warp, const std::vector<int>& lanes, int threads) {
+  bool ran = false;
+  for (const int lane : lanes) {
+    const int thread = warp * WARP + lane;
+    if (thread < threads && fibers[thread].state < Fiber::BARRIER) {
+      resume(thread);
+      ran = true;
+    }
+  }
+  return ran;
+}
+
 inline void run_block(int threads) {
   std::memset(shared, 0xff, SHARED_LIMIT);
-  for (auto& fiber : fibers) fiber.state = Fiber::NEW, fiber.shuffles = 0;
-  const auto lanes = order(WARP), warps = order((threads + WARP - 1) / WARP);
-  for (int done = 0; done < threads && error.empty();) {
+  for (auto& fiber : fibers) {
+    fiber.state = Fiber::NEW;
+    fiber.shuffles = 0;
+  }
+  const auto lanes = order(WARP);
+  const auto warps = order((threads + WARP - 1) / WARP);
+  const auto is_done = [](const Fiber& fiber) { return fiber.state == Fiber::DONE; };
+  int done = 0;
+  while (done < threads && error.empty()) {
     for (const int warp : warps) {
-      for (bool waits = false; !waits;) {
-        waits = true;
-        for (const int lane : lanes) {
-          const int thread = warp * WARP + lane;
-          if (thread < threads && fibers[thread].state < Fiber::BARRIER) resume(thread), waits = false;
-        }
-      }
+      // Until all of it waits.
+      while (run_lanes(warp, lanes, threads)) continue;
     }
-    done = std::count_if(fibers.begin(), fibers.end(), [](auto& f) { return f.state == Fiber::DONE; });
+    done = std::count_if(fibers.begin(), fibers.end(), is_done);
     if (done && done < threads) error = "a barrier that not all threads come to";
     for (auto& fiber : fibers) {
       if (!done && fiber.barrier != fibers[0].barrier) error = "threads at different barriers";
@@ -143,21 +171,26 @@ inline void run_block(int threads) {
 inline bool launch(dim3 grid, int threads, size_t shared_bytes,
                    const std::function<void()>& kernel) {
   const bool possible = grid.x && grid.y && grid.z && grid.y < 65536 && grid.z < 65536;
-  error = !possible ? "no such grid" : shared_bytes > SHARED_LIMIT ? "more shared memory than there is" : "";
-  if (error.empty()) {
-    fibers.resize(threads);
-    body = &kernel;
-    gridDim = grid;
-    blockDim = dim3(threads);
-    emulator_blocks[emulator_launches++ % 16] = int64_t(grid.x) * grid.y * grid.z;
-    emulator_shared_bytes = std::max<int64_t>(emulator_shared_bytes, shared_bytes);
-  }
-  const auto blocks = order(error.empty() ? grid.x * grid.y * grid.z : 0);
-  for (const unsigned block : blocks) {
+  error = "";
+  if (shared_bytes > SHARED_LIMIT) error = "more shared memory than there is";
+  if (!possible) error = "no such grid";
+  if (!error.empty()) return false;
+
+  fibers.resize(threads);
+  body = &kernel;
+  gridDim = grid;
+  blockDim = dim3(threads);
+  emulator_blocks[emulator_launches % 16] = int64_t(grid.x) * grid.y * grid.z;
+  emulator_launches++;
+  emulator_shared_bytes = std::max<int64_t>(emulator_shared_bytes, shared_bytes);
+
+  const auto was_written = [](char c) { return c != char(0xff); };
+  for (const unsigned block : order(grid.x * grid.y * grid.z)) {
     blockIdx = dim3(block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y);
     run_block(threads);
-    const bool beyond = std::any_of(shared + shared_bytes, shared + SHARED_LIMIT, [](char c) { return c != char(0xff); });
-    if (beyond) error = "shared memory beyond its size was written";
+    if (std::any_of(shared + shared_bytes, shared + SHARED_LIMIT, was_written)) {
+      error = "shared memory beyond its size was written";
+    }
     if (!error.empty()) break;
   }
   return error.empty();
@@ -207,7 +240,8 @@ const void* wkv6_kernel(const std::string& name);
 
 #define EXPORTED [[gnu::used]] inline
 extern "C" {
-inline int emulator_contexts = 0;  // how many a thread has entered and not left
+// How many contexts the thread has entered and not left.
+inline int emulator_contexts = 0;
 EXPORTED int cuInit(unsigned) { return 0; }
 EXPORTED int cuDeviceGet(int* device, int) { return *device = 0; }
 EXPORTED int cuDevicePrimaryCtxRetain(void** context, int) {
@@ -222,7 +256,7 @@ EXPORTED int cuCtxPopCurrent_v2(void**) {
   emulator_contexts--;
   return 0;
 }
-// A module is nothing here: its kernels are those of wkv6_cuda.cu, by the names that NVRTC gave them.
+// A module is nothing here. Its kernels are those of wkv6_cuda.cu, by the names that NVRTC gave.
 EXPORTED int cuModuleLoadData(void**, const void*) { return emulator_contexts == 1 ? 0 : 1; }
 EXPORTED int cuModuleGetFunction(const void** function, void*, const char* symbol) {
   int status = 0;
