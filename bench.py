@@ -20,17 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import build
 import corpus
 import data
 import devices
+import estimate
 import rwkv6
 import train
 from archive import save_stream
 from bone import BoneLinear, add_bone
 from cli import run_cli
+from gradient import Passes
 from loss import count_tokens
 from memory import reuse_freed
+from plan import resolve_options
 from quant import dense, quantize
 from wkv6 import kernel_problem, wkv6
 
@@ -166,9 +168,10 @@ def train_step(model, optimizer, T):
     micro = [(idx, targets, torch.ones(1, T))]
     counts = count_tokens(micro)
     autocast = torch.autocast(device.type, torch.bfloat16)
-    losses = train.step(model, data.to_device(micro, device), autocast, counts=counts)
+    micro, passes = data.to_device(micro, device), Passes(autocast=autocast)
+    losses = train.accumulate_gradients(model, micro, passes, counts=counts)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
-    norm, scale = train.update(optimizer, scaler, 1e-6, sum(losses))
+    norm, scale = train.update(optimizer, scaler, sum(losses))
     [loss, *_] = torch.stack([*losses, norm, scale]).tolist()  # the only wait for a GPU
     return loss
 
@@ -269,7 +272,7 @@ def loss():
 
     def chunked():
         with torch.autocast("cpu", torch.bfloat16):
-            value = train.loss_fn(model, targets, targets, torch.ones(1, 1024))
+            value, _ = train.loss_fn(model, targets, targets, torch.ones(1, 1024))
         value.backward()
 
     row(
@@ -293,8 +296,9 @@ def infctx():
         def run(rows, T, keep_products, **chunks):
             model.keep_products = keep_products
             micro = [(*torch.randint(VOCAB, (2, 1, T)), torch.ones(1, T)) for _ in range(rows)]
-            losses = train.step(model, micro, torch.autocast("cpu", torch.bfloat16), **chunks)
-            train.update(optimizer, torch.amp.GradScaler("cpu", enabled=False), 1e-6, sum(losses))
+            passes = Passes(autocast=torch.autocast("cpu", torch.bfloat16), **chunks)
+            losses = train.accumulate_gradients(model, micro, passes)
+            train.update(optimizer, passes.scaler, sum(losses))
 
         times = in_turn(
             5,
@@ -375,7 +379,8 @@ def measure(folder, n_layer, n_embd, vocab_size, ctx_len, r, flags, steps=2):
     with tempfile.TemporaryDirectory(dir=folder) as folder:
         config = rwkv6.sizes(n_layer, n_embd, vocab_size)
         flags = [*prepare_run(folder, config, ctx_len, r=r, steps=steps), *flags.split()]
-        expected = build.expected_memory(train.parse_args(flags), torch.device("cpu"))[1]
+        options = resolve_options(train.parse_args(flags))
+        expected = estimate.expected_memory(options, torch.device("cpu"))[1]
         imported = subprocess.check_output(
             [
                 sys.executable,
@@ -453,9 +458,9 @@ def ranks():
                 ]
                 expected = [
                     sum(
-                        build.expected_memory(train.parse_args(line.split()), torch.device("cpu"))[
-                            1
-                        ].values()
+                        estimate.expected_memory(
+                            resolve_options(train.parse_args(line.split())), torch.device("cpu")
+                        )[1].values()
                     )
                     for line in flags
                 ]

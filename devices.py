@@ -365,14 +365,14 @@ class Loss(nn.Module):
         super().__init__()
         self.model, self.loss_fn = model, loss_fn
 
-    def forward(self, *batch):
-        return self.loss_fn(self.model, *batch)
+    def forward(self, *batch, **options):
+        return self.loss_fn(self.model, *batch, **options)
 
 
 def wrap(model, loss_fn, strategy):
     """loss_fn(model, ...) as a function of the rest, whose backward pass adds up the gradients of all ranks. Outside `quiet`, that is."""
     if size() == 1 or shares(strategy)[1]:
-        return lambda *batch: loss_fn(model, *batch)
+        return lambda *batch, **options: loss_fn(model, *batch, **options)
     with warnings.catch_warnings(
         action="ignore"
     ):  # of another name for broadcast_buffers, in some releases

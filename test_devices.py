@@ -4,6 +4,7 @@ Starting processes takes seconds, so those of one test try everything of their k
 """
 
 import contextlib
+import dataclasses
 import errno
 import itertools
 import json
@@ -28,9 +29,13 @@ import build
 import corpus
 import data
 import devices
-import loss
+import estimate
+import gradient
 import resume
 import train
+from gradient import Passes
+from loss import Counts, count_tokens
+from plan import resolve_options
 from test_train import (
     DEFAULTS,
     bone_of,
@@ -85,12 +90,12 @@ def alone():
 # ---- what the ranks do --------------------------------------------------------------------------------------------------------
 
 
-def compare(flags, documents, passes, **chunks):
-    """Largest difference, relative, of loss and any gradient of `passes` micro batches on each rank from those of one process with all of them."""
-    args, n = train.parse_args((FLAGS + flags).split()), devices.size()
+def compare(flags, documents, per_rank, **chunks):
+    """Largest difference, relative, of loss and any gradient of `per_rank` micro batches on each rank from those of one process with all of them."""
+    args, n = resolve_options(train.parse_args((FLAGS + flags).split())), devices.size()
     rows = [
         [documents[i % len(documents)] for i in range(2 * number, 2 * number + 2)]
-        for number in range(n * passes - 1)
+        for number in range(n * per_rank - 1)
     ]
     batches = [
         data.collate(
@@ -99,32 +104,30 @@ def compare(flags, documents, passes, **chunks):
         for row in rows
     ]
     with alone():
-        model, *_ = train.build_model(args, torch.device("cpu"))
+        model, *_ = build.build_model(args, torch.device("cpu"))
         model.keep_products = bool(chunks)
         expected = [
-            value.item() for value in train.step(model, batches, contextlib.nullcontext(), **chunks)
+            value.item() for value in train.accumulate_gradients(model, batches, Passes(**chunks))
         ]
         grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    model, *_ = (train.build_shares if devices.shares(args.strategy)[1] else train.build_model)(
-        args, torch.device("cpu")
-    )
+    model, *_ = (
+        build.build_sharded_model if devices.shares(args.strategy)[1] else build.build_model
+    )(args, torch.device("cpu"))
     model.keep_products = bool(chunks)
-    compute, reduced = devices.wrap(model, loss.loss_fn, args.strategy), []
+    passes, reduced = build.make_passes(args, model, torch.device("cpu")), []
+    passes = dataclasses.replace(passes, autocast=contextlib.nullcontext(), **chunks)
+    compute = passes.engine
     if isinstance(compute, DistributedDataParallel):
         compute.register_comm_hook(
             None, lambda state, bucket: reduced.append(bucket) or allreduce_hook(state, bucket)
         )
     mine = batches[devices.rank() :: n]
-    found = train.step(
-        model,
-        mine + [data.silent()] * (passes - len(mine)),
-        contextlib.nullcontext(),
-        **chunks,
-        compute=compute,
-    )
+    micro_batches = mine + [data.silent()] * (per_rank - len(mine))
+    counts = Counts(*devices.total(count_tokens(micro_batches)))
+    found = train.accumulate_gradients(model, micro_batches, passes, counts=counts)
     found = devices.in_turn([value.item() for value in found])
     assert (
-        len(found) == n * passes and found[n * passes - 1] == 0
+        len(found) == n * per_rank and found[n * per_rank - 1] == 0
     )  # the last rank has one micro batch less
     assert len(reduced) == isinstance(
         compute, DistributedDataParallel
@@ -162,8 +165,9 @@ def gradients():
         ):
             with pytest.raises(ValueError, match="with PyTorch 2.12 or newer, and this is 2.11"):
                 devices.shard(
-                    train.build_model(
-                        train.parse_args((FLAGS + flags).split()), torch.device("cpu")
+                    build.build_model(
+                        resolve_options(train.parse_args((FLAGS + flags).split())),
+                        torch.device("cpu"),
                     )[0],
                     strategy,
                     torch.device("cpu"),
@@ -214,9 +218,10 @@ def trouble():
         ):
             patch.setattr(
                 train,
-                "step",
+                "accumulate_gradients",
                 lambda *arguments, **options: [
-                    value * math.nan for value in loss.step(*arguments, **options)
+                    value * math.nan
+                    for value in gradient.accumulate_gradients(*arguments, **options)
                 ],
             )
             train.train(
@@ -228,7 +233,7 @@ def trouble():
 
             def overflowing(model, *arguments, steps=itertools.count(1), **options):
                 losses, shared = (
-                    loss.step(model, *arguments, **options),
+                    gradient.accumulate_gradients(model, *arguments, **options),
                     devices.shares(strategy)[1],
                 )
                 if next(steps) == 2 and (devices.rank() == 1 or not shared):
@@ -236,7 +241,7 @@ def trouble():
                     (grad.to_local() if shared else grad).view(-1)[0] = math.inf
                 return losses
 
-            patch.setattr(train, "step", overflowing)
+            patch.setattr(train, "accumulate_gradients", overflowing)
             train.train(
                 train.parse_args(
                     f"{FLAGS} --precision fp16 --strategy {strategy} --proj_dir half_{strategy}".split()
@@ -530,13 +535,13 @@ def test_an_error_of_one_rank_ends_all_and_is_said_once(whole_documents):
 sys.path.insert(0, {os.path.dirname(train.__file__)!r})
 import cli, devices, train
 
-def step(*arguments, plain=train.step, steps=[], **options):
+def step(*arguments, plain=train.accumulate_gradients, steps=[], **options):
     steps.append(0)
     if devices.rank() == 1 and len(steps) == 9:
         raise ValueError("this rank alone has met it")
     return plain(*arguments, **options)
 
-train.step = step
+train.accumulate_gradients = step
 devices.leave(lambda: cli.run_cli(lambda: train.train(train.parse_args())))
 """)
     process, _ = begin("deepspeed_stage_2", "program.py")
@@ -633,8 +638,8 @@ def test_a_dry_run_says_what_each_rank_takes(true_memory, capsys):
         (8, "deepspeed_stage_3"),
     ):
         flags = f"--grad_cp 1 --ctx_len 8 --micro_bsz 1 --devices {n} --strategy {strategy}"  # so that there is little beside gradients
-        built, said[n, strategy] = build.expected_memory(
-            train.parse_args((DEFAULTS + flags).split()), torch.device("cpu")
+        built, said[n, strategy] = estimate.expected_memory(
+            resolve_options(train.parse_args((DEFAULTS + flags).split())), torch.device("cpu")
         )
     one, ddp, zero, two, eight = said.values()
     assert (
@@ -647,7 +652,7 @@ def test_a_dry_run_says_what_each_rank_takes(true_memory, capsys):
         and eight["weights"] == one["weights"] / 8
         and two["gathered weights"] == eight["gathered weights"]
     )
-    gradients = 4 * build.count(built[0])[0]
+    gradients = 4 * build.count_parameters(built[0])[0]
     assert (
         sum(ddp.values()) - sum(one.values()) > 0.4 * gradients
     )  # which stay in their place from one step to the next

@@ -32,11 +32,11 @@ from test_train import base_file, column, counting, folder, read, run, tiny  # n
 def at_steps(monkeypatch, actions):
     """Before the optimizer step of a number in `actions`, counted from 0, its action happens."""
 
-    def step(*arguments, plain=train.step, steps=itertools.count(), **options):
+    def step(*arguments, plain=train.accumulate_gradients, steps=itertools.count(), **options):
         actions.get(next(steps), lambda: None)()
         return plain(*arguments, **options)
 
-    monkeypatch.setattr(train, "step", step)
+    monkeypatch.setattr(train, "accumulate_gradients", step)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_a_run_that_could_not_save_its_end_fails_loudly(monkeypatch, capsys, lim
     at_steps(monkeypatch, {2: lambda: limit(50_000)})
     error = refused_at_the_end(capsys, lambda: run("--epoch_steps 4 --save_steps 1"))
     assert (
-        "out/rwkv-0.pth: could not be saved, as said above; mend that, then give the same command with --resume"
+        "out/rwkv-0.pth: could not be saved, as said above; fix that, then give the same command with --resume"
         in error
     )
     assert os.listdir("out").count("rwkv-0.pth") == 0 and [*resume.states("out")] == [2]
@@ -256,14 +256,14 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights_and_its_documents_a
 def spoiled_steps(monkeypatch, bad, loss=0.0, grad=math.nan):
     """To the loss of steps whose number is in `bad`, and to one number of the gradient, this is added."""
 
-    def step(model, *rest, plain=train.step, steps=itertools.count(), **options):
+    def step(model, *rest, plain=train.accumulate_gradients, steps=itertools.count(), **options):
         losses = plain(model, *rest, **options)
         if next(steps) in bad:
             model.blocks[0].ln1.bias.grad[1] += grad
             losses[0] += loss
         return losses
 
-    monkeypatch.setattr(train, "step", step)
+    monkeypatch.setattr(train, "accumulate_gradients", step)
 
 
 @pytest.mark.parametrize(

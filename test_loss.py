@@ -1,15 +1,14 @@
 """The loss against its plainest form: whole logits, whole batches."""
 
-import contextlib
-
 import pytest
 import torch
 import torch.nn.functional as F
 
+import build
 import checkpoint
 import corpus
 import data
-import train
+from gradient import accumulate_gradients
 from loss import HeadLoss, largest_of_rows, loss_fn
 from test_train import arguments, base_file, folder  # noqa: F401 (two are fixtures)
 
@@ -57,7 +56,7 @@ def test_a_frozen_head_gets_no_gradient_and_no_token_that_counts_is_no_loss():
         torch.ones(2, 5, dtype=torch.int64),
     )
     model.head.requires_grad_(False)
-    loss = loss_fn(model, ones, ones, torch.zeros(2, 5))
+    loss, _ = loss_fn(model, ones, ones, torch.zeros(2, 5))
     loss.backward()
     assert loss.item() == 0 and model.head.weight.grad is None
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
@@ -66,7 +65,7 @@ def test_a_frozen_head_gets_no_gradient_and_no_token_that_counts_is_no_loss():
 @pytest.mark.parametrize("loss_mask", ["pad", "none"])
 def test_four_micro_batches_of_one_row_are_one_of_four(loss_mask):
     """Each padded to its own length, or to ctx_len; the loss's mask, and the L2 wrap, see no difference."""
-    model, *_ = train.build_model(arguments("--precision fp32"), torch.device("cpu"))
+    model, *_ = build.build_model(arguments("--precision fp32"), torch.device("cpu"))
     documents, losses, grads = (
         [corpus.Binidx("x")[i] for i in (1, 3, 5, 7)],
         [],
@@ -76,11 +75,7 @@ def test_four_micro_batches_of_one_row_are_one_of_four(loss_mask):
         model.zero_grad()
         losses.append(
             sum(
-                train.step(
-                    model,
-                    [data.collate(row, 32, loss_mask) for row in rows],
-                    contextlib.nullcontext(),
-                )
+                accumulate_gradients(model, [data.collate(row, 32, loss_mask) for row in rows])
             ).item()
         )
         grads.append(

@@ -33,13 +33,13 @@ class Killed(BaseException):
 def kill_at(monkeypatch, when):
     """The run ends, as if killed, before the optimizer steps whose number is in `when`."""
 
-    def step(*arguments, plain=train.step, done=[-1], **options):
+    def step(*arguments, plain=train.accumulate_gradients, done=[-1], **options):
         done[0] += 1
         if done[0] in when:
             raise Killed
         return plain(*arguments, **options)
 
-    monkeypatch.setattr(train, "step", step)
+    monkeypatch.setattr(train, "accumulate_gradients", step)
     monkeypatch.setattr(resume.Saver, "rescue", contextlib.nullcontext)
 
 
@@ -241,11 +241,11 @@ def test_the_order_of_train_parts_is_none():
 def test_the_random_state_goes_on_too(monkeypatch):
     drawn = []
 
-    def step(*arguments, plain=train.step, **options):
+    def step(*arguments, plain=train.accumulate_gradients, **options):
         drawn.append(torch.rand(1).item())
         return plain(*arguments, **options)
 
-    monkeypatch.setattr(train, "step", step)
+    monkeypatch.setattr(train, "accumulate_gradients", step)
     run("--epoch_steps 4 --proj_dir whole")
     with monkeypatch.context() as patch:
         kill_at(patch, {2})
@@ -306,8 +306,8 @@ def signalling(name, number, at, times=1, pause=0.0):
 @pytest.mark.parametrize(
     "name, at, step",
     [
-        ("step", 2, 2),
-        ("step", 3, 3),
+        ("accumulate_gradients", 2, 2),
+        ("accumulate_gradients", 3, 3),
         ("val_loss", 2, 3),
         ("save_stream", 1, 2),
         ("save_stream", 2, 3),
@@ -339,7 +339,12 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
 def test_a_second_signal_does_not_wait(monkeypatch, capsys, handlers):
     run(RUN + "--proj_dir whole")
     assert (
-        ended(RUN, monkeypatch, "step", signalling("step", signal.SIGINT, 6, times=2, pause=0.3))
+        ended(
+            RUN,
+            monkeypatch,
+            "accumulate_gradients",
+            signalling("accumulate_gradients", signal.SIGINT, 6, times=2, pause=0.3),
+        )
         == 130
     )
     assert (
@@ -358,7 +363,12 @@ def test_a_signal_that_comes_twice_at_once_and_a_request_repeated_are_no_impatie
     monkeypatch, handlers, number, pause
 ):
     assert (
-        ended(RUN, monkeypatch, "step", signalling("step", number, 5, times=2, pause=pause))
+        ended(
+            RUN,
+            monkeypatch,
+            "accumulate_gradients",
+            signalling("accumulate_gradients", number, 5, times=2, pause=pause),
+        )
         == 128 + number
     )
     assert [*resume.states("out")] == [5]
@@ -420,12 +430,12 @@ def test_a_real_process_is_stopped_and_goes_on(handlers):
 
 
 def test_whatever_ends_a_run_its_steps_are_saved(monkeypatch, capsys):
-    def step(*arguments, plain=train.step, steps=itertools.count(1), **options):
+    def step(*arguments, plain=train.accumulate_gradients, steps=itertools.count(1), **options):
         if next(steps) == 2:
             raise torch.OutOfMemoryError("no memory")
         return plain(*arguments, **options)
 
-    monkeypatch.setattr(train, "step", step)
+    monkeypatch.setattr(train, "accumulate_gradients", step)
     assert refused_at_the_end(capsys, lambda: run("--epoch_steps 4")) == "no memory\n" and [
         *resume.states("out")
     ] == [1]

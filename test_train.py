@@ -1,6 +1,5 @@
 """train.py: it learns, trains what it says and nothing else, is a function of its command line, and refuses in one line what it cannot do."""
 
-import contextlib
 import csv
 import json
 import math
@@ -10,6 +9,7 @@ import re
 import shlex
 import shutil
 import sys
+import types
 import zipfile
 
 import pytest
@@ -22,7 +22,9 @@ import checkpoint
 import cli
 import corpus
 import data
+import gradient
 import memory
+import plan
 import rwkv6
 import train
 
@@ -74,7 +76,7 @@ def folder(base_file, tmp_path, monkeypatch):
     take longer than the training."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        memory, "expected", lambda *_: {"weights": 0, "optimizer": 0, "workspace": 0}
+        memory, "expected", lambda *_, **__: {"weights": 0, "optimizer": 0, "workspace": 0}
     )
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     shutil.copy(base_file, "base.pth")
@@ -87,11 +89,12 @@ def true_memory(folder, monkeypatch):
 
 
 def arguments(flags=""):
-    return train.parse_args(shlex.split(DEFAULTS + flags))
+    """The resolved options of a run."""
+    return plan.resolve_options(train.parse_args(shlex.split(DEFAULTS + flags)))
 
 
 def run(flags=""):
-    train.train(arguments(flags))
+    train.train(train.parse_args(shlex.split(DEFAULTS + flags)))
 
 
 def read(path):
@@ -128,9 +131,7 @@ def test_training_lowers_the_loss_and_writes_its_files(monkeypatch, capsys, mode
     assert type(tensors) is dict and {n: t.shape for n, t in tensors.items()} == {
         n: t.shape for n, t in new.items()
     }
-    assert all(
-        t.dtype == torch.bfloat16 and not t.equal(new[name]) for name, t in tensors.items()
-    )
+    assert all(t.dtype == torch.bfloat16 and not t.equal(new[name]) for name, t in tensors.items())
     wrote, follow = capsys.readouterr().out.splitlines()[-2:]
     assert re.fullmatch(
         r"wrote out/rwkv-0.pth%s; peak memory \d+\.\d\d GB" % (" and out/loss.png" * matplotlib),
@@ -152,11 +153,17 @@ def test_training_lowers_the_loss_and_writes_its_files(monkeypatch, capsys, mode
 def test_train_parts_says_what_is_trained_and_the_rest_stays_to_the_bit(
     monkeypatch, flags, expected
 ):
-    models, build = [], train.build_model
-    monkeypatch.setattr(train, "build_model", lambda *a: models.append(build(*a)) or models[-1])
+    models, plain = [], train.build_for_training
+
+    def build_for_training(options, device):
+        built = plain(options, device)
+        models.append(built.model)
+        return built
+
+    monkeypatch.setattr(train, "build_for_training", build_for_training)
     run(flags)
     tensors, base = read("out/rwkv-0.pth"), read("base.pth")
-    for name, p in models[-1][0].named_parameters():
+    for name, p in models[-1].named_parameters():
         kinds = (
             {"bone"}
             if name.endswith(".bone")
@@ -209,9 +216,15 @@ def test_held_out_loss_is_the_mean_over_its_tokens_before_and_after(capsys):
     )
     model, found = checkpoint.load_model("base.pth", torch.float32), []
     for micro_bsz in (1, 2, 3):
+        options = arguments(f"--val_file held --micro_bsz {micro_bsz}")
         found.append(
             train.val_loss(
-                model, corpus.Binidx("held"), micro_bsz, 32, "pad", contextlib.nullcontext()
+                types.SimpleNamespace(
+                    model=model,
+                    plan=types.SimpleNamespace(data=plan.TrainingData.open(options, 300)),
+                    passes=gradient.Passes(),
+                    device=torch.device("cpu"),
+                )
             )
         )
     assert found == pytest.approx(found[:1] * 3, rel=1e-5) and found[0] == pytest.approx(
@@ -339,15 +352,12 @@ def reference_learning_rate(
 def test_the_learning_rate_of_every_step_is_the_reference_s(
     epoch_begin, epoch_count, lr_init, lr_final, warmup_steps
 ):
+    options = types.SimpleNamespace(lr_init=lr_init, lr_final=lr_final, warmup_steps=warmup_steps)
+    the_plan = types.SimpleNamespace(
+        first_step=epoch_begin * 10, learning_rate_steps=epoch_count * 10, options=options
+    )
     for n in range(epoch_count * 10):
-        ours = train.learning_rate(
-            epoch_begin * 10 + n,
-            epoch_begin * 10,
-            epoch_count * 10,
-            lr_init,
-            lr_final,
-            warmup_steps,
-        )
+        ours = train.learning_rate(epoch_begin * 10 + n, the_plan)
         assert ours == pytest.approx(
             reference_learning_rate(
                 n, epoch_begin, epoch_count, 10, lr_init, lr_final, warmup_steps
