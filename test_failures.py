@@ -1,4 +1,4 @@
-"""resume.py: a disk that fails, numbers that go wrong, a second run in the same folder, and states that are not this run's harm nothing."""
+"""What goes wrong harms nothing: disks, numbers, a second run in the folder, other runs' states."""
 
 import errno
 import itertools
@@ -26,17 +26,22 @@ from test_options import refused
 from test_resume import about, curve, refused_at_the_end, same
 from test_train import base_file, column, counting, folder, read, run, tiny  # noqa: F401 (two are fixtures)
 
-# ---- a disk that fails --------------------------------------------------------------------------------------------------------
+# ---- a disk that fails --------------------------------------------------------------------------
 
 
 def at_steps(monkeypatch, actions):
     """Before the optimizer step of a number in `actions`, counted from 0, its action happens."""
 
-    def step(*arguments, plain=train.accumulate_gradients, steps=itertools.count(), **options):
-        actions.get(next(steps), lambda: None)()
+    steps = itertools.count()
+    plain = train.accumulate_gradients
+
+    def accumulate_gradients(*arguments, **options):
+        action = actions.get(next(steps))
+        if action:
+            action()
         return plain(*arguments, **options)
 
-    monkeypatch.setattr(train, "accumulate_gradients", step)
+    monkeypatch.setattr(train, "accumulate_gradients", accumulate_gradients)
 
 
 @pytest.fixture
@@ -63,13 +68,11 @@ def test_a_full_disk_ends_no_training_and_harms_no_earlier_file(monkeypatch, cap
 
     run("--epoch_steps 5 --epoch_count 2 --save_steps 1")
     said = capsys.readouterr().out
-    assert [
-        int(step)
-        for step in re.findall(
-            r"could not save out/resume-(\d).pth: File too large; what was saved before is whole, the state of step 2 the last",
-            said,
-        )
-    ] == [3, 4]
+    failed = (
+        r"could not save out/resume-(\d).pth: File too large; what was saved before is whole, "
+        "the state of step 2 the last"
+    )
+    assert re.findall(failed, said) == ["3", "4"]
     assert (
         [*resume.states("out")] == [10]
         and curve("out") == curve("whole")
@@ -94,11 +97,9 @@ def test_rows_of_the_log_that_had_no_room_come_later(limit):
 def test_a_run_that_could_not_save_its_end_fails_loudly(monkeypatch, capsys, limit):
     at_steps(monkeypatch, {2: lambda: limit(50_000)})
     error = refused_at_the_end(capsys, lambda: run("--epoch_steps 4 --save_steps 1"))
-    assert (
-        "out/rwkv-0.pth: could not be saved, as said above; fix that, then give the same command with --resume"
-        in error
-    )
-    assert os.listdir("out").count("rwkv-0.pth") == 0 and [*resume.states("out")] == [2]
+    assert "out/rwkv-0.pth: could not be saved, as said above; " in error
+    assert "fix that, then give the same command with --resume" in error
+    assert "rwkv-0.pth" not in os.listdir("out") and [*resume.states("out")] == [2]
     limit(None)
     run("--epoch_steps 4 --save_steps 1 --resume")
     assert column("step") == [0, 1, 2, 3] and read("out/rwkv-0.pth")
@@ -211,59 +212,60 @@ def test_room_is_looked_for_before_anything_is_loaded(monkeypatch, capsys):
     run("--epoch_count 9")  # 2 states of 1 MB, 9 checkpoints of 0.16 MB
 
 
-# ---- numbers gone wrong ---------------------------------------------------------------------------------------------------------
+# ---- numbers gone wrong -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dataload", ["pad", "get"])
 def test_a_loss_that_is_not_finite_never_reaches_the_weights_and_its_documents_are_named(
     capsys, dataload
 ):
-    """The embedding of token 77 is such that it overflows in a layer norm: whoever reads it computes NaN."""
+    """The embedding of token 77 overflows in a layer norm: whoever reads it computes NaN."""
     torch.save(
         tiny() | {"emb.weight": tiny()["emb.weight"].index_fill(0, torch.tensor(77), 1e38)},
         "base.pth",
     )
     sequences = counting([20, 33, 40, 9, 25, 30, 33, 12, 28, 33, 31, 18])
-    run(
-        f"--micro_bsz 1 --accumulate_grad_batches 2 --ctx_len 16 --dataload {dataload} --epoch_steps 6"
-    )
+    flags = "--micro_bsz 1 --accumulate_grad_batches 2 --ctx_len 16 --epoch_steps 6"
+    run(f"{flags} --dataload {dataload}")
     said, losses = capsys.readouterr().out, column("loss")
     documents, bad = corpus.Binidx("x"), []
     for n in range(12):
         [row] = data.rows_of(documents, n, 1, 16, dataload)
-        read_by_the_model = (
-            documents.tokens[row : row + 16] if dataload == "get" else sequences[row][:16]
-        )
-        bad += [(n // 2, row)] * (77 in list(read_by_the_model))
+        read_by_the_model = sequences[row][:16]
+        if dataload == "get":
+            read_by_the_model = documents.tokens[row : row + 16].tolist()
+        if 77 in read_by_the_model:
+            bad.append((n // 2, row))
     assert bad and len({step for step, _ in bad}) < 6
     named = re.findall(
-        r"step (\d) left out: loss nan, gradient norm nan; (?:documents|rows that begin at tokens) ([\d ]+), counted from 0",
+        r"step (\d) left out: loss nan, gradient norm nan; "
+        r"(?:documents|rows that begin at tokens) ([\d ]+), counted from 0",
         said,
     )
     assert [(int(step), int(row)) for step, rows in named for row in rows.split()] == bad
     assert [step for step, loss in enumerate(losses) if math.isnan(loss)] == sorted(
         {step for step, _ in bad}
     )
-    assert (
-        f"{len(named)} steps so far left out, whose loss or gradient was not finite" in said
-        and "mean loss nan" not in said
-    )
-    assert all(tensor.isfinite().all() for tensor in read("out/rwkv-0.pth").values()) and open(
-        "out/train_log.txt"
-    ).read().count("left out: loss") == len(named)
+    assert f"{len(named)} steps so far left out, whose loss or gradient was not finite" in said
+    assert "mean loss nan" not in said
+    assert all(tensor.isfinite().all() for tensor in read("out/rwkv-0.pth").values())
+    logged = pathlib.Path("out/train_log.txt").read_text()
+    assert logged.count("left out: loss") == len(named)
 
 
 def spoiled_steps(monkeypatch, bad, loss=0.0, grad=math.nan):
-    """To the loss of steps whose number is in `bad`, and to one number of the gradient, this is added."""
+    """Add this to the loss, and to one number of the gradient, of the steps numbered in `bad`."""
+    steps = itertools.count()
+    plain = train.accumulate_gradients
 
-    def step(model, *rest, plain=train.accumulate_gradients, steps=itertools.count(), **options):
+    def accumulate_gradients(model, *rest, **options):
         losses = plain(model, *rest, **options)
         if next(steps) in bad:
             model.blocks[0].ln1.bias.grad[1] += grad
             losses[0] += loss
         return losses
 
-    monkeypatch.setattr(train, "accumulate_gradients", step)
+    monkeypatch.setattr(train, "accumulate_gradients", accumulate_gradients)
 
 
 @pytest.mark.parametrize(
@@ -274,11 +276,11 @@ def test_a_step_left_out_changes_nothing(monkeypatch, loss, grad):
 
     def update(optimizer, *rest, plain=train.update):
         def now():
-            return [
-                t.clone()
-                for p in sum((group["params"] for group in optimizer.param_groups), [])
-                for t in (p, *optimizer.state.get(p, {}).values())
-            ]
+            tensors = []
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    tensors += [p, *optimizer.state.get(p, {}).values()]
+            return [t.clone() for t in tensors]
 
         before = now()
         norm = plain(optimizer, *rest)
@@ -309,12 +311,10 @@ def test_ten_bad_steps_in_a_row_end_the_run_nine_do_not(monkeypatch, capsys):
     with monkeypatch.context() as patch:
         spoiled_steps(patch, {*range(1, 10), *range(11, 40)})
         error = refused_at_the_end(capsys, lambda: run("--epoch_steps 30 --save_steps 8"))
-    assert error.startswith(
-        "10 steps in a row had a loss or gradient that is not finite; the weights are those from before."
-    )
-    assert [*resume.states("out")] == [16, 21] and about("out/resume-21.pth")["progress"][
-        "bad"
-    ] == 19
+    assert error.startswith("10 steps in a row had a loss or gradient that is not finite; ")
+    assert "the weights are those from before." in error
+    assert [*resume.states("out")] == [16, 21]
+    assert about("out/resume-21.pth")["progress"]["bad"] == 19
     weights = {
         name: read(f"out/resume-{step}.pth")["weights.blocks.0.att.key.bone"]
         for name, step in (("before", 16), ("after", 21))
@@ -322,54 +322,46 @@ def test_ten_bad_steps_in_a_row_end_the_run_nine_do_not(monkeypatch, capsys):
     assert weights["before"].equal(weights["after"]) and weights["after"].isfinite().all()
     spoiled_steps(monkeypatch, {0, 4})  # and one can go on past them, and count anew
     run("--epoch_steps 30 --save_steps 8 --resume --lr_init 1e-3 --lr_final 1e-3")
-    assert "with other --lr_init 0.001 (was 0.01)" in capsys.readouterr().out and column(
-        "step"
-    ) == [*range(30)]
+    assert "with other --lr_init 0.001 (was 0.01)" in capsys.readouterr().out
+    assert column("step") == [*range(30)]
 
 
 def test_weights_that_are_not_finite_are_never_saved(monkeypatch, capsys):
     """However they came about: here the decay of a weight of 8 overflows."""
     torch.save(tiny() | {"emb.weight": torch.full((300, 64), 8.0)}, "base.pth")
-    error = refused_at_the_end(
-        capsys,
-        lambda: run(
-            "--epoch_steps 1 --train_parts emb --lr_init 9e18 --lr_final 9e18 --weight_decay 9e18"
-        ),
-    )
+    flags = "--epoch_steps 1 --train_parts emb --lr_init 9e18 --lr_final 9e18 --weight_decay 9e18"
+    error = refused_at_the_end(capsys, lambda: run(flags))
     assert "out/rwkv-0.pth: could not be saved" in error
-    assert (
-        "could not save out/resume-1.pth: weights.emb.weight holds NaN or infinite values in torch.float32;"
-        in pathlib.Path("out/train_log.txt").read_text()
-    )
-    assert all(
-        tensor.isfinite().all()
-        for path in pathlib.Path("out").glob("r*.pth")
-        for tensor in read(path).values()
-    )
+    logged = pathlib.Path("out/train_log.txt").read_text()
+    assert "could not save out/resume-1.pth: weights.emb.weight holds NaN or infinite " in logged
+    assert not list(pathlib.Path("out").glob("r*.pth"))
 
 
-# ---- two runs, one folder, and what is refused ------------------------------------------------------------------------------------
+# ---- two runs, one folder, and what is refused --------------------------------------------------
 
 
 def test_a_second_run_in_the_folder_is_refused_and_a_lock_of_the_dead_is_none(capsys):
     with resume.lock("out"):
         before = {path: path.read_bytes() for path in pathlib.Path("out").rglob("*")}
-        assert (
-            f"out: another run, process {os.getpid()}, is training there; wait for its end, or give another --proj_dir"
-            in refused(capsys, run)
-        )
+        error = refused(capsys, run)
+        assert f"out: another run, process {os.getpid()}, is training there; " in error
+        assert "wait for its end, or give another --proj_dir" in error
         assert {path: path.read_bytes() for path in pathlib.Path("out").rglob("*")} == before
     assert not os.path.exists("out")
     os.mkdir("out")
-    pathlib.Path("out/.lock").write_text(
-        "1"
-    )  # of a process that was killed, whose number another one has now
+    # Of a process that was killed, whose number another one has now.
+    pathlib.Path("out/.lock").write_text("1")
     run()
     assert not os.path.exists("out/.lock")
 
 
 def test_a_process_that_is_killed_holds_no_lock(capsys):
-    code = "import resume, time\nwith resume.lock('out'):\n    print('held', flush=True)\n    time.sleep(99)"
+    code = """
+import resume, time
+with resume.lock('out'):
+    print('held', flush=True)
+    time.sleep(99)
+"""
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
@@ -383,10 +375,11 @@ def test_a_process_that_is_killed_holds_no_lock(capsys):
     run()
 
 
-STOPPED = {}  # {name: content} of the folder of a run of 4 steps that was killed after 2; the same for every test
+# {name: content} of the folder of a run of 4 steps that was killed after 2, made once.
+STOPPED: dict[str, bytes] = {}
 
 
-def spoil_state(flags={}, **changes):
+def spoil_state(flags=None, **changes):
     """A state whose record `about` is other than it was; or that of a run with other flags."""
 
     def prepare():
@@ -403,7 +396,7 @@ def spoil_state(flags={}, **changes):
             pathlib.Path("out", name).write_bytes(content)
         state = read("out/resume-2.pth")
         record = json.loads(state["about"].numpy().tobytes())
-        record["args"] |= flags
+        record["args"] |= flags or {}
         torch.save(
             state
             | {
@@ -637,11 +630,12 @@ def test_wandb_and_the_log_carry_no_secret(monkeypatch):
     for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD"):
         monkeypatch.setenv(name, "5ec2e7" * 7)
     git = "git -c user.name=a -c user.email=a@b"
-    subprocess.run(
-        f"git init -q . && git remote add origin https://user:5ec2e75ec2e7@example.org/a.git && {git} commit -q --allow-empty -m a",
-        shell=True,
-        check=True,
-    )
+    for command in (
+        "git init -q .",
+        "git remote add origin https://user:5ec2e75ec2e7@example.org/a.git",
+        f"{git} commit -q --allow-empty -m a",
+    ):
+        subprocess.run(command.split(), check=True)
     run("--wandb project --epoch_steps 2")
     written = [path for path in pathlib.Path("out").rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in written) and not [
