@@ -25,14 +25,15 @@ from collections.abc import Callable
 import torch
 
 import bench
-import build
 import devices
+import estimate
 import memory
 import rwkv6
 import train
 from bench_gpu_race import Race, as_graph, gpu_busy, short
 from bone import BoneLinear
-from loss import loss_fn
+from loss import Counts, loss_fn
+from plan import resolve_options
 from wkv6 import kernel_problem
 
 HERE = pathlib.Path(__file__).parent
@@ -236,7 +237,8 @@ def expected_bytes(setup: Setup, name: str, kind: str, tokens: int) -> float:
         idx = torch.zeros(1, tokens, dtype=torch.int64, device=setup.device)
         mask = torch.ones(idx.shape, device=setup.device)
         with torch.autocast(setup.device.type, torch.bfloat16):
-            return [loss_fn(model, idx, idx, mask, 1, idx.numel())]
+            value, _ = loss_fn(model, idx, idx, mask, counts=Counts(1, idx.numel()))
+            return [value]
 
     model = bone_model(setup, name, kind, "meta")
     parts = memory.expected(model, outputs, setup.device)
@@ -436,7 +438,8 @@ def peak_of_train(setup: Setup, kind: str) -> None:
         ".", config, setup.sizes.peak_tokens, r=setup.sizes.r, accelerator="gpu"
     )
     flags += ["--quant", kind, "--proj_dir", f"out-{kind}"]
-    _, parts = build.expected_memory(train.parse_args(flags), setup.device)
+    options = resolve_options(train.parse_args(flags))
+    _, parts = estimate.expected_memory(options, setup.device)
     sys.argv = [str(HERE / "train.py"), *flags]
     with contextlib.redirect_stdout(io.StringIO()) as said:
         runpy.run_path(sys.argv[0], run_name="__main__")

@@ -154,7 +154,8 @@ def training_step(
 
             def run() -> None:
                 with torch.autocast(device.type, torch.bfloat16):
-                    value = loss.loss_fn(model, idx, idx, mask, TOKENS, TOKENS)
+                    counts = loss.Counts(TOKENS, TOKENS)
+                    value, _ = loss.loss_fn(model, idx, idx, mask, counts=counts)
                 value.backward()
 
             return count(run)

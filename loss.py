@@ -1,267 +1,179 @@
-"""The loss of a batch, and its gradient: in chunks of tokens at the head, and, for sequences of any length, in chunks along time.
+"""The loss: masked mean cross-entropy, and RWKV's "L2 wrap", without ever holding all logits.
 
-RWKV needs no earlier token, only its state (rwkv6.py). So a row of T tokens can go through the model chunk by chunk, in the memory of one
-chunk. The gradient stays that of the whole row, as it flows back through the states between the chunks:
+    loss = sum over tokens of mask * (log sum exp(logits) - logits[target]) / sum of masks
 
-    forward     s1 = chunk 0 from s0,  s2 = chunk 1 from s1,  ...     without a graph; the states alone are kept
-    backward    the last chunk again, from its state, with a graph: loss -> gradients of the parameters and of that state
-                the chunk before it: loss and gradient of the state after it -> gradients of the parameters and of the state before
-                ...
+The logits of T tokens are T x 65,536 numbers, far more than the model's activations. So the head's
+product, the loss and its gradient are made chunk by chunk of tokens, and the logits are dropped.
 
-Each chunk is computed twice, as grad_cp does; and what its matrix products gave is kept for the moment (quant.py), so that recomputing a block
-within a chunk repeats none. That costs the memory of some activations of one chunk. `bptt` cuts the gradient after so many chunks
-("truncated backpropagation through time"); with 1 each chunk is computed once, and the states pass no gradient.
+The L2 wrap keeps logits small: the gradient of the largest logit at each position gets
++ 1e-4 / positions * that logit. It has no part in the value of the loss.
 """
 
-import contextlib
-import functools
 import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import Tensor
 
-import data
-import devices
-import sharding
+from rwkv6 import RWKV
 
-LOGITS = 1 << 24  # how many the head makes at once
+# The head makes at most so many logits at once.
+LOGITS = 1 << 24
+
+Batch = tuple[Tensor, ...]  # idx, targets and mask, each (B, T)
+State = Any  # of a model, see rwkv6.py: tensors in lists and tuples; None: no state is wanted
 
 
-def tokens_per_softmax(tokens_per_product, device):
-    """How many of a product's tokens go through the softmax at once.
+# ---- the head -----------------------------------------------------------------------------------
 
-    On a CPU an eighth: 8 MB of float32, which stay in the cache. A GPU has no such cache, and
-    pays for each launch: all of them.
+
+def largest_of_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x.max(-1, keepdim=True) of x (M, N): values and places, (M, 1).
+
+    On a CPU this takes a third of the time, because amax is vectorized and max is not. It finds the
+    first block of numbers that holds the largest, and looks for the place only there.
     """
-    return max(1, tokens_per_product // 8) if device.type == "cpu" else tokens_per_product
-
-
-def largest_of_rows(x):
-    """x.max(-1, keepdim=True), in a third of the time on a CPU: the block of numbers that holds it first (amax is vectorized, max is not)."""
-    blocks = x.unflatten(-1, (-1, math.gcd(x.shape[-1], 256)))
+    block_size = math.gcd(x.shape[-1], 256)
+    blocks = x.unflatten(-1, (-1, block_size))
     block = blocks.amax(-1).argmax(-1, keepdim=True)
-    largest, at = blocks[torch.arange(len(x), device=x.device), block[:, 0]].max(-1, keepdim=True)
-    return largest, at + block * blocks.shape[-1]
+    row = torch.arange(len(x), device=x.device)
+    largest, place_in_block = blocks[row, block[:, 0]].max(-1, keepdim=True)
+    return largest, place_in_block + block * block_size
 
 
-class HeadLoss(torch.autograd.Function):
-    """Head product, summed cross-entropy and L2 wrap over chunks of tokens, so that the logits (tokens x vocabulary) never exist whole.
+def cross_entropy_(logits: Tensor, targets: Tensor, weight: Tensor, l2: Tensor) -> Tensor:
+    """Return the weighted sum of cross-entropies, and overwrite the logits by their gradient.
 
-    x: (M, C); head: (vocab, C); targets: (M,); weight: (M,) of each token in the sum; l2: (M,) factor of each position's L2 wrap.
-    The gradient is made with the loss, chunk by chunk, and only scaled in the backward pass.
+    logits: (M, vocab); targets: (M,); weight, l2: (M,), as in HeadLoss. Returns a tensor ().
     """
+    targets, weight, l2 = targets[:, None], weight[:, None], l2[:, None]
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    largest, place_of_largest = largest_of_rows(logits)
+    largest = largest.to(dtype)
+    exp = (logits - largest).exp_()
+    sum_of_exp = exp.sum(-1, keepdim=True)
+    cross_entropy = sum_of_exp.log() + largest - logits.gather(-1, targets)
+    loss = (weight * cross_entropy).sum()
 
-    @staticmethod
-    def forward(ctx, x, head, targets, weight, l2, dtype):
-        W = head.to(dtype)
-        gx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        ghead = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
-        loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        many = max(
-            1, LOGITS // len(head)
-        )  # tokens in a product: with fewer, reading W would take longer than multiplying by it
-        few = tokens_per_softmax(many, x.device)  # and in what is done in float32
-        for start in range(0, len(x), many):
-            rows = slice(start, start + many)
-            x_rows = x[rows].to(dtype)
-            g_rows = x_rows @ W.t()  # the logits, and soon, in their place, the gradient
-            for g, t, wt, l2_t in zip(
-                *(
-                    a.split(few)
-                    for a in (g_rows, targets[rows, None], weight[rows, None], l2[rows, None])
-                )
-            ):
-                largest, at = largest_of_rows(g)
-                largest, logits_of_targets = largest.to(loss.dtype), g.gather(-1, t)
-                e = (g - largest).exp_()
-                total = e.sum(-1, keepdim=True)
-                loss += (wt * (total.log() + largest - logits_of_targets)).sum()
-                g.copy_(
-                    e.mul_(wt / total).scatter_add_(-1, t, -wt).scatter_add_(-1, at, largest * l2_t)
-                )  # softmax - target + L2 wrap
-            if gx is not None:
-                gx[rows] = g_rows @ W
-            if ghead is not None:
-                ghead += g_rows.t() @ x_rows
-        ctx.save_for_backward(gx, ghead)
-        return loss
-
-    @staticmethod
-    def backward(ctx, gloss):
-        return *(g if g is None else g * gloss for g in ctx.saved_tensors), None, None, None, None
-
-
-def loss_fn(model, idx, targets, mask, tokens=None, positions=None, state=None):
-    """Mean cross-entropy over the masked tokens; its backward includes the RWKV L2 wrap, + 1e-4 / positions * the largest logit.
-
-    idx, targets: (B, T) int64; mask: (B, T), 1 where a token counts. A negative target is padding, and no position. A micro batch of
-    a larger step gives the step's `tokens` (sum of masks) and `positions`, so that losses and gradients of its micro batches add up.
-    With the model's state before these tokens (model.empty_state() to begin), returns (loss, state after them).
-    """
-    targets, mask = targets.reshape(-1), mask.reshape(-1)
-    tokens = max(float(mask.sum() if tokens is None else tokens), 1.0)
-    positions = max(int((targets >= 0).sum()) if positions is None else positions, 1)
-    real = targets >= 0
-    if model.config.head_qk:  # more than the head makes these logits: they are kept whole
-        logits = model(idx, state)
-        if state is not None:
-            logits, state = logits
-        logits = logits.flatten(0, 1).float()
-        wrap = 0.5e-4 / positions * (logits.amax(-1).square() * real).sum()
-        loss = (
-            (F.cross_entropy(logits, targets.clamp(min=0), reduction="none") * mask).sum() / tokens
-            + wrap
-            - wrap.detach()
-        )
-    else:
-        x, new_state = model.hidden(idx, state)
-        state = None if state is None else new_state
-        device = x.device.type
-        dtype = (
-            torch.get_autocast_dtype(device)
-            if torch.is_autocast_enabled(device)
-            else model.head.weight.dtype
-        )
-        l2 = real.to(x.dtype) * (
-            1e-4 * tokens / positions
-        )  # the sum is divided only below, so that fp16 can hold its gradient
-        with torch.autocast(device, enabled=False):  # HeadLoss chooses its dtypes itself
-            loss = (
-                HeadLoss.apply(
-                    x.flatten(0, 1),
-                    model.head.weight,
-                    targets.clamp(min=0),
-                    mask.to(x.dtype),
-                    l2,
-                    dtype,
-                )
-                / tokens
-            )
-    return loss if state is None else (loss, state)
-
-
-def split(batch, chunk_ctx):
-    """idx, targets and mask (B, T) as chunks of at most chunk_ctx tokens (0: as one); on each rank as many, if need be with some that count nothing."""
-    chunks = [*zip(*(x.split(chunk_ctx or x.shape[1], 1) for x in batch))]
-    missing = int(devices.max_over_ranks([len(chunks)])[0]) - len(chunks)
-    if missing == 0:
-        return chunks
-    return chunks + [data.empty_batch(len(batch[0]), batch[0].device)] * missing
-
-
-def tensors(state):
-    return [x for x in tree_leaves(state) if x is not None]
-
-
-def apart(state, requires_grad=False):
-    """The same state, apart from the graph that it came from."""
-    return tree_map(
-        lambda x: None if x is None else x.detach().requires_grad_(requires_grad), state
-    )
-
-
-def backward(
-    model, compute, batch, tokens, positions, autocast, scaler=None, chunk_ctx=0, bptt=0, last=True
-):
-    """Forward and backward of a micro batch, as the head of this file describes it; gradients are added to those of the parameters. Returns its
-    loss, as loss_fn counts it. compute: loss_fn of the model, perhaps by an engine that adds up the gradients of all ranks (sharding.py), which
-    happens in the `last` micro batch; scaler: of fp16; chunk_ctx: tokens in a chunk, 0: all; bptt: chunks the gradient flows through, 0: all.
-    The loss is a tensor (): nothing here waits for the device."""
-    chunks, state, loss = split(batch, chunk_ctx), model.empty_state(), 0.0
-    bptt = bptt or len(chunks)
-    for first in range(0, len(chunks), bptt):
-        group, states, gradients = chunks[first : first + bptt], [state], None
-        for idx, _, _ in group[:-1]:
-            with torch.no_grad(), autocast:
-                states.append(model.hidden(idx, states[-1])[1])
-        for chunk in reversed(group):
-            before = apart(states.pop(), requires_grad=bool(states))
-            at_end = last and not states and first + bptt >= len(chunks)
-            with contextlib.nullcontext() if at_end else sharding.no_gradient_sync(compute):
-                with autocast:
-                    if len(chunks) > 1:
-                        value, after = compute(*chunk, tokens, positions, before)
-                    else:  # a row that is whole needs no states
-                        value, after = compute(*chunk, tokens, positions), []
-                if gradients is None:  # no chunk of the group comes after this one
-                    state, gradients = apart(after) if first + bptt < len(chunks) else None, []
-                # (Not all: the shift of the first block depends on nothing that is trained, where neither ln nor emb is.)
-                ends = [(x, g) for x, g in zip(tensors(after), gradients) if x.requires_grad]
-                del after  # what is not needed, here and below, would be there at the peak
-                scaled = value * devices.size()  # the engines take the mean over ranks
-                torch.autograd.backward(
-                    [scaler.scale(scaled) if scaler else scaled, *(x for x, _ in ends)],
-                    [None, *(g for _, g in ends)],
-                )
-            gradients = [x.grad for x in tensors(before)]
-            loss = loss + value.detach()
-            del before, value, scaled, ends
+    # gradient = weight * (softmax - one_hot(target)) + l2 * largest, this only where it stands
+    gradient = exp.mul_(weight / sum_of_exp)
+    gradient.scatter_add_(-1, targets, -weight)
+    gradient.scatter_add_(-1, place_of_largest, largest * l2)
+    logits.copy_(gradient)
     return loss
 
 
-def count_tokens(micro):
-    """Tokens that count in the loss, and positions that are no padding, in these micro batches of all ranks.
+class HeadLoss(torch.autograd.Function):
+    """Head product, summed cross-entropy and L2 wrap, without ever holding all logits at once.
 
-    Call it while the batches are on the CPU: the sums of a GPU's tensors would have to be waited for.
+    x: (M, C); head: (vocab, C); targets: (M,); weight: (M,), of each token in the sum;
+    l2: (M,), factor of each position's L2 wrap; dtype: of the matrix products.
+    The gradient is made together with the loss, chunk by chunk of tokens, so that the logits
+    (M, vocab) never exist whole. The backward pass only scales it.
     """
-    tokens = sum(mask.sum().item() for _, _, mask in micro)
-    positions = sum((targets >= 0).sum().item() for _, targets, _ in micro)
-    return devices.sum_over_ranks([tokens, positions])
+
+    @staticmethod
+    def forward(ctx, x, head, targets, weight, l2, dtype):  # noqa: PLR0913 (autograd takes tensors)
+        W = head.to(dtype)
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
+        loss = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        # With fewer tokens in a product, reading W would take longer than multiplying by it.
+        tokens_per_matmul = max(1, LOGITS // len(head))
+        # On a CPU the float32 of an eighth of them, 8 MB, stays in the cache. A GPU has no such
+        # cache, and pays for each launch.
+        parts = 8 if x.device.type == "cpu" else 1
+        tokens_per_softmax = max(1, tokens_per_matmul // parts)
+        for start in range(0, len(x), tokens_per_matmul):
+            rows = slice(start, start + tokens_per_matmul)
+            x_rows = x[rows].to(dtype)
+            logits = x_rows @ W.t()
+            columns = (logits, targets[rows], weight[rows], l2[rows])
+            for pieces in zip(
+                *(column.split(tokens_per_softmax) for column in columns), strict=True
+            ):
+                loss += cross_entropy_(*pieces)
+            grad_logits = logits  # cross_entropy_ has put it in their place
+            if grad_x is not None:
+                grad_x[rows] = grad_logits @ W
+            if grad_head is not None:
+                grad_head += grad_logits.t() @ x_rows
+        ctx.save_for_backward(grad_x, grad_head)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_x, grad_head = ctx.saved_tensors
+        if grad_x is not None:
+            grad_x = grad_x * grad_loss
+        if grad_head is not None:
+            grad_head = grad_head * grad_loss
+        return grad_x, grad_head, None, None, None, None
 
 
-def step(model, micro, autocast, scaler=None, chunk_ctx=0, bptt=0, *, compute=None, counts=None):
-    """Forward and backward of an optimizer step's micro batches; gradients are added up.
+# ---- the loss of a batch ------------------------------------------------------------------------
 
-    micro: [(idx, targets, mask)], of several ranks those of this one, as many as the others have.
-    counts: what `count_tokens` says of them, where that is known already.
-    Returns the loss of each micro batch, tensors () on the device; over all ranks, their sum is the
-    mean over all tokens that count.
+
+class Counts(NamedTuple):
+    """What the losses of a step's micro batches are divided by, so that they add up to a mean."""
+
+    tokens: float  # that count in the loss: the sum of the masks
+    positions: float  # that are not padding
+
+
+def count_tokens(micro_batches: list[Batch]) -> Counts:
+    """Count the tokens and positions of micro batches.
+
+    Call it while they are on the CPU: the sums of a GPU's tensors would have to be waited for.
     """
-    tokens, positions = counts or count_tokens(micro)
-    compute = compute or functools.partial(loss_fn, model)
-    losses = []
-    for number, batch in enumerate(micro, 1):
-        last = number == len(micro)
-        losses.append(
-            backward(
-                model, compute, batch, tokens, positions, autocast, scaler, chunk_ctx, bptt, last
-            )
-        )
-    return losses
+    tokens = sum(mask.sum().item() for _, _, mask in micro_batches)
+    positions = sum((targets >= 0).sum().item() for _, targets, _ in micro_batches)
+    return Counts(tokens, positions)
 
 
-@torch.no_grad()
-def val_loss(
-    model,
-    documents,
-    micro_bsz,
-    ctx_len,
-    loss_mask,
-    autocast,
-    cut=True,
-    chunk_ctx=0,
-    device=torch.device("cpu"),
-    check=lambda: None,
-):
-    """Mean loss over the counting tokens of all documents, each seen once, by one of the ranks. check: called after each micro batch."""
-    losses, tokens = [], 0.0
-    for start in range(0, len(documents), micro_bsz * devices.size()):
-        start += micro_bsz * devices.rank()
-        rows = [documents[i] for i in range(start, min(start + micro_bsz, len(documents)))]
-        batch = data.collate(rows, ctx_len, loss_mask, cut=cut) if rows else data.empty_batch()
-        tokens += batch[2].sum().item()
-        [batch] = data.to_device([batch], device)
-        chunks = split(batch, chunk_ctx)
-        state = model.empty_state()
-        for chunk in chunks:
-            with autocast:
-                if len(chunks) > 1:
-                    value, state = loss_fn(model, *chunk, tokens=1, positions=1, state=state)
-                else:
-                    value = loss_fn(model, *chunk, tokens=1, positions=1)
-            losses.append(value)
-        check()
-    total = sum(torch.stack(losses).tolist()) if losses else 0.0  # the only wait for the device
-    total, tokens = devices.sum_over_ranks([total, tokens])
-    return total / max(tokens, 1.0)
+def loss_fn(
+    model: RWKV,
+    idx: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    *,
+    counts: Counts | None = None,
+    state: State = None,
+) -> tuple[Tensor, State]:
+    """Return the mean cross-entropy over the masked tokens, and the model's state after them.
+
+    idx, targets: (B, T) int64; a negative target is padding, and not a position.
+    mask: (B, T), 1 where a token counts.
+    counts: of the whole step, where this is one of its micro batches.
+    state: of the model before these tokens, to begin with model.empty_state(). Without one, None is
+    returned in its place.
+    The backward pass includes the L2 wrap.
+    """
+    if counts is None:
+        counts = count_tokens([(idx, targets, mask)])
+    tokens, positions = max(float(counts.tokens), 1.0), max(counts.positions, 1)
+    targets, mask = targets.flatten(), mask.flatten()
+    is_position = targets >= 0
+    targets = targets.clamp(min=0)
+    if model.config.head_qk:
+        # More than the head makes these logits: they are kept whole.
+        result = model(idx, state)
+        logits, state = result if state is not None else (result, None)
+        logits = logits.flatten(0, 1).float()
+        l2_wrap = 0.5e-4 / positions * (logits.amax(-1).square() * is_position).sum()
+        cross_entropy = F.cross_entropy(logits, targets, reduction="none")
+        # The wrap has a gradient, and adds nothing to the loss.
+        return (cross_entropy * mask).sum() / tokens + l2_wrap - l2_wrap.detach(), state
+    x, new_state = model.hidden(idx, state)
+    device = x.device.type
+    dtype = model.head.weight.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    # The sum is divided by `tokens` only below, so that fp16 can hold its gradient.
+    l2 = is_position.to(x.dtype) * (1e-4 * tokens / positions)
+    # HeadLoss chooses its dtypes itself.
+    with torch.autocast(device, enabled=False):
+        x, weight = x.flatten(0, 1), mask.to(x.dtype)
+        loss = HeadLoss.apply(x, model.head.weight, targets, weight, l2, dtype) / tokens
+    return loss, None if state is None else new_state

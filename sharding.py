@@ -113,8 +113,8 @@ class Loss(nn.Module):
         self.model = model
         self.loss_fn = loss_fn
 
-    def forward(self, *batch):
-        return self.loss_fn(self.model, *batch)
+    def forward(self, *batch: Tensor, **options: Any) -> Any:
+        return self.loss_fn(self.model, *batch, **options)
 
 
 def wrap(model: RWKV, loss_fn: Callable[..., Any], strategy: str) -> Callable[..., Any]:

@@ -13,9 +13,10 @@ import torch
 import bench
 import bench_gpu
 import bench_gpu_jobs
-import build
+import estimate
 import memory
 import train
+from plan import resolve_options
 
 HERE = pathlib.Path(__file__).parent
 compiler = pytest.mark.skipif(
@@ -133,7 +134,8 @@ def test_the_expected_memory_is_that_of_dry_run(folder, kind):
     cpu = torch.device("cpu")
     setup = bench_gpu_jobs.Setup(cpu, bench_gpu_jobs.TINY)
     flags = bench.prepare_run(".", setup.sizes.config("tiny"), 32, r=setup.sizes.r)
-    _, parts = build.expected_memory(train.parse_args([*flags, "--quant", kind]), cpu)
+    options = resolve_options(train.parse_args([*flags, "--quant", kind]))
+    _, parts = estimate.expected_memory(options, cpu)
     assert bench_gpu_jobs.expected_bytes(setup, "tiny", kind, 32) == sum(parts.values())
 
 

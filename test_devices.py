@@ -6,6 +6,7 @@ for a dead one. Starting processes takes seconds, so one start does all jobs of 
 """
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import itertools
@@ -32,11 +33,15 @@ import checkpointer
 import corpus
 import data
 import devices
-import loss
+import estimate
+import gradient
 import memory
 import run_state
 import sharding
 import train
+from gradient import Passes
+from loss import Counts, count_tokens
+from plan import resolve_options
 from test_train import (
     DEFAULTS,
     base_file,  # noqa: F401 (a fixture)
@@ -113,20 +118,22 @@ def all_batches(args, documents, number, cut):
 def step_of_one_process(args, batches, chunks):
     """The losses and gradients of one process with all micro batches."""
     with alone():
-        model, *_ = train.build_model(args, CPU)
+        model, *_ = build.build_model(args, CPU)
         model.keep_products = bool(chunks)
-        losses = train.step(model, batches, contextlib.nullcontext(), **chunks)
+        losses = train.accumulate_gradients(model, batches, Passes(**chunks))
         gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         return [value.item() for value in losses], gradients
 
 
-def step_of_ranks(args, batches, passes, chunks):
-    """The model, and this rank's losses, after `passes` micro batches on each rank."""
+def step_of_ranks(args, batches, per_rank, chunks):
+    """The model, and this rank's losses, after so many micro batches on each rank."""
     trained_is_shared = sharding.Sharding.of(args.strategy).trained
-    make = train.build_shares if trained_is_shared else train.build_model
+    make = build.build_sharded_model if trained_is_shared else build.build_model
     model, *_ = make(args, CPU)
     model.keep_products = bool(chunks)
-    compute = sharding.wrap(model, loss.loss_fn, args.strategy)
+    passes = build.make_passes(args, model, CPU)
+    passes = dataclasses.replace(passes, autocast=contextlib.nullcontext(), **chunks)
+    compute = passes.engine
     reductions = []
 
     def count_reductions(state, bucket):
@@ -137,8 +144,9 @@ def step_of_ranks(args, batches, passes, chunks):
     if is_ddp:
         compute.register_comm_hook(None, count_reductions)
     mine = batches[devices.rank() :: devices.size()]
-    mine += [data.empty_batch()] * (passes - len(mine))
-    losses = train.step(model, mine, contextlib.nullcontext(), **chunks, compute=compute)
+    mine += [data.empty_batch()] * (per_rank - len(mine))
+    counts = Counts(*devices.sum_over_ranks(count_tokens(mine)))
+    losses = train.accumulate_gradients(model, mine, passes, counts=counts)
     # All gradients at once, when a step's last one is there.
     assert len(reductions) == is_ddp
     return model, [value.item() for value in losses]
@@ -159,7 +167,7 @@ def compare(flags, documents, passes=2, **chunks):
 
     Each rank has `passes` micro batches, the last one of them one less.
     """
-    args = parse(flags)
+    args = resolve_options(parse(flags))
     number = devices.size() * passes - 1
     batches = all_batches(args, documents, number, cut=not chunks)
     expected, expected_gradients = step_of_one_process(args, batches, chunks)
@@ -198,7 +206,7 @@ def gradients():
     for strategy, (flags, chunks) in itertools.product(strategies, GRADIENT_CASES):
         integers = strategy == "deepspeed_stage_3" and "--quant" in flags
         if integers and not sharding.shares_out_integers():
-            model, *_ = train.build_model(parse(flags), CPU)
+            model, *_ = build.build_model(resolve_options(parse(flags)), CPU)
             with pytest.raises(ValueError, match=r"2\.12 or newer, and this is 2\.11"):
                 sharding.shard(model, strategy, CPU)
             continue
@@ -244,10 +252,10 @@ def second_save_fails(strategy):
 
 def no_loss_is_a_number(strategy):
     def step(*arguments, **options):
-        return [value * math.nan for value in loss.step(*arguments, **options)]
+        return [value * math.nan for value in gradient.accumulate_gradients(*arguments, **options)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "step", step)
+        patch.setattr(train, "accumulate_gradients", step)
         with pytest.raises(devices.CollectiveError, match="10 steps in a row"):
             train.train(parse(f"--strategy {strategy} --epoch_count 9 --proj_dir bad_{strategy}"))
 
@@ -258,7 +266,7 @@ def one_gradient_overflows(strategy):
     shared = sharding.Sharding.of(strategy).trained
 
     def step(model, *arguments, **options):
-        losses = loss.step(model, *arguments, **options)
+        losses = gradient.accumulate_gradients(model, *arguments, **options)
         if next(steps) == 2 and (devices.rank() == 1 or not shared):
             grad = next(p.grad for p in model.parameters() if p.requires_grad)
             local = grad.to_local() if shared else grad
@@ -266,7 +274,7 @@ def one_gradient_overflows(strategy):
         return losses
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "step", step)
+        patch.setattr(train, "accumulate_gradients", step)
         train.train(parse(f"--precision fp16 --strategy {strategy} --proj_dir half_{strategy}"))
 
 
@@ -588,13 +596,13 @@ import sys
 sys.path.insert(0, {os.path.dirname(train.__file__)!r})
 import cli, devices, train
 
-def step(*arguments, plain=train.step, steps=[], **options):
+def step(*arguments, plain=train.accumulate_gradients, steps=[], **options):
     steps.append(0)
     if devices.rank() == 1 and len(steps) == 9:
         raise ValueError("this rank alone has met it")
     return plain(*arguments, **options)
 
-train.step = step
+train.accumulate_gradients = step
 devices.exit_process(lambda: cli.run_cli(lambda: train.train(train.parse_args())))
 """
 
@@ -689,7 +697,9 @@ def test_what_the_environment_says_of_ranks_must_be_whole(monkeypatch):
 def expected_memory(ranks, strategy):
     """What each of so many ranks takes, of a step that has little beside gradients."""
     flags = f"--grad_cp 1 --ctx_len 8 --micro_bsz 1 --devices {ranks} --strategy {strategy}"
-    return build.expected_memory(train.parse_args((DEFAULTS + flags).split()), CPU)
+    return estimate.expected_memory(
+        resolve_options(train.parse_args((DEFAULTS + flags).split())), CPU
+    )
 
 
 def test_a_dry_run_says_what_each_rank_takes(true_memory, capsys):  # noqa: F811 (a fixture)
@@ -704,7 +714,7 @@ def test_a_dry_run_says_what_each_rank_takes(true_memory, capsys):  # noqa: F811
     assert eight["weights"] == one["weights"] / 8
     assert two["gathered weights"] == eight["gathered weights"]
     # DDP's gradients stay in their place from one step to the next.
-    gradients = 4 * build.count(built[0])[0]
+    gradients = 4 * build.count_parameters(built[0])[0]
     assert sum(ddp.values()) - sum(one.values()) > 0.4 * gradients
     of_one = one["activations, gradients"]
     assert two["activations, gradients"] == of_one / 2

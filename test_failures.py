@@ -45,7 +45,7 @@ from test_train import (
 def at_steps(monkeypatch, actions):
     """Before the optimizer step of a number in `actions`, counted from 0, its action happens."""
 
-    plain = train.step
+    plain = train.accumulate_gradients
     steps = itertools.count()
 
     def step(*arguments, **options):
@@ -54,7 +54,7 @@ def at_steps(monkeypatch, actions):
             actions[number]()
         return plain(*arguments, **options)
 
-    monkeypatch.setattr(train, "step", step)
+    monkeypatch.setattr(train, "accumulate_gradients", step)
 
 
 @pytest.fixture
@@ -272,7 +272,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights_and_its_documents_a
 
 def spoiled_steps(monkeypatch, bad, loss=0.0, grad=math.nan):
     """In steps whose number is in `bad`, add to the loss, and to one number of the gradient."""
-    plain = train.step
+    plain = train.accumulate_gradients
     steps = itertools.count()
 
     def step(model, *rest, **options):
@@ -282,7 +282,7 @@ def spoiled_steps(monkeypatch, bad, loss=0.0, grad=math.nan):
             losses[0] += loss
         return losses
 
-    monkeypatch.setattr(train, "step", step)
+    monkeypatch.setattr(train, "accumulate_gradients", step)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """--train_type infctx: rows of any length, chunk by chunk, with the gradient of the whole row."""
 
-import contextlib
-
 import pytest
 import torch
 
@@ -9,18 +7,20 @@ import bone
 import build
 import corpus
 import data
+import estimate
 import loss
 import memory
 import quant
 import rwkv6
 import train
+from gradient import Passes, detach_state, state_tensors
 from test_train import arguments, base_file, column, counting, folder, run, true_memory  # noqa: F401 (three are fixtures)
 
 
 def gradients(model, batch, **chunks):
     """Loss and {name: gradient} of a micro batch."""
     model.zero_grad()
-    value = sum(train.step(model, [batch], contextlib.nullcontext(), **chunks)).item()
+    value = sum(train.accumulate_gradients(model, [batch], Passes(**chunks))).item()
     return value, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -39,7 +39,7 @@ def trained(flags="", version="x060"):
             for name, p in rwkv6.init_model(2, 64, 300, version="x052").named_parameters()
         }
         torch.save(base, "base.pth")
-    model, *_ = train.build_model(arguments(f"--precision fp32 {flags}"), torch.device("cpu"))
+    model, *_ = build.build_model(arguments(f"--precision fp32 {flags}"), torch.device("cpu"))
     torch.manual_seed(1)
     for name, p in model.named_parameters():
         if name.endswith(".bone"):
@@ -84,8 +84,9 @@ def test_bptt_cuts_the_gradient_between_groups_of_chunks():
     for i, (idx, targets, mask) in enumerate(
         zip(*(x.split(5, 1) for x in batch))
     ):  # the definition, as one graph
-        state = loss.apart(state) if i % 3 == 0 else state
-        value, state = loss.loss_fn(model, idx, targets, mask, batch[2].sum().item(), 64, state)
+        state = detach_state(state) if i % 3 == 0 else state
+        counts = loss.Counts(batch[2].sum().item(), 64)
+        value, state = loss.loss_fn(model, idx, targets, mask, counts=counts, state=state)
         total += value
     total.backward()
     cut = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -152,8 +153,8 @@ def test_memory_does_not_grow_with_the_row_but_by_the_states_and_all_of_it_is_fr
         idx = torch.randint(300, (2, 16 * chunks))
         model.zero_grad()
         with memory.LiveBytes([idx, *memory.tensors(model)]) as live:
-            loss.step(
-                model, [(idx, idx, torch.ones(idx.shape))], contextlib.nullcontext(), chunk_ctx=16
+            train.accumulate_gradients(
+                model, [(idx, idx, torch.ones(idx.shape))], Passes(chunk_ctx=16)
             )
             storages = [p.grad.untyped_storage() for p in model.parameters() if p.grad is not None]
             assert live.now == sum(
@@ -170,7 +171,7 @@ def test_memory_does_not_grow_with_the_row_but_by_the_states_and_all_of_it_is_fr
         assert live.now == 0
     state = model.state_bytes(2)
     assert (
-        sum(x.nbytes for x in loss.tensors(model.hidden(idx[:, :1], model.empty_state())[1]))
+        sum(x.nbytes for x in state_tensors(model.hidden(idx[:, :1], model.empty_state())[1]))
         == state
     )
     assert peaks[3] - peaks[2] <= 10 * state + 3 * 8 * 2 * 160  # and idx, targets, mask themselves
@@ -199,18 +200,12 @@ def test_the_expected_peak_is_what_the_tensors_of_a_real_step_take(true_memory, 
         "base.pth",
     )
     corpus.write_binidx("x", counting([100, 300]))
-    parts = build.expected_memory(args, torch.device("cpu"))[1]
-    model, *_ = train.build_model(args, torch.device("cpu"))
+    parts = estimate.expected_memory(args, torch.device("cpu"))[1]
+    model, *_ = build.build_model(args, torch.device("cpu"))
     idx = torch.randint(300, (2, 299))
     with memory.LiveBytes([idx, *memory.tensors(model)]) as live:
-        loss.step(
-            model,
-            [(idx, idx, torch.ones(idx.shape))],
-            train.precision(args, torch.device("cpu"))[0],
-            None,
-            32,
-            args.bptt,
-        )
+        passes = build.make_passes(args, model, torch.device("cpu"))
+        train.accumulate_gradients(model, [(idx, idx, torch.ones(idx.shape))], passes)
     assert parts["states between chunks"] == (2 if args.bptt else 8) * model.state_bytes(2)
     assert sum(
         parts[name] for name in ("activations, gradients", "workspace", "states between chunks")

@@ -18,10 +18,12 @@ import build
 import checkpoint
 import cli
 import compiled
+import estimate
 import loss
 import memory
 import rwkv6
 import train
+from plan import resolve_options
 
 CPU = torch.device("cpu")
 linux = pytest.mark.skipif(
@@ -53,8 +55,10 @@ def folder(tmp_path, monkeypatch):
 
 
 def arguments(flags=""):
-    return train.parse_args(
-        f"--load_model base.pth --data_file x --bone_r 32 --ctx_len 96 --micro_bsz 2 --accelerator cpu {flags}".split()
+    return resolve_options(
+        train.parse_args(
+            f"--load_model base.pth --data_file x --bone_r 32 --ctx_len 96 --micro_bsz 2 --accelerator cpu {flags}".split()
+        )
     )
 
 
@@ -78,16 +82,14 @@ def status(what):
 )
 def test_the_expected_peak_is_what_the_tensors_of_a_real_step_take(flags):
     args = arguments(flags)
-    parts = build.expected_memory(args, CPU)[1]
-    model, _, _ = train.build_model(args, CPU)
+    parts = estimate.expected_memory(args, CPU)[1]
+    model, _, _ = build.build_model(args, CPU)
     model.grad_cp = bool(args.grad_cp)
     idx = torch.randint(1000, (2, 96))
     with memory.LiveBytes(memory.tensors(model)) as live:
-        train.step(
-            model,
-            [(idx, idx, torch.ones(2, 96))] * args.accumulate_grad_batches,
-            torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"),
-        )
+        passes = build.make_passes(args, model, CPU)
+        micro_batches = [(idx, idx, torch.ones(2, 96))] * args.accumulate_grad_batches
+        train.accumulate_gradients(model, micro_batches, passes)
     assert parts["weights"] == sum(t.nbytes for t in memory.tensors(model))
     assert parts["optimizer"] == 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert parts["activations, gradients"] + parts["workspace"] == pytest.approx(
@@ -102,16 +104,18 @@ def test_of_long_rows_two_lengths_are_run_and_say_what_the_longer_one_takes(monk
     args, lengths = arguments(f"{flags} --ctx_len 9000"), []
     monkeypatch.setattr(loss, "LOGITS", 2048 * 1000)
     monkeypatch.setattr(
-        build,
+        estimate,
         "loss_fn",
-        lambda model, idx, *rest: lengths.append(idx.shape[1]) or loss.loss_fn(model, idx, *rest),
+        lambda model, idx, *rest, **options: (
+            lengths.append(idx.shape[1]) or loss.loss_fn(model, idx, *rest, **options)
+        ),
     )
-    monkeypatch.setattr(build, "LOGITS", 1 << 30)
-    exact = build.expected_memory(args, CPU)[1]
+    monkeypatch.setattr(estimate, "LOGITS", 1 << 30)
+    exact = estimate.expected_memory(args, CPU)[1]
     assert {*lengths} == {9000}
     lengths.clear()
-    monkeypatch.setattr(build, "LOGITS", 0)
-    assert build.expected_memory(args, CPU)[1] == pytest.approx(exact, rel=0.01)
+    monkeypatch.setattr(estimate, "LOGITS", 0)
+    assert estimate.expected_memory(args, CPU)[1] == pytest.approx(exact, rel=0.01)
     assert max(lengths) == 2 * (4096 // args.micro_bsz + 1)
 
 
@@ -134,7 +138,7 @@ def test_a_dry_run_says_what_is_trained_and_what_it_takes_and_writes_nothing(cap
     train.train(arguments(f"--dry_run {flags}"))
     said = capsys.readouterr().out
     assert set(os.listdir()) == before  # and needs no data
-    (model, *_), parts = build.expected_memory(arguments(flags), CPU)
+    (model, *_), parts = estimate.expected_memory(arguments(flags), CPU)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert f"{trained:,} parameters" in said and all(
         part in said for part in (*parts, "expected peak", "free on cpu: it fits")
@@ -165,7 +169,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded_with_the_fla
 
 
 def test_from_scratch_and_going_on_are_expected_too():
-    parts = build.expected_memory(
+    parts = estimate.expected_memory(
         train.parse_args(
             ["--n_layer", "1", "--n_embd", "64", "--data_file", "x", "--ctx_len", "8"]
         ),
@@ -173,8 +177,8 @@ def test_from_scratch_and_going_on_are_expected_too():
     )[1]
     assert parts["weights"] * 2 == parts["optimizer"]  # everything is trained
     assert (
-        build.expected_memory(arguments("--bone_load ckpt.pth"), CPU)[1]
-        == build.expected_memory(arguments(), CPU)[1]
+        estimate.expected_memory(arguments("--bone_load ckpt.pth"), CPU)[1]
+        == estimate.expected_memory(arguments(), CPU)[1]
     )
 
 

@@ -31,6 +31,7 @@ import generate
 import merge
 import options
 import parse_options
+import report
 import tokenizer
 import train
 from flags import default_text
@@ -578,15 +579,15 @@ def test_fp16_scales_the_gradient_and_leaves_out_a_step_that_overflows(monkeypat
     assert column("loss", "half") == pytest.approx(column("loss", "whole"), rel=1e-3)
     scales, before = [], []
 
-    def step(model, micro, autocast, scaler, *rest, plain=train.step, **options):
-        loss = plain(model, micro, autocast, scaler, *rest, **options)
-        scales.append(scaler.get_scale())
+    def step(model, micro, passes, plain=train.accumulate_gradients, **options):
+        loss = plain(model, micro, passes, **options)
+        scales.append(passes.scaler.get_scale())
         before.append(model.blocks[0].ln1.bias.clone())
         if len(scales) == 2:
             model.blocks[1].ln1.bias.grad[3] = math.inf
         return loss
 
-    monkeypatch.setattr(train, "step", step)
+    monkeypatch.setattr(train, "accumulate_gradients", step)
     run("--precision fp16 --epoch_steps 4")
     assert (
         scales == [65536, 65536, 32768, 32768]
@@ -610,7 +611,7 @@ def test_precision_is_that_of_products_and_of_a_new_model_s_file(precision, prod
         tensor.dtype for tensor in read("out/rwkv-0.pth").values()
     } == {dtype}
     torch.set_float32_matmul_precision("highest")
-    model, *_ = train.build_model(arguments(f"--precision {precision}"), torch.device("cpu"))
+    model, *_ = build.build_model(arguments(f"--precision {precision}"), torch.device("cpu"))
     assert (
         model.blocks[0].att.key.weight.dtype == model.head.weight.dtype == dtype
         and model.blocks[0].att.key.bone.dtype == torch.float32
@@ -633,14 +634,13 @@ def test_a_gradient_in_fp16_is_that_of_fp32():
     grads = []
     for precision in ("fp32", "fp16"):
         args = arguments(f"--precision {precision}")
-        model, *_ = train.build_model(args, torch.device("cpu"))
-        autocast, scaler = train.precision(args, torch.device("cpu"))
-        train.step(
-            model, [data.batch(corpus.Binidx("x"), 0, data.BatchConfig(4, 32))], autocast, scaler
-        )
+        model, *_ = build.build_model(args, torch.device("cpu"))
+        passes = build.make_passes(args, model, torch.device("cpu"))
+        batch = data.batch(corpus.Binidx("x"), 0, data.BatchConfig(4, 32))
+        train.accumulate_gradients(model, [batch], passes)
         grads.append(
             {
-                name: p.grad / scaler.get_scale()
+                name: p.grad / passes.scaler.get_scale()
                 for name, p in model.named_parameters()
                 if p.requires_grad
             }
@@ -652,7 +652,7 @@ def test_a_gradient_in_fp16_is_that_of_fp32():
 def test_sums_inside_a_product_of_16_bits_are_in_float32_on_a_gpu_too():
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True
-    train.precision(arguments(), torch.device("cpu"))
+    build.precision(arguments(), torch.device("cpu"))
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
 
@@ -666,7 +666,7 @@ def test_a_card_that_only_emulates_bf16_is_told_so(monkeypatch, capsys):
     assert build.emulates_bf16(torch.device("cuda")) and not build.emulates_bf16(
         torch.device("cpu")
     )
-    monkeypatch.setattr(train, "emulates_bf16", lambda device: True)
+    monkeypatch.setattr(report, "emulates_bf16", lambda device: True)
     run("--proj_dir other")
     assert "--precision fp16 is faster here" in capsys.readouterr().out
     run("--proj_dir third --precision fp16")
@@ -674,12 +674,12 @@ def test_a_card_that_only_emulates_bf16_is_told_so(monkeypatch, capsys):
 
 
 def test_a_run_whose_every_step_overflows_is_no_success(monkeypatch, capsys):
-    def step(model, *rest, plain=train.step, **options):
+    def step(model, *rest, plain=train.accumulate_gradients, **options):
         loss = plain(model, *rest, **options)
         model.blocks[1].ln1.bias.grad[3] = math.inf
         return loss
 
-    monkeypatch.setattr(train, "step", step)
+    monkeypatch.setattr(train, "accumulate_gradients", step)
     with pytest.raises(ValueError, match="loss or gradient were not finite in each of 3 steps"):
         run("--precision fp16 --epoch_steps 3")
     assert not os.path.exists("out/rwkv-0.pth")
@@ -702,10 +702,10 @@ def test_a_flag_of_its_own_wins_over_bone_config():
 
 
 def test_fla_is_the_chunked_form_where_there_is_no_gpu():
-    model, *_ = train.build_model(arguments("--fla"), torch.device("cpu"))
+    model, *_ = build.build_model(arguments("--fla"), torch.device("cpu"))
     assert {block.att.impl for block in model.blocks} == {"chunked"}
     assert {
-        block.att.impl for block in train.build_model(arguments(), torch.device("cpu"))[0].blocks
+        block.att.impl for block in build.build_model(arguments(), torch.device("cpu"))[0].blocks
     } == {"auto"}
 
 

@@ -85,14 +85,14 @@ def train_here(folder, flags, true_memory=False):
     import train
 
     os.chdir(folder)
-    marks, plain, output = [], train.step, io.StringIO()
+    marks, plain, output = [], train.accumulate_gradients, io.StringIO()
 
     def step(*arguments, **options):
         marks.append(copies_and_waits())
         return plain(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
-        patch.setattr(train, "step", step)
+        patch.setattr(train, "accumulate_gradients", step)
         patch.setitem(sys.modules, "matplotlib.figure", None)
         if not true_memory:
             patch.setattr(
@@ -118,11 +118,13 @@ def generate_here(folder, flags, accelerator):
 
 def memory_here(folder, flags):
     """Run train.py in this process; returns the bytes at its peak, and those expected, by part."""
-    import build
+    import estimate
+    import plan
     import train
 
     os.chdir(folder)
-    _, parts = build.expected_memory(train.parse_args(flags.split()), torch.device("gpu"))
+    options = plan.resolve_options(train.parse_args(flags.split()))
+    _, parts = estimate.expected_memory(options, torch.device("gpu"))
     before = torch.accelerator.memory_allocated()
     torch.accelerator.reset_peak_memory_stats()
     train_here(folder, flags)

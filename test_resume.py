@@ -46,7 +46,7 @@ class Killed(BaseException):
 def kill_at(monkeypatch, when):
     """The run ends, as if killed, before the optimizer steps whose number is in `when`."""
 
-    plain = train.step
+    plain = train.accumulate_gradients
     numbers = itertools.count()
 
     def step(*arguments, **options):
@@ -54,7 +54,7 @@ def kill_at(monkeypatch, when):
             raise Killed
         return plain(*arguments, **options)
 
-    monkeypatch.setattr(train, "step", step)
+    monkeypatch.setattr(train, "accumulate_gradients", step)
     monkeypatch.setattr(checkpointer.Checkpointer, "save_on_exit", contextlib.nullcontext)
 
 
@@ -255,11 +255,11 @@ def test_the_order_of_train_parts_is_none():
 def test_the_random_state_goes_on_too(monkeypatch):
     drawn = []
 
-    def step(*arguments, plain=train.step, **options):
+    def step(*arguments, plain=train.accumulate_gradients, **options):
         drawn.append(torch.rand(1).item())
         return plain(*arguments, **options)
 
-    monkeypatch.setattr(train, "step", step)
+    monkeypatch.setattr(train, "accumulate_gradients", step)
     run("--epoch_steps 4 --proj_dir whole")
     with monkeypatch.context() as patch:
         kill_at(patch, {2})
@@ -364,8 +364,8 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
 
 def test_a_second_signal_does_not_wait(monkeypatch, capsys, handlers):
     run(RUN + "--proj_dir whole")
-    twice = signalling("step", signal.SIGINT, 6, times=2, pause=0.3)
-    assert ended(RUN, monkeypatch, "step", twice) == 130
+    twice = signalling("accumulate_gradients", signal.SIGINT, 6, times=2, pause=0.3)
+    assert ended(RUN, monkeypatch, "accumulate_gradients", twice) == 130
     assert [*run_folder.states("out")] == [4]
     assert column("step") == [0, 1, 2, 3, 4]
     assert "to go on from step 4" in capsys.readouterr().out
@@ -380,8 +380,8 @@ def test_a_second_signal_does_not_wait(monkeypatch, capsys, handlers):
 def test_a_signal_that_comes_twice_at_once_and_a_request_repeated_are_no_impatience(
     monkeypatch, handlers, number, pause
 ):
-    twice = signalling("step", number, 5, times=2, pause=pause)
-    assert ended(RUN, monkeypatch, "step", twice) == 128 + number
+    twice = signalling("accumulate_gradients", number, 5, times=2, pause=pause)
+    assert ended(RUN, monkeypatch, "accumulate_gradients", twice) == 128 + number
     assert [*run_folder.states("out")] == [5]
 
 
@@ -457,7 +457,7 @@ def test_a_real_process_is_stopped_and_goes_on(handlers):
 
 
 def test_whatever_ends_a_run_its_steps_are_saved(monkeypatch, capsys):
-    plain = train.step
+    plain = train.accumulate_gradients
     steps = itertools.count(1)
 
     def step(*arguments, **options):
@@ -465,7 +465,7 @@ def test_whatever_ends_a_run_its_steps_are_saved(monkeypatch, capsys):
             raise torch.OutOfMemoryError("no memory")
         return plain(*arguments, **options)
 
-    monkeypatch.setattr(train, "step", step)
+    monkeypatch.setattr(train, "accumulate_gradients", step)
     assert refused_at_the_end(capsys, lambda: run("--epoch_steps 4")) == "no memory\n"
     assert [*run_folder.states("out")] == [1]
     run("--epoch_steps 4 --resume")

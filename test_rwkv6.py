@@ -56,7 +56,7 @@ def test_logits_loss_and_gradients_are_the_reference_s(reference, form):
     assert (model(idx[:, :-1]) - fixture["logits"]).abs().max() < 1e-4
     for model.grad_cp in (False, True):
         model.zero_grad()
-        loss = loss_fn(model, idx[:, :-1], idx[:, 1:], fixture["mask"])
+        loss, _ = loss_fn(model, idx[:, :-1], idx[:, 1:], fixture["mask"])
         loss.backward()
         assert abs(loss.item() / fixture["loss"] - 1) < 1e-5
         grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -95,9 +95,9 @@ def test_twenty_steps_of_training_are_the_reference_s(reference):
     folder, fixture = reference
     config, idx = fixture["config"], fixture["idx"]
     model = load(folder, fixture, bone_from=None)
-    optimizer = make_optimizer(model, config["lr"], tuple(config["betas"]), config["eps"])
+    optimizer = make_optimizer(model, config["lr"], betas=tuple(config["betas"]), eps=config["eps"])
     for expected, expected_norm in zip(fixture["traj_losses"], fixture["traj_grad_norms"]):
-        loss = loss_fn(model, idx[:, :-1], idx[:, 1:], fixture["mask"])
+        loss, _ = loss_fn(model, idx[:, :-1], idx[:, 1:], fixture["mask"])
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(
             [p for p in model.parameters() if p.requires_grad], config["grad_clip"]
@@ -251,7 +251,7 @@ def test_pre_ffn_and_head_qk_in_recurrent_mode_and_in_the_loss(with_extras):
         / mask.sum()
     )
     wrapped = plain + 0.5e-4 / 18 * logits.max(-1).values.square().sum()
-    ours, parameters = loss_fn(model, idx, targets, mask), list(model.parameters())
+    (ours, _), parameters = loss_fn(model, idx, targets, mask), list(model.parameters())
     assert ours.item() == pytest.approx(plain.item(), rel=1e-5)
     for a, e in zip(
         torch.autograd.grad(ours, parameters), torch.autograd.grad(wrapped, parameters)

@@ -1,6 +1,8 @@
-"""train.py: it learns, trains what it says and nothing else, is a function of its command line, and refuses in one line what it cannot do."""
+"""train.py learns, and trains what it says and nothing else.
 
-import contextlib
+A run is a function of its command line; what cannot be done is refused in one line.
+"""
+
 import csv
 import json
 import math
@@ -10,6 +12,7 @@ import re
 import shlex
 import shutil
 import sys
+import types
 import zipfile
 
 import pytest
@@ -22,19 +25,21 @@ import checkpoint
 import cli
 import corpus
 import data
+import gradient
 import memory
+import plan
 import rwkv6
 import train
 
 EXPECTED = memory.expected
 DEFAULTS = (
-    "--load_model base.pth --data_file x --bone_r 16 --ctx_len 32 --micro_bsz 4 --epoch_steps 4 --lr_init 1e-2 --lr_final 1e-2 "
-    "--accelerator cpu --grad_cp 0 "
+    "--load_model base.pth --data_file x --bone_r 16 --ctx_len 32 --micro_bsz 4 --epoch_steps 4 "
+    "--lr_init 1e-2 --lr_final 1e-2 --accelerator cpu --grad_cp 0 "
 )
 
 
 def tiny(dtype=torch.bfloat16, n_embd=64, vocab_size=300):
-    """A base model as a dict: initialized, then disturbed, so that no tensor is zero and every gradient flows."""
+    """A base model as a dict, disturbed so that no tensor is zero and every gradient flows."""
     torch.manual_seed(0)
     model = rwkv6.init_model(2, n_embd, vocab_size)
     return {
@@ -60,8 +65,12 @@ def counting(lengths):
 
 @pytest.fixture(scope="module")
 def base_file(tmp_path_factory):
-    """One thread: models this small gain nothing from a second one, and on a busy machine the two wait for each other."""
-    threads, path = torch.get_num_threads(), tmp_path_factory.mktemp("base") / "base.pth"
+    """base.pth, and PyTorch on one thread.
+
+    Models this small gain nothing from a second one: on a busy machine the two wait for each other.
+    """
+    threads = torch.get_num_threads()
+    path = tmp_path_factory.mktemp("base") / "base.pth"
     torch.set_num_threads(1)
     torch.save(tiny(), path)
     yield path
@@ -70,11 +79,13 @@ def base_file(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def folder(base_file, tmp_path, monkeypatch):
-    """Every test stands in a folder with base.pth and the data set x, 12 documents; as if without matplotlib, and without looking for memory, which
-    take longer than the training."""
+    """Every test stands in a folder with base.pth and the data set x, 12 documents.
+
+    matplotlib is as if not installed, and memory is not looked for: both take longer than training.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        memory, "expected", lambda *_: {"weights": 0, "optimizer": 0, "workspace": 0}
+        memory, "expected", lambda *_, **__: {"weights": 0, "optimizer": 0, "workspace": 0}
     )
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     shutil.copy(base_file, "base.pth")
@@ -87,11 +98,12 @@ def true_memory(folder, monkeypatch):
 
 
 def arguments(flags=""):
-    return train.parse_args(shlex.split(DEFAULTS + flags))
+    """The resolved options of a run."""
+    return plan.resolve_options(train.parse_args(shlex.split(DEFAULTS + flags)))
 
 
 def run(flags=""):
-    train.train(arguments(flags))
+    train.train(train.parse_args(shlex.split(DEFAULTS + flags)))
 
 
 def read(path):
@@ -103,7 +115,7 @@ def column(name, proj_dir="out"):
         return [float(row[name]) for row in csv.DictReader(f) if row[name]]
 
 
-# ---- what a run does ----------------------------------------------------------------------------------------------------------
+# ---- what a run does ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode, matplotlib", [("bat", True), ("bone", False)])
@@ -121,10 +133,8 @@ def test_training_lowers_the_loss_and_writes_its_files(monkeypatch, capsys, mode
         "train_log.txt",
         "loss.csv",
     } | ({"loss.png"} if matplotlib else set())
-    assert (
-        json.load(open("out/args.json"))["bone_r"] == 16
-        and "epoch 0: mean loss" in open("out/train_log.txt").read()
-    )
+    assert json.loads(pathlib.Path("out/args.json").read_text())["bone_r"] == 16
+    assert "epoch 0: mean loss" in pathlib.Path("out/train_log.txt").read_text()
     assert type(tensors) is dict and {n: t.shape for n, t in tensors.items()} == {
         n: t.shape for n, t in new.items()
     }
@@ -150,11 +160,17 @@ def test_training_lowers_the_loss_and_writes_its_files(monkeypatch, capsys, mode
 def test_train_parts_says_what_is_trained_and_the_rest_stays_to_the_bit(
     monkeypatch, flags, expected
 ):
-    models, build = [], train.build_model
-    monkeypatch.setattr(train, "build_model", lambda *a: models.append(build(*a)) or models[-1])
+    models, plain = [], train.build_for_training
+
+    def build_for_training(options, device):
+        built = plain(options, device)
+        models.append(built.model)
+        return built
+
+    monkeypatch.setattr(train, "build_for_training", build_for_training)
     run(flags)
     tensors, base = read("out/rwkv-0.pth"), read("base.pth")
-    for name, p in models[-1][0].named_parameters():
+    for name, p in models[-1].named_parameters():
         kinds = (
             {"bone"}
             if name.endswith(".bone")
@@ -207,9 +223,15 @@ def test_held_out_loss_is_the_mean_over_its_tokens_before_and_after(capsys):
     )
     model, found = checkpoint.load_model("base.pth", torch.float32), []
     for micro_bsz in (1, 2, 3):
+        options = arguments(f"--val_file held --micro_bsz {micro_bsz}")
         found.append(
             train.val_loss(
-                model, corpus.Binidx("held"), micro_bsz, 32, "pad", contextlib.nullcontext()
+                types.SimpleNamespace(
+                    model=model,
+                    plan=types.SimpleNamespace(data=plan.TrainingData.open(options, 300)),
+                    passes=gradient.Passes(),
+                    device=torch.device("cpu"),
+                )
             )
         )
     assert found == pytest.approx(found[:1] * 3, rel=1e-5) and found[0] == pytest.approx(
@@ -307,13 +329,15 @@ def test_pretraining_saves_a_complete_model():
     )
 
 
-# ---- optimizer, learning rate -------------------------------------------------------------------------------------------------
+# ---- optimizer, learning rate -------------------------------------------------------------------
 
 
-def reference_learning_rate(
-    global_step, epoch_begin, epoch_count, epoch_steps, lr_init, lr_final, warmup_steps
-):
-    """As RWKV-PEFT has it: global_step counts from the beginning of the run, real_step from epoch 0."""
+def reference_learning_rate(global_step, epochs, lr_init, lr_final, warmup_steps):
+    """As RWKV-PEFT has it: global_step counts from the run's beginning, real_step from epoch 0.
+
+    epochs: (epoch_begin, epoch_count, epoch_steps).
+    """
+    epoch_begin, epoch_count, epoch_steps = epochs
     real_step = global_step + epoch_begin * epoch_steps
     if lr_final == lr_init:
         lr = lr_init
@@ -337,29 +361,25 @@ def reference_learning_rate(
 def test_the_learning_rate_of_every_step_is_the_reference_s(
     epoch_begin, epoch_count, lr_init, lr_final, warmup_steps
 ):
+    options = types.SimpleNamespace(lr_init=lr_init, lr_final=lr_final, warmup_steps=warmup_steps)
+    the_plan = types.SimpleNamespace(
+        first_step=epoch_begin * 10, learning_rate_steps=epoch_count * 10, options=options
+    )
     for n in range(epoch_count * 10):
-        ours = train.learning_rate(
-            epoch_begin * 10 + n,
-            epoch_begin * 10,
-            epoch_count * 10,
-            lr_init,
-            lr_final,
-            warmup_steps,
-        )
+        ours = train.learning_rate(epoch_begin * 10 + n, the_plan)
         assert ours == pytest.approx(
             reference_learning_rate(
-                n, epoch_begin, epoch_count, 10, lr_init, lr_final, warmup_steps
+                n, (epoch_begin, epoch_count, 10), lr_init, lr_final, warmup_steps
             ),
             rel=1e-9,
         ), n
 
 
 def test_a_run_follows_the_curve():
-    run(
-        "--epoch_begin 1 --epoch_count 3 --epoch_steps 4 --lr_init 1e-2 --lr_final 1e-3 --warmup_steps 2"
-    )
+    flags = "--epoch_begin 1 --epoch_count 3 --epoch_steps 4 "
+    run(flags + "--lr_init 1e-2 --lr_final 1e-3 --warmup_steps 2")
     assert column("lr") == pytest.approx(
-        [reference_learning_rate(n, 1, 3, 4, 1e-2, 1e-3, 2) for n in range(12)], rel=1e-6
+        [reference_learning_rate(n, (1, 3, 4), 1e-2, 1e-3, 2) for n in range(12)], rel=1e-6
     )
 
 
@@ -386,7 +406,7 @@ def test_parameters_are_grouped_as_the_reference_groups_them(version, layerwise_
         assert found[name] == (1e-3 * scale, scale, decay), name
 
 
-# ---- what is refused ----------------------------------------------------------------------------------------------------------
+# ---- what is refused ----------------------------------------------------------------------------
 
 
 class Code:
@@ -407,7 +427,7 @@ def a_flipped_bit():
 
 
 def repacked(method=zipfile.ZIP_STORED, **changes):
-    """bad.pth is base.pth, its records written anew, with other contents of those that are named in `changes`."""
+    """Write bad.pth: base.pth with other contents of the records that are named in `changes`."""
     with zipfile.ZipFile("base.pth") as base, zipfile.ZipFile("bad.pth", "w", method) as bad:
         for name in base.namelist():
             bad.writestr(name, changes.get(name.rpartition("/")[2], base.read(name)))
@@ -591,12 +611,14 @@ BASE, BONES, ONE = "--load_model bad.pth", "--bone_load bad.pth", torch.ones(1)
         ),
         (
             "--bone_load old/rwkv-0.pth --quant int8",
-            "old/rwkv-0.pth: trained with --quant nf4 (old/args.json), but --quant is int8; use nf4",
+            "old/rwkv-0.pth: trained with --quant nf4 (old/args.json), "
+            "but --quant is int8; use nf4",
             of_an_nf4_run,
         ),
         (
             "--proj_dir old --epoch_begin 1",
-            "old/rwkv-0.pth: trained with --quant nf4 (old/args.json), but --quant is none; use nf4",
+            "old/rwkv-0.pth: trained with --quant nf4 (old/args.json), "
+            "but --quant is none; use nf4",
             of_an_nf4_run,
         ),
         *[

@@ -1,0 +1,180 @@
+"""How much memory a run will take, said before anything is loaded, and what helps if it is much.
+
+One need not read this to understand Bone.
+"""
+
+import contextlib
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import devices
+import memory
+import sharding
+from build import BuiltModel, build_model, chunk_ctx, count_parameters, precision
+from gradient import detach_state, state_tensors
+from loss import LOGITS, Counts, loss_fn
+from plan import changed, longest_row, resolve_options
+
+META = torch.device("meta")
+
+
+class MemoryEstimate(NamedTuple):
+    """What a run takes at its peak, on one rank."""
+
+    built: BuiltModel  # on the meta device
+    parts: dict[str, float]  # bytes, to be added up
+
+    @property
+    def total(self) -> float:
+        """Bytes at the peak."""
+        return sum(self.parts.values())
+
+
+def ranks(options: Any) -> int:
+    """Return how many ranks there are, or will be."""
+    return max(devices.size(), options.devices * options.num_nodes)
+
+
+def expected_memory(
+    options: Any, device: torch.device, longest: int | None = None
+) -> MemoryEstimate:
+    """Return what training takes by resolved options, on rows of `longest` tokens.
+
+    Without `longest`, the options or the data say it.
+    """
+    built = build_model(options, META)
+    longest = longest or longest_row(options)
+    at_once = min(longest, chunk_ctx(options) or longest)
+    in_chunks = at_once < longest
+    # From here on memory grows in proportion to the tokens, and to run more takes minutes.
+    rows_of_head = LOGITS // built.model.config.vocab_size
+    enough = max(4096, rows_of_head) // options.micro_bsz + 1
+    if at_once <= 2 * enough:
+        parts = parts_of(options, device, at_once, in_chunks=in_chunks)
+    else:
+        few = parts_of(options, device, enough, in_chunks=in_chunks)
+        many = parts_of(options, device, 2 * enough, in_chunks=in_chunks)
+        parts = {}
+        for part, size in few.items():
+            per_token = (many[part] - size) / enough
+            parts[part] = size + per_token * (at_once - enough)
+    if in_chunks:
+        chunks = -(-longest // at_once)
+        together = min(options.bptt or chunks, chunks)
+        states = together - 2  # one more is in the activations of a chunk
+        if together < chunks:
+            states += 2  # those before and after a group of chunks
+        size = built.model.state_bytes(options.micro_bsz)
+        parts["states between chunks"] = states * size
+    parts = sharding.memory_of_one_rank(
+        parts, built.model, options.strategy, ranks=ranks(options)
+    )
+    return MemoryEstimate(built, parts | memory.beside_tensors(parts, device))
+
+
+def parts_of(
+    options: Any, device: torch.device, tokens: int, *, in_chunks: bool
+) -> dict[str, float]:
+    """Return what a step on rows of so many tokens takes, {part: bytes}: it runs without data.
+
+    in_chunks: whether that is a chunk of a longer row, with states before and after it.
+    """
+    model = build_model(options, META).model  # which has other tensors afterwards
+    autocast, _ = precision(options, device)
+
+    def outputs() -> list[Tensor]:
+        idx = torch.zeros(options.micro_bsz, tokens, dtype=torch.int64, device=device)
+        mask = torch.ones(idx.shape, device=device)
+        counts = Counts(1, idx.numel())
+        with autocast:
+            state = None
+            if in_chunks:
+                with torch.no_grad():
+                    _, state = model.hidden(idx[:, :1], model.empty_state())
+                state = detach_state(state, requires_grad=True)
+            loss, state = loss_fn(model, idx, idx, mask, counts=counts, state=state)
+            return [loss, *state_tensors(state)]
+
+    n = ranks(options)
+    shares_gradients = sharding.Sharding.of(options.strategy, n).trained
+    # DDP keeps the place of the gradients from step to step.
+    keeps_gradients = n > 1 and not shares_gradients
+    earlier = options.accumulate_grad_batches > 1 or in_chunks or keeps_gradients
+    return memory.expected(model, outputs, device, earlier, n if shares_gradients else 1)
+
+
+def check_memory(options: Any, device: torch.device) -> BuiltModel:
+    """Look whether a run fits into memory; return its model on the meta device.
+
+    Prints what it takes with --dry_run, or where it does not fit: then that is a ValueError.
+    """
+    estimate = expected_memory(options, device)
+    free = memory.available(device)
+    if device.type == "cpu":
+        free /= int(os.environ.get("LOCAL_WORLD_SIZE", options.devices))
+    fits = estimate.total <= free
+    if options.dry_run or not fits:
+        print_estimate(options, estimate, device=device, free=free)
+    if not fits:
+        raise ValueError(
+            f"training would take {estimate.total / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; "
+            f"{advice(options, estimate.total, device)}"
+        )
+    return estimate.built
+
+
+def print_estimate(
+    options: Any, estimate: MemoryEstimate, *, device: torch.device, free: float
+) -> None:
+    """Print what is trained and frozen, the parts of the peak, and what is free."""
+    model = estimate.built.model
+    print(model.config)
+    if ranks(options) > 1:
+        print(f"each of {ranks(options)} ranks, by {sharding.describe(options.strategy)}:")
+    numbers = {}
+    numbers["trained"], total = count_parameters(model)
+    numbers["frozen"] = total - numbers["trained"]
+    for what, number in numbers.items():
+        tensors = [t for t in memory.tensors(model) if t.requires_grad == (what == "trained")]
+        size = sum(t.nbytes for t in tensors)
+        print(f"{what:<26}{size / 1e9:8.2f} GB   {number:,} parameters")
+    verdict = "it fits" if estimate.total <= free else "too little"
+    lines = estimate.parts | {
+        "expected peak": estimate.total,
+        f"free on {device.type}: {verdict}": free,
+    }
+    for part, size in lines.items():
+        print(f"{part:<26}{size / 1e9:8.2f} GB")
+
+
+def advice(options: Any, need: float, device: torch.device) -> str:
+    """Say which flag saves the most memory of a run that takes `need` bytes."""
+    longest = longest_row(options)
+    least, best_flag = need, ""
+    for flag, value in suggestions(options).items():
+        length = value if flag == "ctx_len" else longest
+        with contextlib.suppress(ValueError):  # of a flag that this run cannot take
+            other = resolve_options(changed(options, **{flag: value}))
+            with_it = expected_memory(other, device, length).total
+            if with_it < least:
+                least, best_flag = with_it, f"--{flag} {value}"
+    if not best_flag:
+        return "no flag helps: take a smaller model"
+    return f"what helps most is {best_flag}, with which it would take {least / 1e9:.2f} GB"
+
+
+def suggestions(options: Any) -> dict[str, Any]:
+    """Return flags that may save memory, each with a value."""
+    flags: dict[str, Any] = {"grad_cp": 1, "micro_bsz": 1}
+    shorter = "chunk_ctx" if chunk_ctx(options) else "ctx_len"
+    flags[shorter] = (getattr(options, shorter) + 1) // 2
+    if options.ctx_len > options.chunk_ctx:
+        flags["train_type"] = "infctx"
+    if ranks(options) > 1:
+        flags["strategy"] = "deepspeed_stage_3"
+    if options.load_model:
+        flags["quant"] = "nf4"
+    return flags
