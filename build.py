@@ -20,8 +20,8 @@ import memory
 import rwkv6
 import sharding
 from archive import read_checkpoint
-from gradient import Passes
 from loss import loss_fn
+from passes import Passes
 from quant import Quantized
 
 # Of frozen matrices, by --precision.
@@ -104,7 +104,7 @@ def fine_tuned(options: Any, device: torch.device) -> BuiltModel:
     """
     loaded = read_checkpoint(options.bone_load) if options.bone_load else {}
     dtype = DTYPES[options.precision]
-    model = checkpoint.load_model(options.load_model, dtype, device, options.quant)
+    model = checkpoint.load_model(options.load_model, dtype, device, quant=options.quant)
     if options.bone_load:
         checkpoint.load_bone(model, options.bone_load)
     else:
@@ -149,7 +149,9 @@ def tensors_of_files(
     """Yield (name, tensor) of all that base and --bone_load hold, one after the other."""
     loaded = read_checkpoint(options.bone_load) if options.bone_load else {}
     dtype = DTYPES[options.precision]
-    base = checkpoint.stream(options.load_model, config, dtype, device, options.quant)
+    base = checkpoint.stream_weights(
+        options.load_model, config, dtype, device=device, quant=options.quant
+    )
     for name, tensor in itertools.chain(base, loaded.items()):
         if isinstance(tensor, Quantized):
             for key, buffer in tensor.named_buffers():

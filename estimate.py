@@ -14,8 +14,8 @@ import devices
 import memory
 import sharding
 from build import BuiltModel, build_model, chunk_ctx, count_parameters, precision
-from gradient import detach_state, state_tensors
 from loss import LOGITS, Counts, loss_fn
+from passes import detach_state, state_tensors
 from plan import changed, longest_row, resolve_options
 
 META = torch.device("meta")

@@ -9,7 +9,6 @@ import sys
 import torch
 
 import checkpoint
-import data
 import devices
 import tokenizer
 from archive import trained_quant

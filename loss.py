@@ -21,7 +21,7 @@ from rwkv6 import RWKV
 # The head makes at most so many logits at once.
 LOGITS = 1 << 24
 
-Batch = tuple[Tensor, ...]  # idx, targets and mask, each (B, T)
+Batch = tuple[Tensor, Tensor, Tensor]  # idx, targets and mask, each (B, T)
 State = Any  # of a model, see rwkv6.py: tensors in lists and tuples; None: no state is wanted
 
 

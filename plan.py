@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +53,7 @@ def resolve_options(options: Any) -> Any:
     else:
         r, mode = options.bone_r or 64, options.bone_mode or "bat"
     base = read_checkpoint(options.load_model, verify=False)
-    config = checkpoint.config_of(base, options.load_model)
+    config = checkpoint.read_config(base, options.load_model)
     of_bone = {"bone_r": r, "bone_mode": mode}
     of_base = {
         "n_layer": config.n_layer,
@@ -146,7 +146,9 @@ def open_documents(options: Any, vocab_size: int | None = None) -> tuple[Any, An
     kind = options.data_type or corpus.guess_data_type(options.data_file)
     is_text = kind in tokenizer.CHARACTERS
     vocabulary = read_vocabulary(options) if is_text else None
-    documents = corpus.open_data(options.data_file, vocab_size, kind, options.ctx_len, vocabulary)
+    documents = corpus.open_data(
+        options.data_file, vocab_size, kind, ctx_len=options.ctx_len, vocabulary=vocabulary
+    )
     if documents.vocabulary and vocab_size not in (None, documents.vocab_size()):
         advice = "drop --vocab_size"
         if options.load_model:
@@ -161,7 +163,9 @@ def open_documents(options: Any, vocab_size: int | None = None) -> tuple[Any, An
         # The encoding of each text is told by its own name.
         kind = "utf-16le" if corpus.guess_data_type(options.val_file) == "utf-16le" else "utf-8"
     vocabulary = documents.vocabulary
-    held_out = corpus.open_data(options.val_file, vocab_size, kind, options.ctx_len, vocabulary)
+    held_out = corpus.open_data(
+        options.val_file, vocab_size, kind, ctx_len=options.ctx_len, vocabulary=vocabulary
+    )
     return documents, held_out
 
 
@@ -182,7 +186,7 @@ def longest_row(options: Any, documents: Any = None) -> int:
 class StepData(NamedTuple):
     """What a rank needs for an optimizer step."""
 
-    micro_batches: list[Batch]  # this rank's, on its device
+    micro_batches: Sequence[Batch]  # this rank's, on its device
     counts: Counts  # of all ranks' micro batches
     size: float  # tokens in all of them, padding included
 
@@ -217,7 +221,7 @@ class TrainingData:
         if held_out:
             opened.check_mask(held_out)
         if silent:
-            marker, _ = data.markers_of(loss_mask)
+            marker, _ = data.markers_of(loss_mask) or ("", "")
             within = f" within {options.ctx_len} tokens" if batches.cut else ""
             print(
                 f"note: {silent} of the first {min(1000, len(documents))} documents have nothing "

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import Config, sizes
-from gradients import Mixture, SquaredReLU
+from formulas import Mixture, SquaredReLU
 from initialize import initialize
 from quant import matmul_cache_contexts
 from wkv6 import wkv6

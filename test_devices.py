@@ -34,13 +34,13 @@ import corpus
 import data
 import devices
 import estimate
-import gradient
 import memory
+import passes
 import run_state
 import sharding
 import train
-from gradient import Passes
 from loss import Counts, count_tokens
+from passes import Passes
 from plan import resolve_options
 from test_train import (
     DEFAULTS,
@@ -252,7 +252,7 @@ def second_save_fails(strategy):
 
 def no_loss_is_a_number(strategy):
     def step(*arguments, **options):
-        return [value * math.nan for value in gradient.accumulate_gradients(*arguments, **options)]
+        return [value * math.nan for value in passes.accumulate_gradients(*arguments, **options)]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "accumulate_gradients", step)
@@ -266,7 +266,7 @@ def one_gradient_overflows(strategy):
     shared = sharding.Sharding.of(strategy).trained
 
     def step(model, *arguments, **options):
-        losses = gradient.accumulate_gradients(model, *arguments, **options)
+        losses = passes.accumulate_gradients(model, *arguments, **options)
         if next(steps) == 2 and (devices.rank() == 1 or not shared):
             grad = next(p.grad for p in model.parameters() if p.requires_grad)
             local = grad.to_local() if shared else grad

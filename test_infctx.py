@@ -13,7 +13,7 @@ import memory
 import quant
 import rwkv6
 import train
-from gradient import Passes, detach_state, state_tensors
+from passes import Passes, detach_state, state_tensors
 from test_train import arguments, base_file, column, counting, folder, run, true_memory  # noqa: F401 (three are fixtures)
 
 

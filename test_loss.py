@@ -8,8 +8,8 @@ import build
 import checkpoint
 import corpus
 import data
-from gradient import accumulate_gradients
 from loss import HeadLoss, largest_of_rows, loss_fn
+from passes import accumulate_gradients
 from test_train import arguments, base_file, folder  # noqa: F401 (two are fixtures)
 
 

@@ -25,7 +25,6 @@ import checkpoint
 import cli
 import corpus
 import data
-import gradient
 import memory
 import plan
 import rwkv6
@@ -229,7 +228,7 @@ def test_held_out_loss_is_the_mean_over_its_tokens_before_and_after(capsys):
                 types.SimpleNamespace(
                     model=model,
                     plan=types.SimpleNamespace(data=plan.TrainingData.open(options, 300)),
-                    passes=gradient.Passes(),
+                    passes=passes.Passes(),
                     device=torch.device("cpu"),
                 )
             )

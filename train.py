@@ -43,8 +43,8 @@ import sharding
 from build import build_for_training, make_passes
 from checkpointer import Checkpointer
 from estimate import check_memory
-from gradient import Passes, accumulate_gradients, chunk_losses
 from loss import count_tokens, loss_fn  # noqa: F401 (loss_fn: for those who import it from here)
+from passes import Passes, accumulate_gradients, chunk_losses
 from plan import RunPlan, flags_of_all_ranks, plan_run, resolve_options, starts_ranks
 from report import describe, describe_resumed, final_report, report_complete
 from run_log import Log

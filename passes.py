@@ -126,7 +126,7 @@ def backward(
         return loss.detach()
 
     losses: list[Tensor] = []
-    state = model.empty_state()
+    state: State = model.empty_state()
     bptt = passes.bptt or len(chunks)
     groups = [chunks[i : i + bptt] for i in range(0, len(chunks), bptt)]
     for number, group in enumerate(groups, 1):
