@@ -14,8 +14,15 @@ import memory
 import quant
 import rwkv6
 import train
-from test_train import arguments, column, counting, run
-from test_train import base_file, folder, true_memory  # noqa: F401 (fixtures)
+from test_train import (  # noqa: F401 (three are fixtures)
+    arguments,
+    base_file,
+    column,
+    counting,
+    folder,
+    run,
+    true_memory,
+)
 
 
 def gradients(model, batch, **chunks):
