@@ -1,8 +1,8 @@
-"""Compile and launch CUDA kernels where there is no CUDA toolkit: with what PyTorch brings along.
+"""Compile and launch CUDA kernels without a CUDA toolkit, with what PyTorch brings along.
 
-You need not read this to understand Bone. PyTorch's CUDA wheels carry NVRTC, NVIDIA's compiler as a
-library; the GPU's driver loads what it makes. Both are C interfaces that stay, called by ctypes.
-(PyTorch's own way there, torch.cuda._compile_kernel, is private, and wants the toolkit's headers.)
+One need not read this to understand Bone. PyTorch's CUDA wheels carry NVRTC, NVIDIA's compiler as a
+library. The GPU's driver loads the code that it makes. Both are stable C interfaces, called with
+ctypes. (PyTorch's own torch.cuda._compile_kernel is private, and needs the toolkit's headers.)
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Cubin(NamedTuple):
 def compile_kernels(source: str, kernels: Sequence[str], capability: str) -> tuple[Cubin, str]:
     """Compile `kernels`, as "scan<64>", for a compute capability, as "86".
 
-    Returns the code, and what the compiler had to say: "" where it had nothing to warn of.
+    Returns the code, and the compiler's warnings, or "".
     RuntimeError where there is no NVRTC, or where it cannot compile the source.
     """
     nvrtc = _load_nvrtc()
@@ -57,7 +57,8 @@ def compile_kernels(source: str, kernels: Sequence[str], capability: str) -> tup
         status = nvrtc.nvrtcCompileProgram(program, len(options), array)
         log = _read(nvrtc, program, "ProgramLog").decode().strip("\0\n")
         if status != 0:
-            raise RuntimeError(f"NVRTC: {log}" if log else _error(nvrtc, status))
+            problem = f"NVRTC: {log}" if log else _error(nvrtc, status)
+            raise RuntimeError(problem)
         symbols = {kernel: _symbol(nvrtc, program, kernel) for kernel in kernels}
         return Cubin(_read(nvrtc, program, "CUBIN"), symbols), log
     finally:
@@ -68,12 +69,14 @@ def _load_nvrtc() -> ctypes.CDLL:
     """Load the NVRTC of PyTorch's CUDA version, or the system's where PyTorch brings none."""
     major = (torch.version.cuda or "*").partition(".")[0]
     if sys.platform == "win32":
-        name, builtins = f"nvrtc64_{major}0_0.dll", "nvrtc-builtins64_*.dll"
+        name = f"nvrtc64_{major}0_0.dll"
+        builtins = "nvrtc-builtins64_*.dll"
     else:
-        name, builtins = f"libnvrtc.so.{major}", "libnvrtc-builtins.so.*"
+        name = f"libnvrtc.so.{major}"
+        builtins = "libnvrtc-builtins.so.*"
     for folder in _library_folders():
         for library in folder.glob(name):
-            # NVRTC looks for its second half by name alone, and finds what is loaded already.
+            # NVRTC looks for its second half by name alone, and finds it if it is loaded already.
             for half in folder.glob(builtins):
                 ctypes.CDLL(str(half))
             return ctypes.CDLL(str(library))
@@ -87,7 +90,9 @@ def _library_folders() -> list[pathlib.Path]:
     """List where PyTorch's CUDA libraries are: in torch/lib, or in NVIDIA's packages."""
     folders = [pathlib.Path(torch.__file__).parent / "lib"]
     nvidia = importlib.util.find_spec("nvidia")
-    for root in (nvidia and nvidia.submodule_search_locations) or []:
+    if nvidia is None or nvidia.submodule_search_locations is None:
+        return folders
+    for root in nvidia.submodule_search_locations:
         folders += sorted(pathlib.Path(root).glob("*/lib"))
         folders += sorted(pathlib.Path(root).glob("*/bin"))
     return folders
@@ -139,7 +144,7 @@ class Launcher:
         self.modules: dict[int, Module] = {}  # by the index of the GPU
 
     def load(self, gpu: int) -> Module:
-        """Load the kernels on a GPU, where that is still to be done."""
+        """Load the kernels on a GPU, once."""
         if gpu not in self.modules:
             self.modules[gpu] = Module(self.driver, gpu, self.cubin_for(gpu))
         return self.modules[gpu]
@@ -169,7 +174,8 @@ class Module:
 
     def __init__(self, driver: ctypes.CDLL, gpu: int, cubin: Cubin) -> None:
         self.driver = driver
-        self.context = ctypes.c_void_p()  # that of PyTorch, which a new thread has yet to enter
+        # PyTorch's context. A new thread has not entered it yet.
+        self.context = ctypes.c_void_p()
         device = ctypes.c_int()
         self._check(driver.cuInit(0))
         self._check(driver.cuDeviceGet(ctypes.byref(device), gpu))
@@ -193,6 +199,7 @@ class Module:
 
     def _check(self, status: int) -> None:
         if status != 0:
-            words = ctypes.c_char_p()
-            self.driver.cuGetErrorString(status, ctypes.byref(words))
-            raise RuntimeError(f"the GPU's driver: {(words.value or b'error').decode()}")
+            text = ctypes.c_char_p()
+            self.driver.cuGetErrorString(status, ctypes.byref(text))
+            message = (text.value or b"error").decode()
+            raise RuntimeError(f"the GPU's driver: {message}")

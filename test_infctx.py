@@ -14,7 +14,15 @@ import quant
 import rwkv6
 import train
 from passes import Passes, detach_state, state_tensors
-from test_train import arguments, base_file, column, counting, folder, run, true_memory  # noqa: F401 (three are fixtures)
+from test_train import (  # noqa: F401 (three are fixtures)
+    arguments,
+    base_file,
+    column,
+    counting,
+    folder,
+    run,
+    true_memory,
+)
 
 
 def gradients(model, batch, **chunks):
@@ -34,10 +42,8 @@ def trained(flags="", version="x060"):
     """A model ready for training in float32, its bones no longer zero, on version x060 or x052."""
     if version == "x052":
         torch.manual_seed(0)
-        base = {
-            name: (p.detach() + 0.05 * torch.randn_like(p))
-            for name, p in rwkv6.init_model(2, 64, 300, version="x052").named_parameters()
-        }
+        parameters = rwkv6.init_model(2, 64, 300, version="x052").named_parameters()
+        base = {name: p.detach() + 0.05 * torch.randn_like(p) for name, p in parameters}
         torch.save(base, "base.pth")
     model, *_ = build.build_model(arguments(f"--precision fp32 {flags}"), torch.device("cpu"))
     torch.manual_seed(1)
@@ -64,9 +70,8 @@ def trained(flags="", version="x060"):
 )
 def test_loss_and_every_gradient_are_those_of_the_whole_row(flags, version, loss_mask):
     model = trained(flags, version)
-    documents = [
-        corpus.Binidx("x")[i] for i in (1, 2, 3, 7)
-    ]  # 33, 40, 9 and 12 tokens; the ids are bytes + 1
+    # 33, 40, 9 and 12 tokens; the ids are bytes + 1.
+    documents = [corpus.Binidx("x")[i] for i in (1, 2, 3, 7)]
     batch = data.collate(documents, 32, ("P", "d") if loss_mask == "se" else loss_mask)
     assert batch[2].sum() > 0
     expected = gradients(model, batch)
@@ -80,10 +85,10 @@ def test_bptt_cuts_the_gradient_between_groups_of_chunks():
     batch = data.collate([corpus.Binidx("x")[i] for i in (1, 2)], 32, "pad")
     found = gradients(model, batch, chunk_ctx=5, bptt=3)
     model.zero_grad()
+    # The definition, as one graph.
     state, total = model.empty_state(), 0.0
-    for i, (idx, targets, mask) in enumerate(
-        zip(*(x.split(5, 1) for x in batch))
-    ):  # the definition, as one graph
+    chunks = zip(*(x.split(5, 1) for x in batch), strict=True)
+    for i, (idx, targets, mask) in enumerate(chunks):
         state = detach_state(state) if i % 3 == 0 else state
         counts = loss.Counts(batch[2].sum().item(), 64)
         value, state = loss.loss_fn(model, idx, targets, mask, counts=counts, state=state)
@@ -96,7 +101,10 @@ def test_bptt_cuts_the_gradient_between_groups_of_chunks():
 
 
 def test_a_run_cuts_no_document_and_lets_no_state_into_the_next():
-    """The rows of one run are the whole documents, each from an empty state; of the other, they are the plain path's, in a wide enough ctx_len."""
+    """Rows as whole documents, each from an empty state, train as the plain path does.
+
+    The plain path has a ctx_len that is wide enough for them.
+    """
     flags = (
         "--precision fp32 --val_file x --epoch_steps 6 --accumulate_grad_batches 2 --micro_bsz 2"
     )
@@ -109,23 +117,24 @@ def test_a_run_cuts_no_document_and_lets_no_state_into_the_next():
 
 def test_a_document_longer_than_ctx_len_counts_to_its_end_where_markers_do_too():
     x = [corpus.Binidx("x")[2]]  # 40 tokens, counting from 74
-    assert data.collate(x, 8, "pad", cut=False)[0].shape == (1, 39) and data.collate(x, 8, "pad")[
-        0
-    ].shape == (1, 8)
-    assert (
-        data.collate(x, 8, ("b", "q"), cut=False)[2].sum() == ord("q") - ord("b") - 1
-        and data.collate(x, 8, ("b", "q"))[2].sum() == 0
-    )
+    assert data.collate(x, 8, "pad", cut=False)[0].shape == (1, 39)
+    assert data.collate(x, 8, "pad")[0].shape == (1, 8)
+    assert data.collate(x, 8, ("b", "q"), cut=False)[2].sum() == ord("q") - ord("b") - 1
+    assert data.collate(x, 8, ("b", "q"))[2].sum() == 0
     short = [corpus.Binidx("x")[3]]
-    assert data.collate(short + x, 16, "none", cut=False)[0].shape == (2, 39) and data.collate(
-        short, 16, "none", cut=False
-    )[0].shape == (1, 16)
+    assert data.collate(short + x, 16, "none", cut=False)[0].shape == (2, 39)
+    assert data.collate(short, 16, "none", cut=False)[0].shape == (1, 16)
 
 
 @pytest.mark.parametrize("flags", ["", "--quant nf4"])
 def test_recomputing_a_block_repeats_no_product(monkeypatch, flags):
-    """Each weight is multiplied once without a graph for each chunk but the last, once with one, and once in the backward pass."""
-    model, batch, made = trained(flags), data.collate([corpus.Binidx("x")[1]], 32, "pad"), []
+    """Count how often each weight is multiplied.
+
+    Once without a graph for each chunk but the last, once with one, and once in the backward pass.
+    """
+    model = trained(flags)
+    batch = data.collate([corpus.Binidx("x")[1]], 32, "pad")
+    made = []
     for module in (bone, quant):
         monkeypatch.setattr(
             module,
@@ -188,17 +197,12 @@ def test_memory_does_not_grow_with_the_row_but_by_the_states_and_all_of_it_is_fr
         "--bone_mode bone --train_parts emb",
     ],
 )
-def test_the_expected_peak_is_what_the_tensors_of_a_real_step_take(true_memory, flags):
-    args = arguments(
-        f"--train_type infctx --chunk_ctx 32 --micro_bsz 2 --bone_r 32 --ctx_len 8 --grad_cp 1 {flags}"
-    )
-    torch.save(
-        {
-            name: p.detach().bfloat16()
-            for name, p in rwkv6.init_model(5, 128, 300).named_parameters()
-        },
-        "base.pth",
-    )
+@pytest.mark.usefixtures("true_memory")
+def test_the_expected_peak_is_what_the_tensors_of_a_real_step_take(flags):
+    infctx = "--train_type infctx --chunk_ctx 32 --ctx_len 8 --grad_cp 1"
+    args = arguments(f"{infctx} --micro_bsz 2 --bone_r 32 {flags}")
+    parameters = rwkv6.init_model(5, 128, 300).named_parameters()
+    torch.save({name: p.detach().bfloat16() for name, p in parameters}, "base.pth")
     corpus.write_binidx("x", counting([100, 300]))
     parts = estimate.expected_memory(args, torch.device("cpu"))[1]
     model, *_ = build.build_model(args, torch.device("cpu"))
@@ -213,28 +217,19 @@ def test_the_expected_peak_is_what_the_tensors_of_a_real_step_take(true_memory, 
 
 
 def test_what_infctx_cannot_do_is_refused():
-    torch.save(
-        {
-            name: p.detach()
-            for name, p in rwkv6.init_model(2, 64, 300, head_qk=16).named_parameters()
-        },
-        "base.pth",
-    )
-    with pytest.raises(
-        ValueError,
-        match="--train_type infctx: head_qk looks at every earlier token, so that no state can stand for them; leave infctx out",
-    ):
+    parameters = rwkv6.init_model(2, 64, 300, head_qk=16).named_parameters()
+    torch.save({name: p.detach() for name, p in parameters}, "base.pth")
+    problem = "--train_type infctx: head_qk looks at every earlier token, .*; leave infctx out"
+    with pytest.raises(ValueError, match=problem):
         run("--train_type infctx")
-    with pytest.raises(
-        ValueError, match="--train_type: state would train initial states; RWKV-PEFT"
-    ):
+    problem = "--train_type: state would train initial states; RWKV-PEFT"
+    with pytest.raises(ValueError, match=problem):
         run("--train_type state")
 
 
-def test_what_is_too_large_is_advised_infctx(true_memory, monkeypatch):
+@pytest.mark.usefixtures("true_memory")
+def test_what_is_too_large_is_advised_infctx(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 0.05e9)
-    with pytest.raises(
-        ValueError,
-        match=r"what helps most is --train_type infctx, with which it would take 0.\d\d GB",
-    ):
+    advice = r"what helps most is --train_type infctx, with which it would take 0.\d\d GB"
+    with pytest.raises(ValueError, match=advice):
         run("--ctx_len 20000 --micro_bsz 1 --grad_cp 1")

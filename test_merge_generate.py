@@ -288,14 +288,18 @@ def test_merging_holds_a_tensor_at_a_time_whatever_the_size_of_the_base(out):
     assert abs(os.path.getsize(out) - size) < 10_000
 
 
-# ---- generate.py: text from a model -------------------------------------------------------------------------------------------
+# ---- generate.py: text from a model --------------------------------------------------------------
 
 
 class Script:
-    """A stand-in for a model that writes given tokens, then ends the document. Its state is how many it has written."""
+    """A stand-in for a model that writes given tokens, then ends the document.
+
+    Its state is how many it has written.
+    """
 
     def __init__(self, ids):
-        self.ids, self.read = [*ids, 0], []
+        self.ids = [*ids, 0]
+        self.read = []
         self.emb = self.head = SimpleNamespace(weight=torch.zeros(1))
 
     def __call__(self, idx, state):
@@ -317,7 +321,8 @@ def pieces(stream):
 
 
 def written(ids, length=1000, stop=""):
-    return pieces(generate.stream(Script(ids), 0, [1], length, 0, 1.0, None, stop))[0]
+    settings = generate.Settings(length, temperature=0)
+    return pieces(generate.stream(Script(ids), 0, [1], settings=settings, stop=stop))[0]
 
 
 @pytest.mark.parametrize("text", ["你好,世界", "naïve 🙂🙃 ok", "plain"])
@@ -354,32 +359,25 @@ def test_broken_characters_are_shown_as_such_and_end_nothing(content, shown):
 )
 def test_the_stop_text_is_not_shown_and_nothing_else_is_lost(tokens, stop, shown):
     ids = [i for token in tokens for i in tokenizer.encode(token)]
-    assert (
-        "".join(written(ids, stop=stop))
-        == "".join(written(in_bytes("".join(tokens)), stop=stop))
-        == shown
-    )
+    assert "".join(written(ids, stop=stop)) == shown
+    assert "".join(written(in_bytes("".join(tokens)), stop=stop)) == shown
 
 
 def test_the_end_of_the_document_or_the_length_ends_the_text():
-    assert (
-        "".join(written(in_bytes("ab") + [0] + in_bytes("cd"))) == "ab"
-        and "".join(written(in_bytes("abcd"), length=3)) == "abc"
-    )
+    assert "".join(written([*in_bytes("ab"), 0, *in_bytes("cd")])) == "ab"
+    assert "".join(written(in_bytes("abcd"), length=3)) == "abc"
 
 
 def test_greedy_text_is_what_the_model_finds_likeliest_and_its_state_lets_it_go_on():
-    model, prompt, ids = (
-        checkpoint.load_model("base.pth"),
-        tokenizer.encode("\n\n") + in_bytes("User: hi"),
-        [],
-    )
+    model = checkpoint.load_model("base.pth")
+    prompt = tokenizer.encode("\n\n") + in_bytes("User: hi")
+    ids = []
     for _ in range(12):
         ids.append(int(model(torch.tensor([prompt + ids]))[0, -1].argmax()))
     assert 0 not in ids
-    found, (state, unread) = pieces(
-        generate.stream(model, model.empty_state(), prompt, 12, 0, 1.0, None)
-    )
+    settings = generate.Settings(length=12, temperature=0)
+    stream = generate.stream(model, model.empty_state(), prompt, settings=settings)
+    found, (state, unread) = pieces(stream)
     assert "".join(found) == tokenizer.decode_bytes(ids).decode(errors="replace")
     logits, _ = model(torch.tensor([unread + in_bytes("and")]), state)
     whole = model(torch.tensor([prompt + ids + tokenizer.encode("\n\n") + in_bytes("and")]))
@@ -393,9 +391,9 @@ def test_greedy_text_is_what_the_model_finds_likeliest_and_its_state_lets_it_go_
 )
 def test_a_chat_turn_ends_in_one_blank_line_however_it_ended(text, stop):
     script = Script(in_bytes(text))
-    _, (_, unread) = pieces(
-        generate.stream(script, 0, in_bytes("User: x"), 100, 0, 1.0, None, stop)
-    )
+    settings = generate.Settings(length=100, temperature=0)
+    stream = generate.stream(script, 0, in_bytes("User: x"), settings=settings, stop=stop)
+    _, (_, unread) = pieces(stream)
     read = script.read + unread
     assert tokenizer.decode_bytes(read).decode() == "User: xhi\n\n" and 0 not in read
 
@@ -412,22 +410,16 @@ def test_a_chat_turn_ends_in_one_blank_line_however_it_ended(text, stop):
     ],
 )
 def test_sampling_has_the_distribution_asked_for(temperature, top_p, expected):
-    logits, generator = (
-        torch.tensor([0.5, 0.25, 0.125, 0.125]).log()[[2, 0, 3, 1]],
-        torch.Generator().manual_seed(0),
-    )
-    counts = torch.bincount(
-        torch.tensor([generate.sample(logits, temperature, top_p, generator) for _ in range(3000)]),
-        minlength=4,
-    )
-    found = (counts / 3000)[[1, 3, 0, 2]]
-    assert (
-        found == pytest.approx(torch.tensor(expected), abs=0.03)
-        and not found[torch.tensor(expected) == 0].any()
-    )
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()[[2, 0, 3, 1]]
+    generator = torch.Generator().manual_seed(0)
+    settings = generate.Settings(1, temperature, top_p, generator)
+    tokens = torch.tensor([generate.sample(logits, settings) for _ in range(3000)])
+    found = (torch.bincount(tokens, minlength=4) / 3000)[[1, 3, 0, 2]]
+    assert found == pytest.approx(torch.tensor(expected), abs=0.03)
+    assert not found[torch.tensor(expected) == 0].any()
 
 
-# ---- generate.py and the whole way at the command line ------------------------------------------------------------------------
+# ---- generate.py and the whole way at the command line -------------------------------------------
 
 
 @pytest.fixture
@@ -446,9 +438,8 @@ def say(monkeypatch, capsys):
 def test_the_seed_decides_the_text_and_at_temperature_0_there_is_no_choice(say):
     prompt = "world.pth --prompt 'Hello\\n' --length 12 "
     text = say(prompt + "--seed 1")
-    assert text.startswith("Hello\n") and text == say(prompt + "--seed 1") != say(
-        prompt + "--seed 2"
-    )
+    assert text.startswith("Hello\n")
+    assert text == say(prompt + "--seed 1") != say(prompt + "--seed 2")
     assert say(prompt + "--temperature 0 --seed 1") == say(prompt + "--temperature 0 --seed 2")
 
 
@@ -479,12 +470,9 @@ def test_rwkv_5_trains_merges_and_writes(say, capsys, quant):
         {name: p.detach() + 0.05 * torch.randn_like(p) for name, p in model.named_parameters()},
         "old.pth",
     )
-    corpus.write_binidx("x", [tokenizer.encode("one two three") + [0]] * 4)
-    train.train(
-        train.parse_args(
-            f"--load_model old.pth --data_file x --bone_r 32 --precision fp32 --quant {quant} --accelerator cpu --lr_init 1e-2".split()
-        )
-    )
+    corpus.write_binidx("x", [[*tokenizer.encode("one two three"), 0]] * 4)
+    flags = "--load_model old.pth --data_file x --bone_r 32 --precision fp32 --accelerator cpu"
+    train.train(train.parse_args(f"{flags} --lr_init 1e-2 --quant {quant}".split()))
     merge.merge("old.pth", "out/rwkv-0.pth", "tuned.pth")
     capsys.readouterr()
     ways = ("old.pth --bone out/rwkv-0.pth", "tuned.pth", f"old.pth --quant {quant}")
@@ -503,7 +491,8 @@ def test_a_model_of_characters_writes_characters_and_any_of_them_may_be_the_firs
         ({"0": "é", "1": "a", "2": "é"}, "not a vocabulary"),
         ([1], "not a vocabulary"),
     ):
-        vocabulary and pathlib.Path("vocab.json").write_text(json.dumps(vocabulary))
+        if vocabulary:
+            pathlib.Path("vocab.json").write_text(json.dumps(vocabulary))
         assert says in refused(capsys, lambda: say("chars.pth --prompt a"))
     pathlib.Path("vocab.json").write_text(json.dumps({"0": "é", "1": "a", "2": "词"}))
     assert say("chars.pth --prompt 词a --length 4 --temperature 0") == "词aéééé\n"
@@ -517,14 +506,10 @@ def test_what_training_says_comes_next_works_for_characters_too(say, capsys, mon
         "--n_layer 1 --n_embd 64 --proj_dir base",
         "--load_model base/rwkv-0.pth --bone_r 32",
     ):
-        train.train(
-            train.parse_args(
-                f"{flags} --data_file t.txt --epoch_steps 1 --ctx_len 16 --accelerator cpu".split()
-            )
-        )
-    monkeypatch.setattr(
-        sys, "argv", capsys.readouterr().out.splitlines()[-1].removeprefix("next: python ").split()
-    )
+        flags += " --data_file t.txt --epoch_steps 1 --ctx_len 16 --accelerator cpu"
+        train.train(train.parse_args(flags.split()))
+    command_line = capsys.readouterr().out.splitlines()[-1].removeprefix("next: python ")
+    monkeypatch.setattr(sys, "argv", command_line.split())
     merge.main()
     capsys.readouterr()
     assert say("out/tuned.pth --prompt many --length 3").startswith("many")
@@ -566,37 +551,32 @@ def test_generating_refuses_what_cannot_work(capsys, say, flags, says):
 
 def test_a_chat_goes_on_until_an_empty_line():
     end = command("generate.py world.pth --length 3", input="hello\nagain\n\nnot read\n")
-    assert (
-        end.returncode == 0
-        and end.stdout.count("User: ") == 3
-        and end.stdout.count("Assistant:") == 2
-        and "Traceback" not in end.stderr
-    )
+    assert end.returncode == 0
+    assert end.stdout.count("User: ") == 3
+    assert end.stdout.count("Assistant:") == 2
+    assert "Traceback" not in end.stderr
 
 
 def test_a_chat_survives_bytes_that_are_not_utf8():
-    end = command(
-        "generate.py world.pth --length 3", input="caf\udce9\nagain\n\n", errors="surrogateescape"
-    )  # \udce9: the byte e9
-    complaints = [
-        line for line in end.stderr.splitlines() if "No CUDA runtime is found" not in line
-    ]  # of a CUDA build without a GPU
-    assert end.returncode == 0 and end.stdout.count("Assistant:") == 2 and not complaints
+    text = "caf\udce9\nagain\n\n"  # \udce9: the byte e9
+    end = command("generate.py world.pth --length 3", input=text, errors="surrogateescape")
+    # A CUDA build of PyTorch says so where there is no GPU.
+    ignored = "No CUDA runtime is found"
+    complaints = [line for line in end.stderr.splitlines() if ignored not in line]
+    assert end.returncode == 0
+    assert end.stdout.count("Assistant:") == 2
+    assert not complaints
 
 
 def test_from_text_to_a_tuned_model_that_writes():
-    pathlib.Path("t.jsonl").write_text(
-        "".join(
-            json.dumps({"text": f"User: {i}?\n\nAssistant: 你好 {i}!"}) + "\n" for i in range(6)
-        )
-    )
-    tuned = command(
-        "train.py --load_model world.pth --data_file t.jsonl --proj_dir 'my run' --bone_r 32 --micro_bsz 3 --loss_mask qa"
-    )
+    texts = [f"User: {i}?\n\nAssistant: 你好 {i}!" for i in range(6)]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    pathlib.Path("t.jsonl").write_text("".join(lines))
+    flags = "--proj_dir 'my run' --bone_r 32 --micro_bsz 3 --loss_mask qa"
+    tuned = command(f"train.py --load_model world.pth --data_file t.jsonl {flags}")
     assert tuned.returncode == 0 and "epoch 0: 100%" in tuned.stderr, tuned.stderr
-    merged = command(
-        tuned.stdout.splitlines()[-1].removeprefix("next: python ")
-    )  # to be typed as it stands
+    # What it says comes next can be typed as it stands.
+    merged = command(tuned.stdout.splitlines()[-1].removeprefix("next: python "))
     assert merged.returncode == 0 and "tuned.pth" in merged.stdout, merged.stderr
     said = command("generate.py 'my run/tuned.pth' --prompt 'User: 3?\\n\\nAssistant:' --length 5")
     assert said.returncode == 0 and said.stdout.startswith("User: 3?\n\nAssistant:"), said.stderr
@@ -608,7 +588,8 @@ def test_from_text_to_a_tuned_model_that_writes():
         ("train.py --load_model gone.pth --data_file x", "gone.pth: No such file or directory"),
         (
             "merge.py code.pth ckpt.pth out.pth",
-            "code.pth: not a PyTorch checkpoint; nothing was executed, a .pth as torch.save writes it is needed",
+            "code.pth: not a PyTorch checkpoint; nothing was executed, "
+            "a .pth as torch.save writes it is needed",
         ),
     ],
 )

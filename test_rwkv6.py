@@ -1,4 +1,7 @@
-"""The model against two independent judges: what the reference implementation computed, and the `rwkv` inference package."""
+"""The model against two independent judges.
+
+They are what the reference implementation computed, and the `rwkv` inference package.
+"""
 
 import os
 
@@ -16,7 +19,10 @@ FORMS = ["reference", "chunked", "compiled"]
 
 @pytest.fixture(scope="module", params=["x060", "x052"])
 def reference(request, tmp_path_factory):
-    """The reference's tiny RWKV-6 or RWKV-5: base.pth and ckpt.pth in a folder, and the numbers computed from them."""
+    """The reference's tiny RWKV-6 or RWKV-5.
+
+    A folder with base.pth and ckpt.pth, and the numbers that the reference computed from them.
+    """
     folder = tmp_path_factory.mktemp(request.param)
     fixture = torch.load(
         os.path.join(os.path.dirname(__file__), "fixtures", f"{request.param}_bone.pth"),
@@ -96,7 +102,8 @@ def test_twenty_steps_of_training_are_the_reference_s(reference):
     config, idx = fixture["config"], fixture["idx"]
     model = load(folder, fixture, bone_from=None)
     optimizer = make_optimizer(model, config["lr"], betas=tuple(config["betas"]), eps=config["eps"])
-    for expected, expected_norm in zip(fixture["traj_losses"], fixture["traj_grad_norms"]):
+    losses, norms = fixture["traj_losses"], fixture["traj_grad_norms"]
+    for expected, expected_norm in zip(losses, norms, strict=True):
         loss, _ = loss_fn(model, idx[:, :-1], idx[:, 1:], fixture["mask"])
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(
@@ -115,12 +122,12 @@ def test_the_rwkv_package_reads_the_merged_model_and_agrees(reference, tmp_path)
     folder, fixture = reference
     import merge
 
-    # A float32 file: of a bfloat16 one the package rounds the normalized embedding to bfloat16 while loading.
-    torch.save(
-        {name: tensor.float() for name, tensor in fixture["base"].items()}, tmp_path / "base.pth"
-    )
+    # A float32 file: while loading a bfloat16 one, the package rounds the normalized embedding.
+    base = {name: tensor.float() for name, tensor in fixture["base"].items()}
+    torch.save(base, tmp_path / "base.pth")
     merge.merge(tmp_path / "base.pth", folder / "ckpt.pth", tmp_path / "merged.pth")
-    os.environ["RWKV_JIT_ON"], os.environ["RWKV_CUDA_ON"] = "0", "0"
+    os.environ["RWKV_JIT_ON"] = "0"
+    os.environ["RWKV_CUDA_ON"] = "0"
     from rwkv.model import RWKV
 
     judge = RWKV(model=str(tmp_path / "merged"), strategy="cpu fp32")
@@ -159,49 +166,60 @@ def test_matrices_keep_the_dtype_of_the_file_and_the_small_rest_is_float32(refer
     model = checkpoint.load_model(reference[0] / "base.pth")
     assert model.blocks[0].att.key.weight.dtype == model.emb.weight.dtype == torch.bfloat16
     assert model.blocks[0].att.time_decay.dtype == model.blocks[0].ln1.weight.dtype == torch.float32
-    assert (
-        model(reference[1]["idx"]).float() - load(*reference, bone_from=None)(reference[1]["idx"])
-    ).abs().max() < 0.1  # without autocast too
+    idx = reference[1]["idx"]
+    expected = load(*reference, bone_from=None)(idx)
+    assert (model(idx).float() - expected).abs().max() < 0.1  # without autocast too
 
 
-def test_a_new_model_is_initialized_as_rwkv_lm_describes():
+def identity(n, scale):
+    return scale * torch.eye(n)
+
+
+def test_the_matrices_of_a_new_model_are_as_rwkv_lm_describes():
     model = rwkv6.init_model(3, 128, 300)
     att, ffn = model.blocks[1].att, model.blocks[1].ffn
-    assert model.emb.weight.abs().max() <= 1e-4 and ffn.key.weight.shape == (448, 128)
+    assert model.emb.weight.abs().max() <= 1e-4
+    assert ffn.key.weight.shape == (448, 128)
     for zero in (att.output, ffn.value, ffn.receptance):
         assert not zero.weight.any()
     head = model.head.weight  # orthogonal columns of length 0.5 sqrt(vocab / n_embd)
-    torch.testing.assert_close(head.T @ head, torch.eye(128) * 0.25 * 300 / 128, rtol=0, atol=1e-4)
-    torch.testing.assert_close(
-        att.key.weight @ att.key.weight.T, torch.eye(128) * 0.01, rtol=0, atol=1e-5
-    )
-    assert att.time_decay[0, 0, 0] == -6 and att.time_decay[0, 0, -1] == -1
+    torch.testing.assert_close(head.T @ head, identity(128, 0.25 * 300 / 128), rtol=0, atol=1e-4)
+    key = att.key.weight
+    torch.testing.assert_close(key @ key.T, identity(128, 0.01), rtol=0, atol=1e-5)
     assert att.ln_x.weight[0].item() == pytest.approx((2 / 3) ** 0.7)
+    assert model(torch.arange(5)[None]).shape == (1, 5, 300)
+    for n_layer, n_embd in ((3, 128), (1, 64)):
+        model = rwkv6.init_model(n_layer, n_embd, 300)
+        assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_the_mixtures_and_decays_of_a_new_model_are_as_rwkv_lm_describes():
     i = torch.arange(128) / 128
+    block = rwkv6.init_model(3, 128, 300).blocks[1]
     for name, kept in {"x": i ** (2 / 3), "v": i ** (2 / 3) + 0.15, "g": i ** (1 / 3)}.items():
-        torch.testing.assert_close(getattr(att, f"time_maa_{name}")[0, 0], 1 - kept)
-    torch.testing.assert_close(ffn.time_maa_k[0, 0], 1 - i ** (8 / 27))
+        torch.testing.assert_close(getattr(block.att, f"time_maa_{name}")[0, 0], 1 - kept)
+    torch.testing.assert_close(block.ffn.time_maa_k[0, 0], 1 - i ** (8 / 27))
+    decay = block.att.time_decay
+    assert decay[0, 0, 0] == -6
+    assert decay[0, 0, -1] == -1
+
     old = rwkv6.init_model(3, 128, 300, version="x052").blocks[1]
     torch.testing.assert_close(old.att.time_mix_v[0, 0], i ** (2 / 3) + 0.15)
     torch.testing.assert_close(old.ffn.time_mix_r[0, 0], i ** (2 / 3))
+    assert old.att.time_decay.shape == (2, 64)
+    assert old.att.time_decay.flatten().equal(decay.flatten())
+
     extras = rwkv6.init_model(3, 128, 300, pre_ffn=True, head_qk=16)
     torch.testing.assert_close(extras.blocks[0].ffnPre.time_mix_k[0, 0], i)
-    torch.testing.assert_close(
-        extras.head_k.weight @ extras.head_k.weight.T, torch.eye(16) * 0.01, rtol=0, atol=1e-5
-    )
-    assert not extras.head_q.weight.any() and not extras.blocks[0].ffnPre.value.weight.any()
-    assert old.att.time_decay.shape == (2, 64) and old.att.time_decay.flatten().equal(
-        att.time_decay.flatten()
-    )
-    assert all(p.isfinite().all() for p in model.parameters()) and model(
-        torch.arange(5)[None]
-    ).shape == (1, 5, 300)
-    assert all(p.isfinite().all() for p in rwkv6.init_model(1, 64, 50).parameters())
+    head_k = extras.head_k.weight
+    torch.testing.assert_close(head_k @ head_k.T, identity(16, 0.01), rtol=0, atol=1e-5)
+    assert not extras.head_q.weight.any()
+    assert not extras.blocks[0].ffnPre.value.weight.any()
 
 
 @pytest.fixture
 def with_extras():
-    """A model with pre_ffn and head_qk; after initialization, in which these change nothing, every parameter is disturbed."""
+    """A model with pre_ffn and head_qk, its parameters disturbed: in a new one both do nothing."""
     torch.manual_seed(0)
     model = rwkv6.init_model(2, 64, 30, pre_ffn=True, head_qk=16)
     for p in model.parameters():
@@ -211,27 +229,27 @@ def with_extras():
 
 def test_pre_ffn_and_head_qk_are_what_rwkv_lm_defines(with_extras, tmp_path):
     model, idx = with_extras, torch.randint(30, (2, 9))
-    block, x = model.blocks[0], model.emb(idx)
-    x = block.ln0(x)
+    block = model.blocks[0]
+    x = block.ln0(model.emb(idx))
     h = block.ln1(x)  # a channel mix in place of the time mix, of RWKV-5 in RWKV-6 too
-    before, pre = torch.nn.functional.pad(h, (0, 0, 1, -1)), block.ffnPre
+    before = torch.nn.functional.pad(h, (0, 0, 1, -1))
+    pre = block.ffnPre
     k, r = (h * mix + before * (1 - mix) for mix in (pre.time_mix_k, pre.time_mix_r))
     x = x + torch.sigmoid(pre.receptance(r)) * pre.value(torch.relu(pre.key(k)) ** 2)
     x, _ = model.blocks[1](x + block.ffn(block.ln2(x), None)[0])
     x = model.ln_out(x)
     c = (model.head_q(x) @ model.head_k(x).mT / 16).masked_fill(torch.ones(9, 9).tril() == 0, 0)
     expected = model.head(x) + c @ torch.nn.functional.one_hot(idx, 30).float()
-    assert (model(idx) - expected).abs().max() < 1e-5 and c.abs().max() > 0.1
-    torch.save(
-        dict(model.named_parameters()) | {"copy_mask": torch.ones(9, 9).tril()},
-        tmp_path / "extras.pth",
-    )  # as RWKV-PEFT saves it
+    assert (model(idx) - expected).abs().max() < 1e-5
+    assert c.abs().max() > 0.1
+
+    # RWKV-PEFT saves a copy_mask too.
+    tensors = {**dict(model.named_parameters()), "copy_mask": torch.ones(9, 9).tril()}
+    torch.save(tensors, tmp_path / "extras.pth")
     loaded = checkpoint.load_model(tmp_path / "extras.pth")
-    assert (
-        loaded.config == model.config
-        and "pre_ffn, head_qk 16" in str(model.config)
-        and loaded(idx).equal(model(idx))
-    )
+    assert loaded.config == model.config
+    assert "pre_ffn, head_qk 16" in str(model.config)
+    assert loaded(idx).equal(model(idx))
     with pytest.raises(ValueError, match="at least 2"):
         rwkv6.init_model(1, 64, 30, pre_ffn=True)
 
@@ -245,21 +263,21 @@ def test_pre_ffn_and_head_qk_in_recurrent_mode_and_in_the_loss(with_extras):
     assert (torch.cat(logits, 1) - model(idx)).abs().max() < 1e-5
     targets, mask = torch.randint(30, (2, 9)), torch.rand(2, 9).round()
     logits = model(idx)
-    plain = (
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        @ mask.flatten()
-        / mask.sum()
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="none"
     )
+    plain = losses @ mask.flatten() / mask.sum()
     wrapped = plain + 0.5e-4 / 18 * logits.max(-1).values.square().sum()
-    (ours, _), parameters = loss_fn(model, idx, targets, mask), list(model.parameters())
+    ours, _ = loss_fn(model, idx, targets, mask)
     assert ours.item() == pytest.approx(plain.item(), rel=1e-5)
-    for a, e in zip(
-        torch.autograd.grad(ours, parameters), torch.autograd.grad(wrapped, parameters)
-    ):
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(ours, parameters)
+    expected = torch.autograd.grad(wrapped, parameters)
+    for a, e in zip(found, expected, strict=True):
         assert (a - e).norm() <= 1e-4 * e.norm()
 
 
-# ---- checkpoints that are not for us --------------------------------------------------------------------------------------------
+# ---- checkpoints that are not for us -------------------------------------------------------------
 
 
 def refused(tmp_path, tensors, words):

@@ -1,4 +1,7 @@
-"""WKV-6: every form gives the numbers of the float64 loop, in every regime of decay, and the build never stands in the way."""
+"""WKV-6: every form gives the numbers of the float64 loop, in every regime of decay.
+
+And a build that fails never stops a run.
+"""
 
 import functools
 import math
@@ -19,27 +22,27 @@ HERE = pathlib.Path(__file__).parent
 
 
 def inputs(B, T, H, N, decay=None, seed=0):
-    """float32-representable r, k, v, w, u, state in float64. decay: None for a mixture from 1e-8 to 1 - 1e-8, or one value."""
+    """r, k, v, w, u, state in float64, each a float32 number.
+
+    decay: one value, or None for a mixture from 1e-8 to 1 - 1e-8.
+    """
     g = torch.Generator().manual_seed(seed)
     r, k, v = (torch.randn(B, T, H, N, generator=g) for _ in range(3))
     low, high = (math.log(-math.log(d)) for d in (1e-8, 1 - 1e-8))
     w = torch.rand(B, T, H, N, generator=g) * (high - low) + low
     if decay is not None:
-        w = torch.full_like(w, math.log(-math.log(decay))) + 0.05 * torch.randn(
-            B, T, H, N, generator=g
-        )
-    u, state = torch.randn(H, N, generator=g), torch.randn(B, H, N, N, generator=g)
+        noise = torch.randn(B, T, H, N, generator=g)
+        w = torch.full_like(w, math.log(-math.log(decay))) + 0.05 * noise
+    u = torch.randn(H, N, generator=g)
+    state = torch.randn(B, H, N, N, generator=g)
     return [x.double() for x in (r, k, v, w, u, state)]
 
 
 def run(tensors, impl, dtype):
     """y, state and the gradients of every input under one fixed random output gradient."""
-    leaves = [
-        x.to(
-            torch.promote_types(dtype, torch.float32) if i in (3, 4, 5) else dtype
-        ).requires_grad_()
-        for i, x in enumerate(tensors)
-    ]
+    wide = torch.promote_types(dtype, torch.float32)
+    dtypes = [dtype, dtype, dtype, wide, wide, wide]
+    leaves = [x.to(t).requires_grad_() for x, t in zip(tensors, dtypes, strict=True)]
     y, state = wkv6.wkv6(*leaves, impl=impl)
     g = torch.Generator().manual_seed(1)
     gy, gstate = (torch.randn(x.shape, generator=g).to(x) for x in (y, state))
@@ -51,11 +54,12 @@ def check(tensors, impl, dtype, bound, exact=None):
         pytest.skip(kernel_problem())
     if dtype != torch.float32:  # the loop sees the rounded inputs, so that only the form is judged
         tensors = [x.to(dtype).double() if i < 3 else x for i, x in enumerate(tensors)]
-    for name, ours, exact in zip(
-        NAMES, run(tensors, impl, dtype), exact or run(tensors, "reference", torch.float64)
-    ):
+    if exact is None:
+        exact = run(tensors, "reference", torch.float64)
+    found = run(tensors, impl, dtype)
+    for name, ours, theirs in zip(NAMES, found, exact, strict=True):
         assert ours.isfinite().all(), name
-        error = ((ours.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+        error = ((ours.double() - theirs).norm() / theirs.norm().clamp_min(1e-30)).item()
         assert error <= bound, f"{name}: relative error {error:.1e}"
 
 
@@ -77,17 +81,16 @@ def test_batches_heads_and_head_sizes(impl, N):
     check(inputs(3, 37, 2, N), impl, torch.float32, 1e-5)
 
 
-@pytest.mark.parametrize(
-    "dtype, bound", [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)]
-)  # half a step is 2e-3, and 2.4e-4
+# Half a step is 2e-3, and 2.4e-4.
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
 @pytest.mark.parametrize("impl", ["chunked", "compiled", "auto"])
 def test_inputs_of_16_bits_are_accumulated_in_float32(impl, dtype, bound):
     check(inputs(2, 300, 2, 64), impl, dtype, bound)
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
-def test_autocast_has_no_say_in_it(impl):
-    """The products of the chunked form would be in bfloat16 else: 2e-3 off, where it is 1e-7."""
+def test_autocast_changes_nothing(impl):
+    """Otherwise the chunked form's products would be in bfloat16: 2e-3 off, where it is 1e-7."""
     tensors = [
         x.to(torch.bfloat16 if i < 3 else torch.float32)
         for i, x in enumerate(inputs(1, 100, 2, 64))
@@ -100,16 +103,17 @@ def test_autocast_has_no_say_in_it(impl):
 
 @pytest.mark.parametrize("old", [False, True])
 def test_fla_s_operator_is_called_by_its_definition(monkeypatch, old):
-    """In its place stands the definition that flash-linear-attention documents: w is the log of the decay, scale a factor of r, and in
-    older releases head_first has to be False."""
+    """In its place stands the definition that flash-linear-attention documents.
 
-    def chunk_rwkv6_old(
-        r, k, v, w, u, scale=None, initial_state=None, output_final_state=False, head_first=True
-    ):
+    w is the log of the decay, scale a factor of r. In older releases head_first has to be False.
+    """
+
+    # The parameters are those of the operator.
+    def chunk_rwkv6_old(r, k, v, w, u, head_first=True, **options):
         assert not head_first
-        return chunk_rwkv6(r, k, v, w, u, scale, initial_state, output_final_state)
+        return chunk_rwkv6(r, k, v, w, u, **options)
 
-    def chunk_rwkv6(r, k, v, w, u, scale=None, initial_state=None, output_final_state=False):
+    def chunk_rwkv6(r, k, v, w, u, scale, initial_state, output_final_state):  # noqa: PLR0913
         y, state = [], initial_state
         for t in range(r.shape[1]):
             kv = k[:, t, ..., None] * v[:, t, ..., None, :]
@@ -117,11 +121,9 @@ def test_fla_s_operator_is_called_by_its_definition(monkeypatch, old):
             state = state * w[:, t].exp()[..., None] + kv
         return torch.stack(y, 1), state if output_final_state else None
 
-    monkeypatch.setitem(
-        sys.modules,
-        "fla.ops.rwkv6",
-        SimpleNamespace(chunk_rwkv6=chunk_rwkv6_old if old else chunk_rwkv6),
-    )
+    operator = chunk_rwkv6_old if old else chunk_rwkv6
+    module = SimpleNamespace(chunk_rwkv6=operator)
+    monkeypatch.setitem(sys.modules, "fla.ops.rwkv6", module)
     check(inputs(2, 20, 2, 32), "fla", torch.float32, 1e-5)
 
 
@@ -164,14 +166,11 @@ def test_opcheck_of_the_compiled_operators():
     for dtype in (torch.float32, torch.bfloat16):
         r, k, v, w, u, state = (x.float() for x in inputs(1, 5, 2, 32, 0.9))
         r, k, v = (x.to(dtype).requires_grad_() for x in (r, k, v))
-        torch.library.opcheck(
-            torch.ops.wkv6.forward.default,
-            (r, k, v, w.requires_grad_(), u.requires_grad_(), state.requires_grad_()),
-        )
-        torch.library.opcheck(
-            torch.ops.wkv6.backward.default,
-            tuple(x.detach() for x in (r, k, v, w, u, state, r, state)),
-        )
+        for x in (w, u, state):
+            x.requires_grad_()
+        torch.library.opcheck(torch.ops.wkv6.forward.default, (r, k, v, w, u, state))
+        without_graph = tuple(x.detach() for x in (r, k, v, w, u, state, r, state))
+        torch.library.opcheck(torch.ops.wkv6.backward.default, without_graph)
 
 
 @pytest.mark.parametrize("impl", ["chunked", "compiled", "auto"])
@@ -179,13 +178,14 @@ def test_torch_compile_takes_it_whole(impl):
     if impl == "compiled" and kernel_problem():
         pytest.skip(kernel_problem())
     leaves = [x.float().requires_grad_() for x in inputs(1, 20, 1, 64, 0.9)]
-    compiled = torch.compile(
-        lambda *x: wkv6.wkv6(*x, impl=impl)[0].sin().sum(), fullgraph=True, backend="aot_eager"
-    )
-    for a, b in zip(
-        torch.autograd.grad(compiled(*leaves), leaves),
-        torch.autograd.grad(wkv6.wkv6(*leaves, impl=impl)[0].sin().sum(), leaves),
-    ):
+
+    def plain(*tensors):
+        return wkv6.wkv6(*tensors, impl=impl)[0].sin().sum()
+
+    compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(*leaves), leaves)
+    expected = torch.autograd.grad(plain(*leaves), leaves)
+    for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -209,9 +209,14 @@ def test_wrong_shapes_are_refused():
             wkv6.wkv6(*bad, impl="compiled")
 
 
-# ---- the build ----------------------------------------------------------------------------------------------------------------
+# ---- the build -----------------------------------------------------------------------------------
 
-TRY = "import torch, wkv6; y, _ = wkv6.wkv6(*(torch.zeros(1, 2, 1, 32) for _ in range(4)), torch.zeros(1, 32)); print(wkv6.kernel_problem() or 'compiled')"
+TRY = """
+import torch, wkv6
+r = torch.zeros(1, 2, 1, 32)
+wkv6.wkv6(r, r, r, r, torch.zeros(1, 32))
+print(wkv6.kernel_problem() or 'compiled')
+"""
 
 
 def build(tmp_path, script=TRY, **environment):
@@ -242,9 +247,8 @@ def test_a_build_that_fails_says_so_in_one_line_and_the_chunked_form_takes_over(
     process = build(tmp_path, **environment)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and "not to be had" in out
-    notes = [
-        line for line in err.splitlines() if line.startswith("note: ")
-    ]  # PyTorch may warn, too
+    # PyTorch may warn, too.
+    notes = [line for line in err.splitlines() if line.startswith("note: ")]
     assert len(notes) == 1 and "chunked form" in notes[0], err
     assert "Traceback" not in err
 
@@ -252,7 +256,7 @@ def test_a_build_that_fails_says_so_in_one_line_and_the_chunked_form_takes_over(
 def test_missing_ninja_says_so(tmp_path):
     (tmp_path / "ninja.py").write_text("raise ImportError('no ninja here')")
     process = build(tmp_path / "cache", PYTHONPATH=str(tmp_path))
-    out, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 0 and "pip install ninja" in err
 
 

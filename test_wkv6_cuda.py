@@ -1,7 +1,7 @@
 """The CUDA kernels of WKV-6, on a machine without a GPU.
 
-Their source is run on the CPU, where cuda_on_cpu.h plays the GPU; and compiled for every architecture
-in use, by NVRTC, and by nvcc where that is. With a GPU the kernels are run there too.
+Their source is run on the CPU, where cuda_on_cpu.h plays the GPU. And it is compiled for every
+architecture in use, by NVRTC, and by nvcc where that is. With a GPU the kernels run there too.
 """
 
 import ctypes
@@ -71,7 +71,7 @@ class Emulator:
     def sizes_of_shared(self):
         """The bytes of Shared<N> in wkv6_cuda.cu, by head size."""
         sizes = (ctypes.c_int64 * 2).in_dll(self.library, "emulator_sizes_of_shared")
-        return dict(zip((32, 64), sizes))
+        return dict(zip((32, 64), sizes, strict=True))
 
     def set(self, chunk=64, order=0, skipped_barrier=0):
         wkv6_gpu.CHUNK = chunk
@@ -79,21 +79,19 @@ class Emulator:
         ctypes.c_int.in_dll(self.library, "emulator_skipped_barrier").value = skipped_barrier
 
     def counted(self, name, *tensors):
-        """MB loaded, MB stored, the number of blocks of each launch, and the most shared memory of one, while an operator runs."""
-        counters = {
-            what: ctypes.c_int64.in_dll(self.library, f"emulator_{what}")
-            for what in ("loaded", "stored", "launches", "shared_bytes")
-        }
-        for counter in counters.values():
+        """Run an operator, and count.
+
+        Returns MB loaded, MB stored, the number of blocks of each launch, and the most shared
+        memory of one.
+        """
+        names = ("loaded", "stored", "launches", "shared_bytes")
+        counters = [ctypes.c_int64.in_dll(self.library, f"emulator_{what}") for what in names]
+        for counter in counters:
             counter.value = 0
         self(name, *tensors)
-        loaded, stored, launches, shared_bytes = (counter.value for counter in counters.values())
-        return (
-            loaded / 1e6,
-            stored / 1e6,
-            list((ctypes.c_int64 * 16).in_dll(self.library, "emulator_blocks"))[:launches],
-            shared_bytes,
-        )
+        loaded, stored, launches, shared_bytes = (counter.value for counter in counters)
+        blocks = (ctypes.c_int64 * 16).in_dll(self.library, "emulator_blocks")
+        return loaded / 1e6, stored / 1e6, list(blocks)[:launches], shared_bytes
 
     def __call__(self, name, *tensors):
         """Call wkv6_gpu.forward or backward, with NaN in what it makes before it writes there."""
@@ -123,7 +121,8 @@ def emulator(tmp_path_factory):
 @pytest.fixture(
     params=[
         "emulated",
-        *(pytest.param(name, marks=ON_GPU) for name in ("on a GPU", "on a GPU, by NVRTC")),
+        pytest.param("on a GPU", marks=ON_GPU),
+        pytest.param("on a GPU, by NVRTC", marks=ON_GPU),
     ]
 )
 def kernels(request):
@@ -157,14 +156,14 @@ def float64_loop(shape, decay, dtype):
 
 
 def check(kernels, shape, decay, dtype, bound):
-    tensors, exact = float64_loop(shape, decay, dtype)
-    for name, ours, exact in zip(NAMES, kernels(tensors, dtype), exact):
+    tensors, expected = float64_loop(shape, decay, dtype)
+    for name, ours, exact in zip(NAMES, kernels(tensors, dtype), expected, strict=True):
         error = ((ours.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
         print(f"{name}: {error:.1e}")
         assert error <= bound, f"{name}: relative error {error:.1e}"  # false for NaN
 
 
-# ---- the numbers ----------------------------------------------------------------------------------------------------------------
+# ---- the numbers ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decay", [None, 1e-8, 0.5, 0.99, 1 - 1e-8])
@@ -175,19 +174,24 @@ def test_every_output_is_that_of_the_float64_loop(kernels, T, decay):
 
 def test_decays_of_exactly_0_and_1(kernels):
     tensors = [x.clone() for x in float64_loop((2, 70, 1, 64), None, torch.float32)[0]]
-    tensors[3] = torch.tensor([-200.0, -1.0, 5.0, 80.0], dtype=torch.float64)[
-        torch.randint(4, tensors[3].shape, generator=torch.Generator().manual_seed(0))
-    ]
-    for name, ours, exact in zip(
-        NAMES, kernels(tensors, torch.float32), run(tensors, "reference", torch.float64)
-    ):
+    some = torch.tensor([-200.0, -1.0, 5.0, 80.0], dtype=torch.float64)
+    chosen = torch.randint(4, tensors[3].shape, generator=torch.Generator().manual_seed(0))
+    tensors[3] = some[chosen]
+    found = kernels(tensors, torch.float32)
+    expected = run(tensors, "reference", torch.float64)
+    for name, ours, exact in zip(NAMES, found, expected, strict=True):
         assert (ours.double() - exact).norm() <= 1e-5 * exact.norm(), name
 
 
 @pytest.mark.parametrize("shape", [(3, 37, 2, 64), (2, 130, 3, 32)])
 @pytest.mark.parametrize(
-    "dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)]
-)  # half a step is 2e-3, and 2.4e-4
+    "dtype, bound",
+    [
+        (torch.float32, 1e-5),
+        (torch.bfloat16, 4e-3),  # half a step is 2e-3
+        (torch.float16, 5e-4),  # half a step is 2.4e-4
+    ],
+)
 def test_batches_heads_head_sizes_and_inputs_of_16_bits(kernels, shape, dtype, bound):
     check(kernels, shape, None, dtype, bound)
 
@@ -196,36 +200,37 @@ def test_batches_heads_head_sizes_and_inputs_of_16_bits(kernels, shape, dtype, b
 @pytest.mark.parametrize("T", [16, 100, 500])
 def test_any_chunk_size_will_do(emulator, T, chunk):
     emulator.set(chunk=chunk)
-    check(
-        lambda tensors, dtype: emulator.run(converted(tensors, dtype)),
-        (1, T, 2, 64),
-        0.9,
-        torch.float32,
-        1e-5,
-    )
+
+    def kernels(tensors, dtype):
+        return emulator.run(converted(tensors, dtype))
+
+    check(kernels, (1, T, 2, 64), 0.9, torch.float32, 1e-5)
 
 
 def test_thousands_of_decays_near_1_do_not_drift(emulator):
-    """exp of a chunk's log decay is off by up to 3e-8, always the same way where chunks are alike: 1.3e-5 after 1875 of them, if the scan let it be."""
+    """exp of a chunk's log decay is off by up to 3e-8, always the same way if chunks are alike.
+
+    Without the scan's correction that would be 1.3e-5 after 1875 of them.
+    """
     emulator.set(chunk=16)
     g = torch.Generator().manual_seed(0)
     r, k, v = (torch.randn(1, 30000, 1, 64, generator=g) for _ in range(3))
     w = torch.linspace(math.log(1e-7), math.log(1e-4), 64).expand(r.shape).contiguous()
     tensors = [r, k, v, w, torch.zeros(1, 64), torch.randn(1, 1, 64, 64, generator=g)]
-    for ours, exact in zip(
-        emulator("forward", *tensors), wkv6.wkv6(*(x.double() for x in tensors), impl="chunked")
-    ):
+    found = emulator("forward", *tensors)
+    expected = wkv6.wkv6(*(x.double() for x in tensors), impl="chunked")
+    for ours, exact in zip(found, expected, strict=True):
         assert (ours - exact).norm() <= 3e-6 * exact.norm()
 
 
 @ON_GPU
 def test_the_same_bits_in_every_run(kernels):
     tensors, _ = float64_loop((3, 300, 5, 64), None, torch.bfloat16)
-    for a, b in zip(kernels(tensors, torch.bfloat16), kernels(tensors, torch.bfloat16)):
-        assert torch.equal(a, b)
+    first, second = kernels(tensors, torch.bfloat16), kernels(tensors, torch.bfloat16)
+    assert all(map(torch.equal, first, second))
 
 
-# ---- what a GPU may do that a loop does not --------------------------------------------------------------------------------------
+# ---- what a GPU may do that a loop does not ------------------------------------------------------
 
 
 def outputs(emulator, T=100, **settings):
@@ -237,7 +242,7 @@ def outputs(emulator, T=100, **settings):
 
 
 def differ(a, b):
-    return isinstance(b, str) or not all(torch.equal(x, y) for x, y in zip(a, b))
+    return isinstance(b, str) or not all(map(torch.equal, a, b))
 
 
 @pytest.mark.parametrize("order", range(1, 6))
@@ -245,20 +250,21 @@ def test_threads_warps_and_blocks_may_run_in_any_order(emulator, order):
     assert not differ(outputs(emulator), outputs(emulator, order=order))
 
 
-@pytest.mark.parametrize(
-    "line", [n for n, line in enumerate(SOURCE.splitlines(), 1) if "__syncthreads()" in line]
-)
+BARRIERS = [n for n, line in enumerate(SOURCE.splitlines(), 1) if "__syncthreads()" in line]
+
+
+@pytest.mark.parametrize("line", BARRIERS)
 def test_a_missing_barrier_is_found_out(emulator, line):
     """Every barrier is needed, and the test above would fail without it."""
     right = outputs(emulator)
     assert not differ(right, outputs(emulator))
-    assert any(
-        differ(right, outputs(emulator, order=order, skipped_barrier=line)) for order in range(6)
-    )
+    found = (outputs(emulator, order=order, skipped_barrier=line) for order in range(6))
+    assert any(differ(right, wrong) for wrong in found)
 
 
 def test_what_does_not_fit_the_kernels_is_refused(emulator):
     r, k, v, w, u, state = converted(inputs(1, 5, 2, 64), torch.bfloat16)
+    narrow = [x[..., :48].contiguous() for x in (r, k, v, w, u)]
     for bad, words in (
         ([r, k[:, :4], v, w, u, state], "one shape"),
         ([r, k, v, w, u[:1], state], "u must be"),
@@ -269,19 +275,13 @@ def test_what_does_not_fit_the_kernels_is_refused(emulator):
         ([r, k.to("meta"), v, w, u, state], "meta"),
         ([r, k, v, w, u, torch.zeros(8193)[1:].view(state.shape)], "aligned"),
         ([*(x[:, :0] for x in (r, k, v, w)), u, state], "empty"),
-        (
-            [
-                *(x[..., :48].contiguous() for x in (r, k, v, w, u)),
-                state[..., :48, :48].contiguous(),
-            ],
-            "head size 48",
-        ),
+        ([*narrow, state[..., :48, :48].contiguous()], "head size 48"),
     ):
         with pytest.raises(RuntimeError, match=f"wkv6: .*{words}"):
             emulator("forward", *bad)
 
 
-# ---- the launches ---------------------------------------------------------------------------------
+# ---- the launches --------------------------------------------------------------------------------
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 120)
 
@@ -376,7 +376,7 @@ def test_autocast_changes_nothing(emulator):
         assert not differ(expected, outputs(emulator))
 
 
-# ---- what NVRTC has no header files for ------------------------------------------------------------
+# ---- what NVRTC has no header files for ----------------------------------------------------------
 
 CONVERT = r"""
 #include <cstring>
@@ -428,7 +428,7 @@ def test_float16_under_nvrtc_is_converted_by_the_gpu_s_own_instructions():
     assert statements == ["cvt.rn.f16.f32 %0, %1", "cvt.f32.f16 %0, %1"]
 
 
-# ---- what the head comment says --------------------------------------------------------------------------------------------------
+# ---- what the head comment says ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("heads, model", [(32, "1.6B"), (64, "7B")])
@@ -436,31 +436,40 @@ def test_the_counts_of_the_head_comment(emulator, heads, model):
     emulator.set()
     tensors = converted(inputs(1, 1024, heads, 64, 0.9), torch.bfloat16)
     for name, more in (("forward", []), ("backward", [tensors[2], tensors[5]])):
-        blocks, loaded, stored = re.search(
-            rf"// +{model} +{name} +(\d+) +([\d.]+) +([\d.]+)", SOURCE
-        ).groups()
+        row = rf"// +{model} +{name} +(\d+) +([\d.]+) +([\d.]+)"
+        blocks, loaded, stored = re.search(row, SOURCE).groups()
         mb_loaded, mb_stored, launched, shared_bytes = emulator.counted(name, *tensors, *more)
         assert f"{mb_loaded:.1f} {mb_stored:.1f}" == f"{loaded} {stored}"
-        assert (
-            {launched[0], *launched[2::2], launched[-1]} == {int(blocks)}
-            and min(launched) >= 256
-            and shared_bytes <= 48 << 10
-        )
+        assert {launched[0], *launched[2::2], launched[-1]} == {int(blocks)}
+        assert min(launched) >= 256
+        assert shared_bytes <= 48 << 10
 
 
-# ---- nvcc -----------------------------------------------------------------------------------------------------------------------
+# ---- nvcc ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def ptxas(tmp_path_factory):
-    """{(architecture, kernel): (registers, bytes of stack, of spills)}, after compiling without a warning."""
+    """{(architecture, kernel): (registers, bytes of stack, of spills)}, without a warning."""
     if not NVCC:
         pytest.skip("no nvcc here: the kernels were read as C++, but not compiled for a GPU")
-    folder, table = tmp_path_factory.mktemp("nvcc"), {}
+    folder = tmp_path_factory.mktemp("nvcc")
     supported = subprocess.check_output([NVCC, "--list-gpu-arch"], text=True)
     architectures = [arch for arch in ARCHITECTURES if f"compute_{arch}\n" in supported]
     assert architectures
-    flags = [
+    with multiprocessing.pool.ThreadPool(os.cpu_count()) as pool:
+        reports = pool.starmap(nvcc_report, [(arch, folder) for arch in architectures])
+    table = {}
+    for arch, report in zip(architectures, reports, strict=True):
+        for kernel, numbers in kernels_of_report(report):
+            table[arch, kernel] = numbers
+    return table
+
+
+def nvcc_report(arch, folder):
+    """Compile for an architecture. Returns what ptxas says of each kernel."""
+    command = [
+        NVCC,
         "-std=c++17",
         "-O3",
         "-Werror=all-warnings",
@@ -468,54 +477,35 @@ def ptxas(tmp_path_factory):
         "-Xcompiler=-Wall,-Wno-unknown-pragmas",
         *cpp_extension.COMMON_NVCC_FLAGS,
         *(f"-I{path}" for path in cpp_extension.include_paths()),
+        f"-gencode=arch=compute_{arch},code=sm_{arch}",
+        *("-c", "wkv6_cuda.cu", "-o", str(folder / f"{arch}.o")),
     ]
+    process = subprocess.run(command, cwd=HERE, text=True, stderr=subprocess.PIPE)
+    assert process.returncode == 0, process.stderr
+    assert "warning" not in process.stderr, process.stderr
+    return process.stderr
 
-    def compile(arch):
-        return subprocess.run(
-            [
-                NVCC,
-                *flags,
-                f"-gencode=arch=compute_{arch},code=sm_{arch}",
-                "-c",
-                "wkv6_cuda.cu",
-                "-o",
-                folder / f"{arch}.o",
-            ],
-            cwd=HERE,
-            text=True,
-            stderr=subprocess.PIPE,
-        )
 
-    for arch, process in zip(
-        architectures, multiprocessing.pool.ThreadPool(os.cpu_count()).map(compile, architectures)
-    ):
-        assert process.returncode == 0 and "warning" not in process.stderr, process.stderr
-        for report in process.stderr.split("Compiling entry function")[1:]:
-            kernel = re.search(
-                r"(chunk_states|scan|along_values|along_keys)I(?:(?:N3c10\d)?(f|BFloat16|Half)E?)?.*?Li(\d+)E",
-                report,
-            ).groups()
-            stack, stores, loads = map(
-                int,
-                re.search(
-                    r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
-                    report,
-                ).groups(),
-            )
-            table[arch, kernel] = (
-                int(re.search(r"Used (\d+) registers", report)[1]),
-                stack,
-                stores + loads,
-            )
-    return table
+def kernels_of_report(report):
+    """Yield ((kernel, dtype, N), (registers, bytes of stack, of spills))."""
+    names = "chunk_states|scan|along_values|along_keys"
+    kernel = re.compile(rf"({names})I(?:(?:N3c10\d)?(f|BFloat16|Half)E?)?.*?Li(\d+)E")
+    memory = re.compile(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    )
+    registers = re.compile(r"Used (\d+) registers")
+    for part in report.split("Compiling entry function")[1:]:
+        stack, stores, loads = map(int, memory.search(part).groups())
+        numbers = (int(registers.search(part)[1]), stack, stores + loads)
+        yield kernel.search(part).groups(), numbers
 
 
 def test_ptxas_keeps_everything_in_registers(ptxas):
     for (arch, (kernel, dtype, N)), (registers, stack, spills) in ptxas.items():
         print(
-            f"sm_{arch:<4} {kernel:<13} {dtype or '':<9} N {N}   {registers:3} registers   {stack} bytes of stack, {spills} of spills"
+            f"sm_{arch:<4} {kernel:<13} {dtype or '':<9} N {N}   {registers:3} registers   "
+            f"{stack} bytes of stack, {spills} of spills"
         )
         assert stack == spills == 0, (arch, kernel, dtype, N)
-    assert len(ptxas) == len({arch for arch, _ in ptxas}) * 2 * (
-        3 * 3 + 1
-    )  # two head sizes; three kernels for three dtypes, and the scan
+    # Two head sizes; three kernels for three dtypes, and the scan.
+    assert len(ptxas) == len({arch for arch, _ in ptxas}) * 2 * (3 * 3 + 1)

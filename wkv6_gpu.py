@@ -1,11 +1,12 @@
 """Run WKV-6 on a GPU: check the tensors, make the others, launch the kernels of wkv6_cuda.cu.
 
-Here alone stands which kernels run, in which order, with which grids, arguments and shared memory.
-What they compute, and why there are four of them, stands at the head of wkv6_cuda.cu.
+One need not read this to understand Bone. This file alone says which kernels run, in which order,
+with which grids, arguments and shared memory. The head of wkv6_cuda.cu says what they compute, and
+why there are four of them.
 
-How a kernel gets to the GPU is the business of `launch`, a function that is passed in. There are
-three: the operator of wkv6_cuda_op.cpp, which nvcc compiles; nvrtc.Launcher, for machines without
-nvcc; and, for tests on machines without a GPU, the emulator cuda_on_cpu.h.
+The caller passes in `launch`, a function that starts a kernel on the GPU. There are three: the
+operator of wkv6_cuda_op.cpp, which nvcc compiles; nvrtc.Launcher, for machines without nvcc; and,
+for tests on machines without a GPU, the emulator cuda_on_cpu.h.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from torch import Tensor
 HEAD_SIZES = (32, 64)
 SCALARS = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
-CHUNK = 64  # tokens that a block walks; any number is right
-TILE, SCAN_THREADS = 16, 128  # as in wkv6_cuda.cu
+CHUNK = 64  # tokens that a block walks; any number gives the right results
+# As in wkv6_cuda.cu.
+TILE = 16
+SCAN_THREADS = 128
 
 # launch(kernel, grid, threads, shared_bytes, tensors, ints): start a kernel on the tensors' GPU,
 # in its current stream. Its arguments are pointers to the tensors' numbers, then the ints.
@@ -68,13 +71,15 @@ def backward(launch: Launch, inputs: Inputs, gy: Tensor, gstate: Tensor) -> tupl
 
     gv = kernels.along_values([k, r, gy, w, u, gstates], reverse=True)
     gr, gk, gw, gu_of_chunks = kernels.along_keys([r, k, v, w, u, gy, states, gstates])
-    gu = gu_of_chunks.sum((0, 2), dtype=torch.float32)  # said, so that autocast leaves it alone
+    # With the dtype given, autocast leaves the sum alone.
+    gu = gu_of_chunks.sum((0, 2), dtype=torch.float32)
     return gr, gk, gv, gw, gu, gfirst
 
 
 def register(launch: Launch, dispatch_key: str = "CUDA") -> None:
     """Make these functions wkv6::forward and wkv6::backward for the tensors of a dispatch key."""
-    _libraries.pop(dispatch_key, None)  # what was registered before goes with it
+    # Dropping a library unregisters its functions.
+    _libraries.pop(dispatch_key, None)
     library = torch.library.Library("wkv6", "IMPL")
 
     def run_forward(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -89,7 +94,8 @@ def register(launch: Launch, dispatch_key: str = "CUDA") -> None:
     _libraries[dispatch_key] = library
 
 
-_libraries: dict[str, torch.library.Library] = {}  # what is registered stays so while they live
+# A function stays registered as long as its library is kept.
+_libraries: dict[str, torch.library.Library] = {}
 
 
 def check(inputs: Inputs) -> None:
@@ -183,10 +189,14 @@ class Kernels:
     def scan(
         self, states: Tensor, log_decay: Tensor, first: Tensor, *, reverse: bool = False
     ) -> Tensor:
-        """Make each of `states` that where its chunk begins (reverse: ends). Return the last."""
+        """Turn what each chunk adds into the state where it begins (reverse: ends), in place.
+
+        Return the state after the last chunk (reverse: before the first).
+        """
         *_, chunks, N = self.per_chunk
         last = torch.empty_like(first)
-        grid, tensors = self.thread_per_4_numbers, [states, log_decay, first, last]
+        grid = self.thread_per_4_numbers
+        tensors = [states, log_decay, first, last]
         self.launch(f"scan<{N}>", grid, SCAN_THREADS, 0, tensors, [chunks, int(reverse)])
         return last
 
@@ -199,7 +209,9 @@ class Kernels:
     def along_keys(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return gr, gk, gw, and gu of every chunk, from r, k, v, w, u, gy, states, gstates."""
         w = inputs[3]
-        gr, gk, gw = torch.empty_like(self.r), torch.empty_like(self.r), torch.empty_like(w)
+        gr = torch.empty_like(self.r)
+        gk = torch.empty_like(self.r)
+        gw = torch.empty_like(w)
         gu = w.new_empty(self.per_chunk)
         self._launch_on_chunks("along_keys", [*inputs, gr, gk, gw, gu], [])
         return gr, gk, gw, gu
