@@ -8,6 +8,7 @@ that is not the CPU, which gpu_standin.py can make. The optimizer is not counted
 
 import contextlib
 import dataclasses
+import unittest.mock
 from collections.abc import Callable, Iterator
 
 import torch
@@ -104,11 +105,8 @@ class NoMixture(torch.autograd.Function):
 @contextlib.contextmanager
 def without_mixtures() -> Iterator[None]:
     """Leave the mixtures of tokens out of what is counted."""
-    plain, rwkv6.Mixture = rwkv6.Mixture, NoMixture
-    try:
+    with unittest.mock.patch.object(rwkv6, "Mixture", NoMixture):
         yield
-    finally:
-        rwkv6.Mixture = plain
 
 
 def model_1_6b(n_layer: int, quantization: str, *, with_bone: bool = True) -> rwkv6.RWKV:

@@ -19,7 +19,7 @@ backpropagation through time"); with 1, each chunk is computed once.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -155,7 +155,7 @@ def backward(
 
 def accumulate_gradients(
     model: RWKV,
-    micro_batches: list[Batch],
+    micro_batches: Sequence[Batch],
     passes: Passes | None = None,
     *,
     counts: Counts | None = None,

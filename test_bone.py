@@ -1,4 +1,4 @@
-"""Bone: exactly the layer whose merged weight it never builds, and checkpoints that fit or are refused."""
+"""Bone: exactly the layer whose merged weight it never builds; checkpoints fit or are refused."""
 
 import pytest
 import torch
@@ -16,7 +16,8 @@ def naive_weight(weight, b):
         r = b.shape[1]
         for i in range(0, weight.shape[0], r):
             for j in range(0, weight.shape[1], r):
-                block, B = weight[i : i + r, j : j + r], b[j // r]
+                block = weight[i : i + r, j : j + r]
+                B = b[j // r]
                 merged[i : i + r, j : j + r] = block + block @ B + B
     else:
         for j in range(weight.shape[1]):
@@ -49,35 +50,38 @@ def test_output_and_gradients_are_those_of_the_merged_weight(mode, out_features,
     b = linear.bone.detach().requires_grad_()
     theirs = F.linear(x, naive_weight(linear.weight.detach(), b))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    for a, e in zip(
-        torch.autograd.grad(ours, [x, linear.bone], gy), torch.autograd.grad(theirs, [x, b], gy)
-    ):
-        torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
+    our_gradients = torch.autograd.grad(ours, [x, linear.bone], gy)
+    their_gradients = torch.autograd.grad(theirs, [x, b], gy)
+    torch.testing.assert_close(our_gradients, their_gradients, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("mode, out_features, in_features, r", CASES)
 def test_merging_writes_the_weight_of_the_formula(mode, out_features, in_features, r):
     linear = layer(mode, out_features, in_features, r)
-    weight, b = linear.weight.detach(), linear.bone.detach()
-    torch.testing.assert_close(
-        merge_weight(weight, b), naive_weight(weight, b), rtol=1e-13, atol=1e-13
-    )
+    weight = linear.weight.detach()
+    b = linear.bone.detach()
+    merged = merge_weight(weight, b)
+    torch.testing.assert_close(merged, naive_weight(weight, b), rtol=1e-13, atol=1e-13)
 
 
 def test_merging_in_pieces_is_merging_whole():
-    weight, b = torch.randn(4096, 2048), torch.randn(32, 64, 64) * 0.02  # larger than one piece
+    weight = torch.randn(4096, 2048)
+    b = torch.randn(32, 64, 64) * 0.02
     w = weight.view(64, 64, 32, 64)
-    whole = weight + (torch.einsum("aibj,bjk->aibk", w, b) + b.transpose(0, 1)).reshape(4096, 2048)
+    delta = torch.einsum("aibj,bjk->aibk", w, b) + b.transpose(0, 1)
+    whole = weight + delta.reshape(4096, 2048)
     torch.testing.assert_close(merge_weight(weight, b), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_merging_rounds_once_to_the_dtype_of_the_base():
-    weight, b = torch.randn(64, 64).bfloat16(), (torch.randn(4, 16, 16) * 0.01).bfloat16()
+    weight = torch.randn(64, 64).bfloat16()
+    b = (torch.randn(4, 16, 16) * 0.01).bfloat16()
+    merged = merge_weight(weight, b)
+    assert merged.dtype == torch.bfloat16
     exact = naive_weight(weight.double(), b.double())
-    assert merge_weight(weight, b).dtype == torch.bfloat16
-    assert (
-        merge_weight(weight, b) == exact.to(torch.bfloat16)
-    ).float().mean() > 0.999  # float32 meets a tie of bfloat16 once in a while
+    same = merged == exact.to(torch.bfloat16)
+    # Now and then float32 meets a tie of bfloat16.
+    assert same.float().mean() > 0.999
 
 
 def test_a_new_bone_changes_nothing():
@@ -90,14 +94,15 @@ def test_a_new_bone_changes_nothing():
     "size", [1, 0.02], ids=["most of it through W", "most of it through the tile"]
 )
 def test_a_bone_far_below_one_step_of_bfloat16_still_counts(size):
-    """The change W' x - W x comes out whole on average, though it is a tenth of a bfloat16 step of x and of y."""
+    """The change W' x - W x comes out whole on average, at a tenth of a bfloat16 step of x or y."""
     torch.manual_seed(0)
     linear = BoneLinear((size * torch.randn(64, 128)).bfloat16(), 64)
     nn.init.normal_(linear.bone, std=3e-5 * size)
     x = 1 + torch.rand(50000, 128)
     W = linear.weight.double()
+    merged = naive_weight(W, linear.bone.detach().double())
     before = F.linear(x.double(), W)
-    change = F.linear(x.double(), naive_weight(W, linear.bone.detach().double())) - before
+    change = F.linear(x.double(), merged) - before
     with torch.no_grad():
         ours = linear(x).double() - before
     assert change.abs().mean() < 0.1 * 2**-8 * before.abs().mean()
@@ -111,29 +116,26 @@ def test_autocast_computes_in_bfloat16_and_trains_in_float32(mode):
     with torch.autocast("cpu", torch.bfloat16):
         y = linear(x)
     y.float().square().mean().backward()
-    assert (
-        y.dtype == torch.bfloat16
-        and linear.bone.grad.dtype == torch.float32
-        and x.grad.dtype == torch.float32
-    )
-    exact = F.linear(
-        x.double(), naive_weight(linear.weight.double(), linear.bone.detach().double())
-    )
+    assert y.dtype == torch.bfloat16
+    assert linear.bone.grad.dtype == torch.float32
+    assert x.grad.dtype == torch.float32
+    merged = naive_weight(linear.weight.double(), linear.bone.detach().double())
+    exact = F.linear(x.double(), merged)
     assert ((y.double() - exact).norm() / exact.norm()).item() < 0.01
 
 
 class Tiny(nn.Module):
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList(
-            [nn.ModuleDict({"key": nn.Linear(32, 64, bias=False), "ln": nn.LayerNorm(32)})]
-        )
+        block = {"key": nn.Linear(32, 64, bias=False), "ln": nn.LayerNorm(32)}
+        self.blocks = nn.ModuleList([nn.ModuleDict(block)])
         self.head = nn.Linear(32, 100, bias=False)
 
 
 def test_add_bone_adapts_the_layers_of_the_blocks_and_freezes_the_rest():
     model = add_bone(Tiny(), 16)
-    assert isinstance(model.blocks[0]["key"], BoneLinear) and isinstance(model.head, nn.Linear)
+    assert isinstance(model.blocks[0]["key"], BoneLinear)
+    assert isinstance(model.head, nn.Linear)
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["blocks.0.key.bone"]
     assert model.blocks[0]["key"].bone.shape == (2, 16, 16)
     assert add_bone(Tiny(), 16, "bone").blocks[0]["key"].bone.shape == (16, 64)
@@ -155,9 +157,8 @@ def test_a_checkpoint_brings_its_rank_mode_and_trained_parts(tmp_path):
         model = add_bone(Tiny(), 8, mode)
         nn.init.normal_(model.blocks[0]["key"].bone)
         nn.init.normal_(model.blocks[0]["ln"].weight)
-        saved = {
-            n: p.detach() for n, p in model.named_parameters() if n.endswith("bone") or ".ln." in n
-        }
+        parameters = dict(model.named_parameters())
+        saved = {n: p.detach() for n, p in parameters.items() if "bone" in n or ".ln." in n}
         torch.save(saved, tmp_path / "ckpt.pth")
         loaded = dict(load_bone(Tiny(), tmp_path / "ckpt.pth").named_parameters())
         assert all(torch.equal(loaded[n], t) for n, t in saved.items())
@@ -191,26 +192,26 @@ def test_a_checkpoint_of_another_model_is_refused_and_the_model_left_alone(
     assert isinstance(model.blocks[0]["key"], nn.Linear)
 
 
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Finds the number of elements of the largest tensor that operators return, W's views apart."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight.untyped_storage().data_ptr()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() != self.weight:
+                self.numel = max(self.numel, t.numel())
+        return out
+
+
 def test_no_tensor_of_the_size_of_the_weight_is_made():
-    """Forward and backward allocate activations, never (out, in): with few tokens every tensor stays far smaller than W."""
-    linear, x = (
-        layer("bat", 1024, 1024, 64, torch.float32),
-        torch.randn(2, 1024, requires_grad=True),
-    )
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for t in torch.utils._pytree.tree_leaves(out):
-                if (
-                    isinstance(t, torch.Tensor)
-                    and t.untyped_storage().data_ptr() != linear.weight.untyped_storage().data_ptr()
-                ):
-                    largest = max(largest, t.numel())
-            return out
-
-    with Watch():
+    """Forward and backward make activations, never (out, in): with few tokens all are small."""
+    linear = layer("bat", 1024, 1024, 64, torch.float32)
+    x = torch.randn(2, 1024, requires_grad=True)
+    with LargestTensor(linear.weight) as largest:
         linear(x).sum().backward()
-    assert 0 < largest <= linear.bone.numel()
+    assert 0 < largest.numel <= linear.bone.numel()

@@ -1,4 +1,7 @@
-"""merge.py: the merged model is base + bone, made in little memory and never over its sources. generate.py: text is whole, repeatable."""
+"""merge.py: the merged model is base + bone, made in little memory and never over its sources.
+
+generate.py: text is whole, and repeatable.
+"""
 
 import json
 import os
@@ -38,12 +41,10 @@ def tiny(dtype=torch.float32, n_embd=64, vocab_size=300, n_layer=2):
 
 
 def trained(base, mode="bat", r=16):
-    """A checkpoint as training leaves it: bones, and time and ln parts that have moved, in the dtype of the base in the file `base`."""
+    """A checkpoint as training leaves it: bones, time and ln parts, in the dtype of file `base`."""
     torch.manual_seed(1)
-    dtype, model = (
-        torch.load(base, weights_only=True)["emb.weight"].dtype,
-        bone.add_bone(checkpoint.load_model(base), r, mode),
-    )
+    dtype = torch.load(base, weights_only=True)["emb.weight"].dtype
+    model = bone.add_bone(checkpoint.load_model(base), r, mode)
     parts = {
         name: p.detach()
         for name, p in model.named_parameters()
@@ -54,8 +55,9 @@ def trained(base, mode="bat", r=16):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """base.pth and ckpt.pth, small; world.pth and world_ckpt.pth, of one block, with the whole World vocabulary. One thread is enough."""
-    folder, threads = tmp_path_factory.mktemp("models"), torch.get_num_threads()
+    """base.pth and ckpt.pth, small; world.pth and world_ckpt.pth, with the World vocabulary."""
+    folder = tmp_path_factory.mktemp("models")
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for base, tuned, content in (
         ("base", "ckpt", tiny()),
@@ -90,12 +92,10 @@ def refused(capsys, main):
     with pytest.raises(SystemExit) as end:
         cli.run_cli(main)
     error = capsys.readouterr().err
-    assert (
-        end.value.code == 2
-        and error.startswith("error: ")
-        and error.count("\n") == 1
-        and contents() == before
-    )
+    assert end.value.code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert contents() == before
     return error
 
 
@@ -111,7 +111,7 @@ def command(line, **options):
     )
 
 
-# ---- merge.py -----------------------------------------------------------------------------------------------------------------
+# ---- merge.py -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -122,41 +122,39 @@ def test_the_merged_model_is_base_and_bone(capsys, dtype, mode, near):
     torch.save(tiny(dtype), "base.pth")
     torch.save(trained("base.pth", mode), "ckpt.pth")
     merge.merge("base.pth", "ckpt.pth", "tuned.pth")
-    base, tensors, tuned = read("base.pth"), read("ckpt.pth"), read("tuned.pth")
-    assert {n: (t.shape, t.dtype) for n, t in tuned.items()} == {
-        n: (t.shape, t.dtype) for n, t in base.items()
-    }
+    base = read("base.pth")
+    tensors = read("ckpt.pth")
+    tuned = read("tuned.pth")
+    assert tuned.keys() == base.keys()
     for name, tensor in tuned.items():
-        bones = name.removesuffix("weight") + "bone" in tensors
-        assert bones != tensor.equal(tensors.get(name, base[name])), (
-            name
-        )  # trained parts taken over, the rest untouched
-    whole, apart = (
-        checkpoint.load_model("tuned.pth", torch.float32),
-        checkpoint.load_bone(checkpoint.load_model("base.pth", torch.float32), "ckpt.pth"),
+        assert tensor.shape == base[name].shape
+        assert tensor.dtype == base[name].dtype
+        # Trained parts are taken over, weights with a bone change, the rest is untouched.
+        has_bone = name.removesuffix("weight") + "bone" in tensors
+        assert has_bone != tensor.equal(tensors.get(name, base[name])), name
+    merged = checkpoint.load_model("tuned.pth", torch.float32)
+    with_bone = checkpoint.load_bone(checkpoint.load_model("base.pth", torch.float32), "ckpt.pth")
+    idx = torch.randint(300, (2, 40))
+    expected = with_bone(idx)
+    assert (merged(idx) - expected).norm() <= near * expected.norm()
+    others = len(tensors) - 16
+    words = (
+        f"merged 16 weights (Bone {mode}, r 16) and {others} other trained tensors into base.pth"
     )
-    expected = apart(idx := torch.randint(300, (2, 40)))
-    assert (whole(idx) - expected).norm() <= near * expected.norm()
-    said = capsys.readouterr().out
-    assert (
-        f"merged 16 weights (Bone {mode}, r 16) and {len(tensors) - 16} other trained tensors into base.pth\nwrote tuned.pth"
-        in said
-    )
+    assert f"{words}\nwrote tuned.pth" in capsys.readouterr().out
 
 
 def test_a_base_that_training_takes_merging_takes():
-    flat = {
-        name: tensor.reshape(-1) if "time_maa" in name and tensor.shape[:2] == (1, 1) else tensor
-        for name, tensor in tiny().items()
-    }
-    torch.save(flat, "base.pth")
-    torch.save(trained("base.pth"), "ckpt.pth")  # (1, 1, C), as the model has them
+    """A base with time_maa_* of shape (C,): the model, and the checkpoint, have (1, 1, C)."""
+    base = tiny()
+    for name, tensor in base.items():
+        if "time_maa" in name and tensor.shape[:2] == (1, 1):
+            base[name] = tensor.reshape(-1)
+    torch.save(base, "base.pth")
+    torch.save(trained("base.pth"), "ckpt.pth")
     merge.merge("base.pth", "ckpt.pth", "tuned.pth")
-    assert (
-        read("tuned.pth")["blocks.1.att.time_maa_x"]
-        .flatten()
-        .equal(read("ckpt.pth")["blocks.1.att.time_maa_x"].flatten())
-    )
+    name = "blocks.1.att.time_maa_x"
+    assert read("tuned.pth")[name].flatten().equal(read("ckpt.pth")[name].flatten())
 
 
 def test_a_merge_cut_short_leaves_what_was_there(monkeypatch):
@@ -169,7 +167,8 @@ def test_a_merge_cut_short_leaves_what_was_there(monkeypatch):
     monkeypatch.setattr(torch, "save", cut_short)
     with pytest.raises(SystemExit) as end:
         cli.run_cli(lambda: merge.merge("base.pth", "ckpt.pth", "tuned.pth"))
-    assert end.value.code == 130 and contents() == before
+    assert end.value.code == 130
+    assert contents() == before
 
 
 def spoil(name, tensor):
@@ -206,7 +205,8 @@ def spoil(name, tensor):
         ),
         (
             "ckpt.pth base.pth tuned.pth",
-            "ckpt.pth: a Bone checkpoint, not a base model; the order is merge.py base checkpoint output",
+            "ckpt.pth: a Bone checkpoint, not a base model; "
+            "the order is merge.py base checkpoint output",
             None,
         ),
         ("ckpt.pth ckpt.pth tuned.pth", "the order is merge.py base checkpoint output", None),
@@ -250,7 +250,8 @@ def spoil(name, tensor):
 def test_merging_refuses_what_does_not_belong_together_and_harms_nothing(
     capsys, paths, says, prepare
 ):
-    prepare and prepare()
+    if prepare:
+        prepare()
     assert says in refused(capsys, lambda: merge.merge(*paths.split()))
 
 
@@ -258,7 +259,9 @@ MEASURE = """
 import sys, torch, tqdm
 import merge
 def memory(name):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
+    for line in open("/proc/self/status"):
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
 before = memory("VmRSS")
 merge.merge("big.pth", "bones.pth", sys.argv[1])
 print(memory("VmHWM") - before)
@@ -283,7 +286,8 @@ def test_merging_holds_a_tensor_at_a_time_whatever_the_size_of_the_base(out):
         env=os.environ | {"PYTHONPATH": str(HERE)},
     )
     assert end.returncode == 0, end.stderr
-    size, peak = os.path.getsize("big.pth"), int(end.stdout.splitlines()[-1])
+    size = os.path.getsize("big.pth")
+    peak = int(end.stdout.splitlines()[-1])
     assert peak < 0.5 * size, f"{peak / 1e9:.2f} GB for a base of {size / 1e9:.2f} GB"
     assert abs(os.path.getsize(out) - size) < 10_000
 

@@ -1,4 +1,7 @@
-"""quant.py: nf4 is that of bitsandbytes bit for bit, int8 better than its 8 bits, and a quantized base trains, merges and speaks like its own weights."""
+"""quant.py: nf4 is that of bitsandbytes bit for bit, and int8 is better than its 8 bits.
+
+A model on a quantized base trains, merges and writes as one on the dequantized weights does.
+"""
 
 import json
 import os
@@ -23,16 +26,19 @@ FIXTURE = os.path.join(os.path.dirname(__file__), "fixtures", "x060_bone.pth")
 
 
 def matrix(out_features=192, in_features=128, dtype=torch.bfloat16):
-    """Normal weights, with what may trouble: rows of zeros, an outlier, a row far larger and one far smaller than the others."""
+    """Normal weights, with rows of zeros, an outlier, a far larger row and a far smaller one."""
     torch.manual_seed(0)
     weight = 0.02 * torch.randn(out_features, in_features)
-    weight[:2], weight[3, 5], weight[4], weight[5] = 0, 3.0, 50 * weight[4], 1e-3 * weight[5]
+    weight[:2] = 0
+    weight[3, 5] = 3.0
+    weight[4] *= 50
+    weight[5] *= 1e-3
     return weight.to(dtype)
 
 
 @pytest.fixture
 def base(tmp_path, monkeypatch):
-    """Stands in a folder with base.pth and ckpt.pth, the reference's tiny model. Returns the fixture."""
+    """Change to a folder with base.pth and ckpt.pth, the reference's tiny model, and give both."""
     monkeypatch.chdir(tmp_path)
     fixture = torch.load(FIXTURE, weights_only=True)
     torch.save(fixture["base"], "base.pth")
@@ -46,15 +52,15 @@ def test_nf4_is_that_of_bitsandbytes(dtype):
     weight = matrix(dtype=dtype)
     codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     q = quant.quantize(weight, "nf4")
-    assert q.codes.flatten().equal(codes.flatten()) and q.scale.equal(state.absmax)
+    assert q.codes.flatten().equal(codes.flatten())
+    assert q.scale.equal(state.absmax)
     state.dtype = torch.float32
     assert q.dequantize(torch.float32).equal(bnb.dequantize_4bit(codes, state))
     state.dtype = torch.bfloat16
-    mine, theirs = (
-        x.view(torch.int16).int()
-        for x in (q.dequantize(torch.bfloat16), bnb.dequantize_4bit(codes, state))
-    )
-    assert (mine - theirs).abs().max() <= 2  # units in the last place
+    mine = q.dequantize(torch.bfloat16).view(torch.int16).int()
+    theirs = bnb.dequantize_4bit(codes, state).view(torch.int16).int()
+    # In units in the last place.
+    assert (mine - theirs).abs().max() <= 2
 
 
 def test_every_code_of_nf4_comes_back_as_its_value():
@@ -73,7 +79,7 @@ def test_every_code_of_nf4_comes_back_as_its_value():
     ],
 )
 def test_int8_is_nearer_to_the_weight_than_the_8_bits_of_bitsandbytes(blocksize, weight):
-    """4096 is its default. (Of its 8 bits those of blocks of 64 numbers with heavy tails alone, the cubes, are nearer.)"""
+    """4096 is the default of bitsandbytes. Only with heavy tails and blocks of 64 is it nearer."""
     bnb = pytest.importorskip("bitsandbytes.functional")
     mine = quant.quantize(weight, "int8").dequantize(torch.float32)
     theirs = bnb.dequantize_blockwise(*bnb.quantize_blockwise(weight, blocksize=blocksize))
@@ -92,26 +98,26 @@ def test_int8_is_off_by_half_a_step_at_most():
     weight = matrix(dtype=torch.float32)
     q = quant.quantize(weight, "int8")
     error = (q.dequantize(torch.float32) - weight).view(-1, 64).abs().amax(1)
-    assert (error <= 0.5001 * q.scale.float()).all() and (
-        q.scale.float() <= 1.01 * weight.view(-1, 64).abs().amax(1) / 127
-    ).all()
+    assert (error <= 0.5001 * q.scale.float()).all()
+    assert (q.scale.float() <= 1.01 * weight.view(-1, 64).abs().amax(1) / 127).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantized_layer_is_the_linear_layer_of_its_own_weight_and_keeps_no_dense_one(kind):
     q = quant.quantize(matrix(), kind)
-    x, gy = torch.randn(2, 5, 128).bfloat16().requires_grad_(), torch.randn(2, 5, 192).bfloat16()
+    x = torch.randn(2, 5, 128).bfloat16().requires_grad_()
+    gy = torch.randn(2, 5, 192).bfloat16()
     saved = []
-    with (
-        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
-        LiveBytes([x, gy, *q.buffers()]) as live,
-    ):
+    remember = torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None)
+    with remember, LiveBytes([x, gy, *q.buffers()]) as live:
         y = q(x)
-        assert live.now == y.nbytes and not saved
+        assert live.now == y.nbytes
+        assert not saved
         (gx,) = torch.autograd.grad(y, x, gy)
     x2 = x.detach().requires_grad_()
     y2 = F.linear(x2, q.dequantize(torch.bfloat16))
-    assert y.equal(y2) and gx.equal(torch.autograd.grad(y2, x2, gy)[0])
+    assert y.equal(y2)
+    assert gx.equal(torch.autograd.grad(y2, x2, gy)[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -141,9 +147,8 @@ def test_nothing_temporary_is_larger_than_one_layer(kind):
     weight = torch.randn(4096, 1024).bfloat16()
     with LiveBytes([weight]) as live:
         q = quant.quantize(weight, kind)
-    assert (
-        live.peak < 2 * sum(b.nbytes for b in q.buffers()) + 30e6
-    )  # the pieces and what they are joined to; a piece's float32
+    # The chunks and what they are joined to; a chunk in float32.
+    assert live.peak < 2 * sum(b.nbytes for b in q.buffers()) + 30e6
     with LiveBytes(q.buffers()) as live:
         dense = q.dequantize(torch.bfloat16)
     assert live.peak < dense.nbytes + 10e6
@@ -169,30 +174,21 @@ def test_a_model_whose_matrices_do_not_fit_the_block_is_refused_with_the_matrix_
     torch.manual_seed(0)
     odd = rwkv6.init_model(1, 20, 50, head_size=4)
     torch.save(odd.state_dict(), "odd.pth")
-    with pytest.raises(
-        ValueError,
-        match=r"odd.pth: blocks.0.att.receptance.weight: a weight of 20 x 20 is not a multiple of 64",
-    ):
+    words = r"^odd.pth: blocks.0.att.receptance.weight: a weight of 20 x 20 is not a multiple of 64"
+    with pytest.raises(ValueError, match=words):
         checkpoint.load_model("odd.pth", quant="int8")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loading_quantizes_the_matrices_of_the_blocks_alone_from_the_dtype_of_the_file(base, kind):
-    model, plain = (
-        checkpoint.load_model("base.pth", torch.bfloat16, quant=kind),
-        checkpoint.load_model("base.pth", torch.bfloat16),
-    )
+    model = checkpoint.load_model("base.pth", torch.bfloat16, quant=kind)
+    plain = checkpoint.load_model("base.pth", torch.bfloat16)
+    linears = {name for name, m in plain.named_modules() if isinstance(m, torch.nn.Linear)}
     layers = {name: m for name, m in model.named_modules() if isinstance(m, quant.Quantized)}
-    assert set(layers) == {
-        name
-        for name, m in plain.named_modules()
-        if isinstance(m, torch.nn.Linear) and name != "head"
-    }
-    assert all(
-        q.dtype == torch.bfloat16
-        and q.codes.equal(quant.quantize(base["base"][f"{name}.weight"], kind).codes)
-        for name, q in layers.items()
-    )
+    assert set(layers) == linears - {"head"}
+    for name, q in layers.items():
+        assert q.dtype == torch.bfloat16
+        assert q.codes.equal(quant.quantize(base["base"][f"{name}.weight"], kind).codes)
     assert all(p.equal(plain.get_parameter(name)) for name, p in model.named_parameters())
     assert checkpoint.weight_shapes(model) == checkpoint.weight_shapes(plain)
 
@@ -201,65 +197,67 @@ def test_loading_quantizes_the_matrices_of_the_blocks_alone_from_the_dtype_of_th
 def test_training_saving_and_merging_under_quantization_give_the_logits_of_training_time(
     base, capsys, kind
 ):
-    corpus.write_binidx("x", [[1 + (7 * i + t) % 60 for t in range(30)] + [0] for i in range(12)])
-    flags = f"--load_model base.pth --data_file x --bone_r 32 --ctx_len 32 --micro_bsz 4 --lr_init 1e-2 --lr_final 1e-2 --precision fp32 --quant {kind}"
+    documents = [[*(1 + (7 * i + t) % 60 for t in range(30)), 0] for i in range(12)]
+    corpus.write_binidx("x", documents)
+    flags = (
+        "--load_model base.pth --data_file x --bone_r 32 --ctx_len 32 --micro_bsz 4 "
+        f"--lr_init 1e-2 --lr_final 1e-2 --precision fp32 --quant {kind}"
+    )
     train.train(train.parse_args(flags.split()))
     model = checkpoint.load_bone(checkpoint.load_model("base.pth", quant=kind), "out/rwkv-0.pth")
-    merge.merge("base.pth", "out/rwkv-0.pth", "tuned.pth")  # args.json remembers
+    # args.json says how it was trained.
+    merge.merge("base.pth", "out/rwkv-0.pth", "tuned.pth")
     assert f"{kind} base" in capsys.readouterr().out
-    merged, plain = checkpoint.load_model("tuned.pth"), checkpoint.load_model("base.pth")
+    merged = checkpoint.load_model("tuned.pth")
+    plain = checkpoint.load_model("base.pth")
     with torch.no_grad():
         expected, found, untouched = (m(base["idx"]) for m in (model, merged, plain))
     bound = 1e-4 if base["base"]["emb.weight"].dtype == torch.float32 else 2e-2
     assert (found - expected).norm() < bound * (expected - untouched).norm()
-    with pytest.raises(
-        ValueError, match=rf"trained with --quant {kind} \(out/args.json\), but --quant is none"
-    ):
+    words = rf"trained with --quant {kind} \(out/args.json\), but --quant is none"
+    with pytest.raises(ValueError, match=words):
         merge.merge("base.pth", "out/rwkv-0.pth", "again.pth", quant="none")
     assert not os.path.exists("again.pth")
-    shutil.copy("out/rwkv-0.pth", "moved.pth")  # no args.json there: the flag stands in
+    # Without an args.json beside the checkpoint, the flag takes its place.
+    shutil.copy("out/rwkv-0.pth", "moved.pth")
     merge.merge("base.pth", "moved.pth", "again.pth", quant=kind)
-    assert all(
-        map(
-            torch.equal,
-            archive.read_checkpoint("again.pth").values(),
-            archive.read_checkpoint("tuned.pth").values(),
-        )
-    )
+    again = archive.read_checkpoint("again.pth")
+    tuned = archive.read_checkpoint("tuned.pth")
+    assert all(map(torch.equal, again.values(), tuned.values()))
 
 
 def test_arguments_that_are_none_are_refused(base):
     for content in ("{", "[]", '{"quant": "4bit"}'):
         with open("args.json", "w") as f:
             f.write(content)
-        with pytest.raises(ValueError, match="args.json: not the arguments of a training run"):
+        with pytest.raises(ValueError, match=r"args.json: not the arguments of a training run"):
             archive.trained_quant("ckpt.pth", None)
+    # A version without --quant wrote this.
     with open("args.json", "w") as f:
-        json.dump({"bone_r": 64}, f)  # of a version that had no --quant
-    assert (
-        archive.trained_quant("ckpt.pth", "nf4") == "nf4"
-        and archive.trained_quant("ckpt.pth", None) == "none"
-    )
+        json.dump({"bone_r": 64}, f)
+    assert archive.trained_quant("ckpt.pth", "nf4") == "nf4"
+    assert archive.trained_quant("ckpt.pth", None) == "none"
 
 
 def test_quantized_training_reaches_the_loss_of_bfloat16(base):
-    losses, first = {}, None
+    losses = {}
+    first = None
     for kind in ("none", "int8", "nf4"):
         model = bone.add_bone(checkpoint.load_model("base.pth", torch.bfloat16, quant=kind), 32)
         for name, p in model.named_parameters():
             p.requires_grad_(p.requires_grad or "time" in name or "ln" in name)
         optimizer = train.make_optimizer(model, 2e-3)
-        idx, mask = base["idx"], base["mask"].float()
+        idx = base["idx"]
+        mask = base["mask"].float()
         for _ in range(20):
             with torch.autocast("cpu", torch.bfloat16):
                 loss, _ = train.loss_fn(model, idx[:, :-1], idx[:, 1:], mask)
-            first = loss.item() if first is None else first
+            if first is None:
+                first = loss.item()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         losses[kind] = loss.item()
-    assert (
-        losses["none"] < 0.5 < 5 < first
-        and losses["int8"] < 1.01 * losses["none"]
-        and losses["nf4"] < 1.05 * losses["none"]
-    )
+    assert losses["none"] < 0.5 < 5 < first
+    assert losses["int8"] < 1.01 * losses["none"]
+    assert losses["nf4"] < 1.05 * losses["none"]

@@ -29,6 +29,7 @@ import memory
 import plan
 import rwkv6
 import train
+from passes import Passes
 
 EXPECTED = memory.expected
 DEFAULTS = (
@@ -228,7 +229,7 @@ def test_held_out_loss_is_the_mean_over_its_tokens_before_and_after(capsys):
                 types.SimpleNamespace(
                     model=model,
                     plan=types.SimpleNamespace(data=plan.TrainingData.open(options, 300)),
-                    passes=passes.Passes(),
+                    passes=Passes(),
                     device=torch.device("cpu"),
                 )
             )
