@@ -115,7 +115,7 @@ def launch(devices: int, num_nodes: int) -> None:
             elastic_launch(config, sys.executable)(*sys.argv)
     except ChildFailedError as failed:
         failed_rank, failure = failed.get_first_failure()
-        if failure.exitcode > 0:
+        if failure.exitcode > 0:  # the rank has said why
             sys.exit(failure.exitcode)
         raise ValueError(
             f"rank {failed_rank} of {devices * num_nodes} was ended by {failure.signal_name()}, "
@@ -160,8 +160,8 @@ def meeting_place(num_nodes: int) -> dict[str, Any]:
     }
 
 
-def why_not_met(error: dist.DistError, endpoint: str) -> str:
-    """Say in one line why this machine did not meet the others."""
+def why_not_met(error: RuntimeError, endpoint: str) -> str:
+    """Say in one line why ranks, or machines, did not meet."""
     if "EADDRINUSE" in str(error):
         port = endpoint.rpartition(":")[2]
         return (
@@ -169,7 +169,7 @@ def why_not_met(error: dist.DistError, endpoint: str) -> str:
             "set another MASTER_PORT, the same on all machines"
         )
     first_line = str(error).partition("\n")[0]
-    return f"the machines did not meet at {endpoint} ({first_line}); is its port open?"
+    return f"the ranks did not meet at {endpoint} ({first_line}); is its port open?"
 
 
 @contextlib.contextmanager
@@ -237,7 +237,7 @@ def join_world(device: torch.device) -> None:
             f"WORLD_SIZE is set, but not {', '.join(missing)}; "
             "unset it, or start the ranks by torchrun"
         )
-    backends = "cpu:gloo"
+    backends = "gloo"
     if device.type != "cpu":
         available = torch.accelerator.device_count()
         if local_rank() >= available:
@@ -246,9 +246,13 @@ def join_world(device: torch.device) -> None:
                 f"but PyTorch sees {available} GPUs"
             )
         torch.accelerator.set_device_index(local_rank())
-        backends += f",{device.type}:{dist.get_default_backend_for_device(device)}"
-    with ended_by_signals():
-        dist.init_process_group(backends, timeout=LONGEST_WAIT)
+        backends = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+    try:
+        with ended_by_signals():
+            dist.init_process_group(backends, timeout=LONGEST_WAIT)
+    except RuntimeError as error:
+        endpoint = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(f"rank {rank()}: {why_not_met(error, endpoint)}") from error
 
 
 def is_lost_connection(error: RuntimeError) -> bool:

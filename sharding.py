@@ -186,11 +186,11 @@ def shard(model: RWKV, strategy: str, device: torch.device) -> None:
 def quantized_to_parameters(model: RWKV, strategy: str) -> None:
     """Make parameters of the buffers of quantized layers: FSDP2 shares out only parameters.
 
-    ValueError where PyTorch is too old for that.
+    CollectiveError where PyTorch is too old for that.
     """
     layers = [module for module in model.modules() if isinstance(module, Quantized)]
     if layers and not shares_out_integers():
-        raise ValueError(
+        raise devices.CollectiveError(
             f"--strategy {strategy} shares out a quantized base with PyTorch 2.12 or newer, "
             f"and this is {torch.__version__}; "
             "use deepspeed_stage_2, or --quant none, or install a newer one"

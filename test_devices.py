@@ -675,7 +675,7 @@ def test_what_cannot_be_started_is_refused(monkeypatch):
         run("--num_nodes 2")
 
 
-def test_what_the_environment_says_of_ranks_must_be_whole(monkeypatch):
+def test_what_the_environment_says_of_ranks_is_checked(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     run("--epoch_steps 1")  # a RANK alone makes no world
     assert os.path.exists("out/rwkv-0.pth")
@@ -689,6 +689,13 @@ def test_what_the_environment_says_of_ranks_must_be_whole(monkeypatch):
     says = "WORLD_SIZE is set, but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT; unset it, or start"
     with pytest.raises(ValueError, match=says):
         run("")
+    with socket.socket() as s:
+        s.bind(("", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+        for name, value in (where | {"RANK": "0", "LOCAL_RANK": "0"}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=f"port {where['MASTER_PORT']} is taken"):
+            run("")
 
 
 # ---- memory ------------------------------------------------------------------------------------
@@ -727,9 +734,11 @@ def test_a_dry_run_says_what_each_rank_takes(true_memory, capsys):  # noqa: F811
 
 
 if __name__ == "__main__":
-    without_delays(pytest.MonkeyPatch())
+    patch = pytest.MonkeyPatch()
+    without_delays(patch)
     torch.distributed.init_process_group("gloo")
-    devices.world = lambda *_: contextlib.nullcontext()  # the group is there already
+    # The group is there already.
+    patch.setattr(devices, "world", contextlib.nullcontext)
     with contextlib.ExitStack() as silence:
         if devices.rank():
             nowhere = silence.enter_context(open(os.devnull, "w"))
