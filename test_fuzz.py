@@ -24,13 +24,13 @@ from safetensors.torch import load_file
 
 import bone
 import cli
-import compiled
 import corpus
 import data
 import generate
 import merge
 import tokenizer
 import train
+import wkv6
 from quant import quantize
 from test_train import bone_of, counting, tiny
 
@@ -537,7 +537,7 @@ def peak():
 def fuzz(count, seed=0):
     """Try `count` inputs. Returns the verdicts; AssertionError at the first that is wrong."""
     torch.set_num_threads(1)
-    compiled.load()
+    wkv6.kernel_problem()
     verdicts, running = [], {}
     with tempfile.TemporaryDirectory() as folder:
         prepared = pathlib.Path(folder, "prepared")

@@ -174,6 +174,10 @@ torch.library.register_autograd(
 def kernel_problem(device="cpu"):
     """Load the compiled kernel for a type of device, compiling it first where needed.
 
-    Returns "" or, in one line, why it cannot be had.
+    Returns "" or, in one line, why it is unavailable.
     """
-    return compiled.load(device)
+    try:
+        compiled.load(device)
+    except compiled.KernelUnavailable as error:
+        return str(error)
+    return ""
