@@ -233,7 +233,11 @@ def expected_memory(args, device, longest=None):
     def parts_of(tokens):
         model, *_ = build_model(args, torch.device("meta"))  # which has other tensors afterwards
         return memory.expected(
-            model, lambda: outputs(model, tokens), device, earlier, parts_of_gradients
+            model,
+            lambda: outputs(model, tokens),
+            device,
+            accumulate=earlier,
+            gradient_shards=parts_of_gradients,
         )
 
     few = (

@@ -74,7 +74,7 @@ def folder(base_file, tmp_path, monkeypatch):
     take longer than the training."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        memory, "expected", lambda *_: {"weights": 0, "optimizer": 0, "workspace": 0}
+        memory, "expected", lambda *_, **__: {"weights": 0, "optimizer": 0, "workspace": 0}
     )
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     shutil.copy(base_file, "base.pth")

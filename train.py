@@ -291,7 +291,7 @@ def run(args, device, built):
     )
     shares = devices.shares(args.strategy)
     if device.type == "cpu":
-        memory.give_back_freed() if shares[2] else memory.reuse_freed()
+        memory.give_back_freed()
     model, saved_names, save_dtype = (
         build_shares(args, device) if shares[1] else build_model(args, device)
     )
