@@ -1,63 +1,90 @@
-"""The figures that the README quotes: `python bench.py` for speed, or its parts alone: `python bench.py layer`, `step`, `quantized`,
-`infctx`, `loss`, `wkv`; and `python bench.py memory` (or `memory 1.6B nf4`, say), which trains models of the true sizes for an hour, and
-`memory long`, rows of 65,536 tokens, and `memory ranks`, several devices. `python bench.py launches` counts what a step asks of a GPU,
-and `python bench.py gpu` (bench_gpu.py) measures on one all that a GPU changes, and writes a report.
+"""The figures of the documents: `python bench.py` for speed, each beside its aim.
 
-A figure of speed is a ratio. What is compared runs in turn, round after round, in one process; the ratio of each round is taken, and
-their median printed: a machine that is shared, or slows down, slows both sides. Times, medians too, are there for orientation.
+One need not read this to understand Bone. Parts alone: `python bench.py layer`, `step`,
+`quantized`, `infctx`, `loss`, `wkv`. Beside speed:
+
+    python bench.py memory          train models of the true sizes, for an hour (bench_memory.py);
+                                    or `memory 1.6B nf4`, say, `memory long`, `memory ranks`
+    python bench.py launches        count what a step asks of a GPU (launches.py)
+    python bench.py gpu             measure on a GPU, and write a report (bench_gpu.py)
+
+A figure of speed is a ratio. What is compared runs in turn, round after round, in one process. The
+ratio of each round is taken, and their median printed: a shared machine, or one that slows down,
+slows both sides. Times, medians too, are for orientation.
 """
 
 import functools
-import os
-import re
 import statistics
-import subprocess
 import sys
-import tempfile
 import timeit
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-import build
-import corpus
 import data
-import devices
 import rwkv6
 import train
-from archive import save_stream
 from bone import BoneLinear, add_bone
 from cli import run_cli
 from loss import count_tokens
-from memory import reuse_freed
+from passes import Passes
 from quant import quantize, to_dense
 from wkv6 import kernel_problem, wkv6
 
-N_EMBD, DIM_FFN, R = 2048, 7168, 64  # RWKV-6 1.6B
-VOCAB = 65536 * 2 // 24  # a head in the same proportion to 2 blocks as the real one is to 24
+# RWKV-6 1.6B.
+N_EMBD, DIM_FFN, R = 2048, 7168, 64
+# A head in the same proportion to 2 blocks as the real one is to 24.
+VOCAB = 65536 * 2 // 24
+
+Times = list[dict[str, float]]  # of each round, {name: seconds}
 
 
-def in_turn(rounds, **functions):
-    """[{name: seconds of that function}], a dict per round; a first round is not counted."""
-    return [
-        {name: timeit.timeit(function, number=1) for name, function in functions.items()}
-        for _ in range(rounds + 1)
-    ][1:]
+# ---- how ratios are measured and printed -------------------------------------------------------
 
 
-def row(what, times, a, b, sign, aim):
-    """Print the ratio a / b, and whether it meets its aim: "<=", 1.15, say."""
-    ratio = statistics.median(t[a] / t[b] for t in times)
-    met = "met" if (ratio <= aim if sign == "<=" else ratio >= aim) else "NOT MET"
-    a, b = (f"{1000 * statistics.median(t[name] for t in times):8.1f} ms" for name in (a, b))
-    print(f"{what:<62} {a} / {b} = {ratio:5.2f}   ({sign} {aim}: {met})", flush=True)
+def in_turn(rounds: int, **functions: Callable[[], object]) -> Times:
+    """Time functions in turn, round after round. A first round does not count."""
+    times = []
+    for _ in range(rounds + 1):
+        times.append({name: timeit.timeit(f, number=1) for name, f in functions.items()})
+    return times[1:]
+
+
+def row(
+    what: str,
+    times: Times,
+    a: str,
+    *,
+    to: str,
+    at_most: float | None = None,
+    at_least: float = 0.0,
+) -> None:
+    """Print the ratio of a's time to that of `to`, and whether it meets its aim."""
+    ratio = statistics.median(t[a] / t[to] for t in times)
+    if at_most is not None:
+        aim = f"<= {at_most}"
+        met = ratio <= at_most
+    else:
+        aim = f">= {at_least}"
+        met = ratio >= at_least
+    ms = {name: 1000 * statistics.median(t[name] for t in times) for name in (a, to)}
+    print(
+        f"{what:<62} {ms[a]:8.1f} ms / {ms[to]:8.1f} ms = {ratio:5.2f}"
+        f"   ({aim}: {'met' if met else 'NOT MET'})",
+        flush=True,
+    )
+
+
+# ---- models ------------------------------------------------------------------------------------
 
 
 class BuiltLinear(BoneLinear):
     """The straightforward way: build W' in every step, all in bfloat16."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         dtype = self.weight.dtype
         weight = to_dense(self.weight, dtype)
         blocks = weight.unflatten(0, (-1, self.r)).unflatten(2, (-1, self.r))
@@ -67,44 +94,13 @@ class BuiltLinear(BoneLinear):
         return F.linear(x.to(dtype), weight + delta)
 
 
-def layer_functions(in_features, out_features, tokens, *, r=R, device="cpu"):
-    """Return {name: function} of one layer, forward and backward: frozen, with Bone, building W'."""
-    weight = (0.02 * torch.randn(out_features, in_features, device=device)).bfloat16()
-    x = torch.randn(tokens, in_features, device=device).bfloat16().requires_grad_()
-    gy = torch.randn(tokens, out_features, device=device).bfloat16()
-    layers = {
-        "frozen": functools.partial(F.linear, weight=weight),
-        "bone": BoneLinear(weight, r),
-        "built": BuiltLinear(weight, r),
-    }
-    return {name: lambda layer=layer: layer(x).backward(gy) for name, layer in layers.items()}
+def random_model(
+    config: rwkv6.Config, quant: str | None = None, device: torch.device | str = "cpu"
+) -> rwkv6.RWKV:
+    """Return a bfloat16 model of random weights, made on its device one by one.
 
-
-def layer():
-    print(f"\none layer, bat r {R}, bfloat16, forward + backward")
-    for out_features in (N_EMBD, DIM_FFN):
-        for T in (512, 1024):
-            times = in_turn(15, **layer_functions(N_EMBD, out_features, T))
-            row(
-                f"{N_EMBD} -> {out_features}, {T} tokens: Bone / the frozen layer",
-                times,
-                "bone",
-                "frozen",
-                "<=",
-                1.15,
-            )
-            row(
-                f"{N_EMBD} -> {out_features}, {T} tokens: building W' / Bone",
-                times,
-                "built",
-                "bone",
-                ">=",
-                1.5,
-            )
-
-
-def random_model(config, quant=None, device="cpu"):
-    """A bfloat16 model of random weights, made on its device one by one; quant: int8, nf4 or None."""
+    quant: int8, nf4 or None.
+    """
     with torch.device("meta"):
         model = rwkv6.RWKV(config)
     for name, p in list(model.named_parameters()):
@@ -119,7 +115,7 @@ def random_model(config, quant=None, device="cpu"):
     return model
 
 
-def add_lora(model, r):
+def add_lora(model: rwkv6.RWKV, r: int) -> None:
     """Put peft's LoRA into the linear layers of the blocks, with as many parameters as bat has."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -132,8 +128,8 @@ def add_lora(model, r):
     inject_adapter_in_model(config, model)
 
 
-def fine_tuned(model, kind, r=R):
-    """Make `model` one that is fine-tuned by `kind`: bone, built (W') or lora (peft). Returns it."""
+def fine_tuned(model: rwkv6.RWKV, kind: str, r: int = R) -> rwkv6.RWKV:
+    """Make `model` one that is fine-tuned by `kind`: bone, built (W') or lora (peft). Return it."""
     if kind == "lora":
         add_lora(model, r)
     else:
@@ -146,52 +142,122 @@ def fine_tuned(model, kind, r=R):
     return model
 
 
-def set_layers(model, layer_class):
-    """Make the layers with Bone BoneLinear or BuiltLinear, which compute the same."""
+def set_layers(model: nn.Module, layer_class: type[BoneLinear]) -> None:
+    """Turn the layers with Bone into BoneLinear or BuiltLinear, which compute the same."""
     for module in model.modules():
         if isinstance(module, BoneLinear):
             module.__class__ = layer_class
 
 
-def model_2_blocks(kind, quant=None):
-    """Two blocks of the 1.6B model with random weights, fine-tuned by `kind`."""
+def model_2_blocks(kind: str, quant: str | None = None) -> rwkv6.RWKV:
+    """Return two blocks of the 1.6B model with random weights, fine-tuned by `kind`."""
     config = rwkv6.Config(2, N_EMBD, VOCAB, DIM_FFN)
     return fine_tuned(random_model(config, quant), kind)
 
 
-def train_step(model, optimizer, T):
-    """One whole optimizer step on T random tokens, as train.py takes it. Returns the loss."""
+# ---- what is timed -----------------------------------------------------------------------------
+
+
+def layer_functions(
+    in_features: int,
+    out_features: int,
+    tokens: int,
+    *,
+    r: int = R,
+    device: torch.device | str = "cpu",
+) -> dict[str, Callable[[], None]]:
+    """Return {name: forward and backward of one layer}: frozen, with Bone, building W'."""
+    weight = (0.02 * torch.randn(out_features, in_features, device=device)).bfloat16()
+    x = torch.randn(tokens, in_features, device=device).bfloat16().requires_grad_()
+    gy = torch.randn(tokens, out_features, device=device).bfloat16()
+
+    def forward_backward(layer: Callable[[Tensor], Tensor]) -> None:
+        layer(x).backward(gy)
+
+    layers: dict[str, Callable[[Tensor], Tensor]] = {
+        "frozen": functools.partial(F.linear, weight=weight),
+        "bone": BoneLinear(weight, r),
+        "built": BuiltLinear(weight, r),
+    }
+    return {name: functools.partial(forward_backward, layer) for name, layer in layers.items()}
+
+
+def random_micro_batch(vocab_size: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids, targets and mask of one row."""
+    idx, targets = torch.randint(vocab_size, (2, 1, tokens))
+    return idx, targets, torch.ones(1, tokens)
+
+
+def train_step(model: rwkv6.RWKV, optimizer: torch.optim.Optimizer, T: int) -> float:
+    """Take a whole optimizer step on T random tokens, as train.py does. Return the loss."""
     device = model.head.weight.device
-    idx, targets = torch.randint(model.config.vocab_size, (2, 1, T))
-    micro = [(idx, targets, torch.ones(1, T))]
+    micro = [random_micro_batch(model.config.vocab_size, T)]
     counts = count_tokens(micro)
-    autocast = torch.autocast(device.type, torch.bfloat16)
-    losses = train.step(model, data.to_device(micro, device), autocast, counts=counts)
-    scaler = torch.amp.GradScaler(device.type, enabled=False)
-    norm, scale = train.update(optimizer, scaler, 1e-6, sum(losses))
-    [loss, *_] = torch.stack([*losses, norm, scale]).tolist()  # the only wait for a GPU
+    passes = Passes(autocast=torch.autocast(device.type, torch.bfloat16))
+    micro = data.to_device(micro, device)
+    losses = train.accumulate_gradients(model, micro, passes, counts=counts)
+    norm, scale = train.update(optimizer, passes.scaler, sum(losses))
+    # The only wait for a GPU.
+    [loss, *_] = torch.stack([*losses, norm, scale]).tolist()
     return loss
 
 
-def products(matrices, x):
-    """Only the matrix products a step cannot do without: for each (W, times), W x so many times (2: grad_cp repeats it), W^T gy once."""
+def necessary_matrices(model: rwkv6.RWKV) -> list[tuple[Tensor, int]]:
+    """Return what `products` takes. For a quantized weight a random one of its shape stands in."""
+    stand_ins: dict[torch.Size, Tensor] = {}
+    matrices = []
+    for module in model.modules():
+        if not isinstance(module, BoneLinear):
+            continue
+        weight = module.weight
+        if not isinstance(weight, Tensor):
+            shape = weight.shape
+            if shape not in stand_ins:
+                stand_ins[shape] = torch.randn(shape, device=weight.device).bfloat16()
+            weight = stand_ins[shape]
+        matrices.append((weight, 2))
+    return [*matrices, (model.head.weight, 1)]
+
+
+def products(matrices: Iterable[tuple[Tensor, int]], x: dict[int, Tensor]) -> None:
+    """Compute only the matrix products that a step cannot do without.
+
+    matrices: each with how often W x is computed (2: grad_cp repeats it); W^T gy is computed once.
+    x: {width: (tokens, width)}.
+    """
     for W, times in matrices:
         for _ in range(times):
             F.linear(x[W.shape[1]], W)
         x[W.shape[0]] @ W
 
 
-def wkv_function(T, impl, blocks=1, forwards=1, device="cpu"):
-    """A function that runs WKV-6 over T tokens, as `blocks` blocks of the 1.6B model do: `forwards` times forward, once backward."""
-    r, k, v, gy = (
-        torch.randn(blocks, T, 32, 64, device=device).bfloat16().requires_grad_() for _ in range(4)
-    )
-    w, u = (
-        (torch.randn(blocks, T, 32, 64, device=device) - 4).requires_grad_(),
-        torch.randn(32, 64, device=device).requires_grad_(),
-    )
+def products_function(model: rwkv6.RWKV, tokens: int) -> Callable[[], None]:
+    """Return a function that computes the necessary products of a step."""
+    matrices = necessary_matrices(model)
+    device = model.head.weight.device
+    widths = {n for W, _ in matrices for n in W.shape}
+    x = {n: torch.randn(tokens, n, device=device).bfloat16() for n in widths}
+    return functools.partial(products, matrices, x)
 
-    def run():
+
+def wkv_function(
+    T: int,
+    impl: str,
+    *,
+    blocks: int = 1,
+    forwards: int = 1,
+    device: torch.device | str = "cpu",
+) -> Callable[[], None]:
+    """Return a function that runs WKV-6 over T tokens, as `blocks` blocks of the 1.6B model do.
+
+    It runs `forwards` times forward, once backward.
+    """
+    shape = (blocks, T, 32, 64)
+    r, k, v, gy = (torch.randn(shape, device=device).bfloat16().requires_grad_() for _ in range(4))
+    w = (torch.randn(shape, device=device) - 4).requires_grad_()
+    u = torch.randn(32, 64, device=device).requires_grad_()
+
+    def run() -> None:
         for _ in range(forwards):
             y, _ = wkv6(r, k, v, w, u, impl=impl)
         torch.autograd.grad(y, (r, k, v, w, u), gy)
@@ -199,121 +265,129 @@ def wkv_function(T, impl, blocks=1, forwards=1, device="cpu"):
     return run
 
 
-def step():
+# ---- the tables --------------------------------------------------------------------------------
+
+
+def layer() -> None:
+    print(f"\none layer, bat r {R}, bfloat16, forward + backward")
+    for out_features in (N_EMBD, DIM_FFN):
+        for T in (512, 1024):
+            times = in_turn(15, **layer_functions(N_EMBD, out_features, T))
+            what = f"{N_EMBD} -> {out_features}, {T} tokens:"
+            row(f"{what} Bone / the frozen layer", times, "bone", to="frozen", at_most=1.15)
+            row(f"{what} building W' / Bone", times, "built", to="bone", at_least=1.5)
+
+
+def step() -> None:
     models = {kind: model_2_blocks(kind) for kind in ("bone", "built", "lora")}
+    bat = parameter_count(models["bone"], "bone")
+    lora = parameter_count(models["lora"], "lora")
+    print(
+        f"\nwhole training step, 2 blocks of the 1.6B model, vocabulary {VOCAB}, grad_cp; "
+        f"trained: bat {bat:,}, LoRA {lora:,} parameters"
+    )
     optimizers = {kind: train.make_optimizer(model, 1e-6) for kind, model in models.items()}
-    bat, lora = (
-        sum(p.numel() for name, p in models[kind].named_parameters() if kind in name)
-        for kind in ("bone", "lora")
-    )
-    print(
-        f"\nwhole training step, 2 blocks of the 1.6B model, vocabulary {VOCAB}, grad_cp; trained: bat {bat:,}, LoRA {lora:,} parameters"
-    )
-    matrices = [(m.weight, 2) for m in models["bone"].modules() if isinstance(m, BoneLinear)] + [
-        (models["bone"].head.weight, 1)
-    ]
     for T in (512, 1024):
-        x = {n: torch.randn(T, n).bfloat16() for n in (N_EMBD, DIM_FFN, VOCAB)}
-        steps = {
-            kind: lambda kind=kind: train_step(models[kind], optimizers[kind], T) for kind in models
+        functions: dict[str, Callable] = {
+            kind: functools.partial(train_step, model, optimizers[kind], T)
+            for kind, model in models.items()
         }
-        times = in_turn(
-            5,
-            **steps,
-            products=lambda: products(matrices, x),
-            wkv=wkv_function(T, "auto", blocks=2, forwards=2),
-        )
-        row(f"{T} tokens: building W' / Bone", times, "built", "bone", ">=", 1.4)
-        row(f"{T} tokens: Bone / LoRA", times, "bone", "lora", "<=", 1.0)
-        row(
-            f"{T} tokens: necessary products / the step (arithmetic achieved)",
-            times,
-            "products",
-            "bone",
-            ">=",
-            0.75,
-        )
-        row(f"{T} tokens: WKV-6 / the step", times, "wkv", "bone", "<=", 0.1)
+        functions["products"] = products_function(models["bone"], T)
+        functions["wkv"] = wkv_function(T, "auto", blocks=2, forwards=2)
+        times = in_turn(5, **functions)
+        what = f"{T} tokens:"
+        necessary = f"{what} necessary products / the step (arithmetic achieved)"
+        row(f"{what} building W' / Bone", times, "built", to="bone", at_least=1.4)
+        row(f"{what} Bone / LoRA", times, "bone", to="lora", at_most=1.0)
+        row(necessary, times, "products", to="bone", at_least=0.75)
+        row(f"{what} WKV-6 / the step", times, "wkv", to="bone", at_most=0.1)
 
 
-def quantized():
+def parameter_count(model: nn.Module, kind: str) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if kind in name)
+
+
+def quantized() -> None:
     print("\nthe same step over a quantized base")
-    models = {quant: model_2_blocks("bone", quant) for quant in (None, "int8", "nf4")}
-    steps = {
-        str(quant): functools.partial(train_step, model, train.make_optimizer(model, 1e-6), 1024)
-        for quant, model in models.items()
-    }
-    times = in_turn(7, **steps)
-    row("1024 tokens: int8 / bfloat16", times, "int8", "None", "<=", 1.1)
-    row("1024 tokens: nf4 / bfloat16", times, "nf4", "None", "<=", 1.25)
+    functions = {}
+    for quant in (None, "int8", "nf4"):
+        model = model_2_blocks("bone", quant)
+        optimizer = train.make_optimizer(model, 1e-6)
+        functions[str(quant)] = functools.partial(train_step, model, optimizer, 1024)
+    times = in_turn(7, **functions)
+    row("1024 tokens: int8 / bfloat16", times, "int8", to="None", at_most=1.1)
+    row("1024 tokens: nf4 / bfloat16", times, "nf4", to="None", at_most=1.25)
 
 
-def loss():
+class HeadAlone(rwkv6.RWKV):
+    """A model without its blocks: the hidden states are given."""
+
+    given: Tensor
+
+    def hidden(self, idx: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        return self.given, state
+
+
+def loss() -> None:
     print(
-        "\nhead (vocabulary 65536), cross-entropy and L2 wrap, 1024 tokens, bfloat16, forward + backward"
+        "\nhead (vocabulary 65536), cross-entropy and L2 wrap, 1024 tokens, bfloat16, "
+        "forward + backward"
     )
-    model = rwkv6.RWKV(rwkv6.Config(1, N_EMBD, 65536, DIM_FFN))
-    model.head.weight = torch.nn.Parameter(
-        (0.02 * torch.randn(65536, N_EMBD)).bfloat16(), requires_grad=False
-    )
-    x, targets = torch.randn(1, 1024, N_EMBD, requires_grad=True), torch.randint(65536, (1, 1024))
-    model.hidden = lambda idx: (x, None)
+    model = HeadAlone(rwkv6.Config(1, N_EMBD, 65536, DIM_FFN))
+    weight = (0.02 * torch.randn(65536, N_EMBD)).bfloat16()
+    model.head.weight = nn.Parameter(weight, requires_grad=False)
+    x = torch.randn(1, 1024, N_EMBD, requires_grad=True)
+    targets = torch.randint(65536, (1, 1024))
+    model.given = x
 
-    def plain():
+    def plain() -> None:
         """With the logits whole; the L2 wrap as the gradient of a term of the loss."""
         logits = model.head(x)[0].float()
-        (
-            F.cross_entropy(logits, targets[0])
-            + 0.5e-4 / 1024 * logits.max(-1).values.square().sum()
-        ).backward()
+        wrap = 0.5e-4 / 1024 * logits.max(-1).values.square().sum()
+        (F.cross_entropy(logits, targets[0]) + wrap).backward()
 
-    def chunked():
+    def chunked() -> None:
         with torch.autocast("cpu", torch.bfloat16):
-            value = train.loss_fn(model, targets, targets, torch.ones(1, 1024))
+            value, _ = train.loss_fn(model, targets, targets, torch.ones(1, 1024))
         value.backward()
 
-    row(
-        "in chunks / with the logits whole",
-        in_turn(5, chunked=chunked, plain=plain),
-        "chunked",
-        "plain",
-        "<=",
-        1.0,
-    )
+    times = in_turn(5, chunked=chunked, plain=plain)
+    row("in chunks / with the logits whole", times, "chunked", to="plain", at_most=1.0)
 
 
-def infctx():
+def infctx() -> None:
     print(
-        "\nthe same step on 4096 tokens: 8 rows of 512, one by one, or one row of 4096 by --train_type infctx, in chunks of 512 (tokens/s)"
+        "\nthe same step on 4096 tokens: 8 rows of 512, one by one, or one row of 4096 by "
+        "--train_type infctx, in chunks of 512 (tokens/s)"
     )
     for quant in (None, "nf4"):
         model = model_2_blocks("bone", quant)
         optimizer = train.make_optimizer(model, 1e-6)
-
-        def run(rows, T, keep_products, **chunks):
-            model.keep_products = keep_products
-            micro = [(*torch.randint(VOCAB, (2, 1, T)), torch.ones(1, T)) for _ in range(rows)]
-            losses = train.step(model, micro, torch.autocast("cpu", torch.bfloat16), **chunks)
-            train.update(optimizer, torch.amp.GradScaler("cpu", enabled=False), 1e-6, sum(losses))
-
+        one = functools.partial(infctx_step, model, optimizer, rows=1, tokens=4096)
         times = in_turn(
             5,
-            rows=lambda: run(8, 512, False),
-            exact=lambda: run(1, 4096, True, chunk_ctx=512),
-            cut=lambda: run(1, 4096, True, chunk_ctx=512, bptt=1),
+            rows=functools.partial(infctx_step, model, optimizer, rows=8, tokens=512),
+            exact=functools.partial(one, chunk_ctx=512),
+            cut=functools.partial(one, chunk_ctx=512, bptt=1),
         )
-        row(f"{quant or 'bfloat16'}: infctx / rows of one chunk", times, "rows", "exact", ">=", 0.9)
-        row(
-            f"{quant or 'bfloat16'}: infctx --bptt 1 / rows of one chunk",
-            times,
-            "rows",
-            "cut",
-            ">=",
-            0.9,
-        )
+        name = quant or "bfloat16"
+        what = "rows of one chunk"
+        row(f"{name}: infctx / {what}", times, "rows", to="exact", at_least=0.9)
+        row(f"{name}: infctx --bptt 1 / {what}", times, "rows", to="cut", at_least=0.9)
 
 
-def wkv():
+def infctx_step(
+    model: rwkv6.RWKV, optimizer: torch.optim.Optimizer, *, rows: int, tokens: int, **chunks: int
+) -> None:
+    """Take a step on rows of so many tokens. chunks: chunk_ctx and bptt, for infctx."""
+    model.keep_products = bool(chunks)
+    micro = [random_micro_batch(VOCAB, tokens) for _ in range(rows)]
+    passes = Passes(autocast=torch.autocast("cpu", torch.bfloat16), **chunks)
+    losses = train.accumulate_gradients(model, micro, passes)
+    train.update(optimizer, passes.scaler, sum(losses))
+
+
+def wkv() -> None:
     print("\nWKV-6, 32 heads of 64, bfloat16, forward + backward")
     if kernel_problem():
         return
@@ -323,231 +397,49 @@ def wkv():
         (512, "the loop", "reference", 1),
     ):
         times = in_turn(rounds, compiled=wkv_function(T, "compiled"), other=wkv_function(T, impl))
-        row(f"{T} tokens: {name} / compiled", times, "other", "compiled", ">=", 1)
+        row(f"{T} tokens: {name} / compiled", times, "other", to="compiled", at_least=1)
 
 
-def count_launches():
-    """What a GPU has to do in a step, counted on the device that is there, or on a stand-in for one."""
-    if not torch.accelerator.is_available():
-        import gpu_standin  # noqa: F401 (makes a device)
-    import launches
-
-    print(
-        "\nforward, recomputation and backward of 512 tokens, 1.6B, bat r 64, WKV-6 as one launch; bytes read and written, caches not considered"
-    )
-    for part, count in launches.table(devices.find("gpu")).items():
-        print(f"{part:<24}{count}", flush=True)
-    os._exit(0)  # the threads of the stand-in can abort the interpreter's end
-
-
-def random_checkpoint(n_layer, n_embd, vocab_size, path):
-    """A bfloat16 model with random weights, the same in all blocks."""
-    with torch.device("meta"):
-        like = {
-            name: p.bfloat16()
-            for name, p in rwkv6.RWKV(rwkv6.sizes(n_layer, n_embd, vocab_size)).named_parameters()
-        }
-    shared = {
-        re.sub(r"^blocks.\d+.", "", name): (0.02 * torch.randn(t.shape)).bfloat16()
-        for name, t in like.items()
-    }
-    save_stream(like, lambda name: shared[re.sub(r"^blocks.\d+.", "", name)], path)
-
-
-def prepare_run(folder, config, ctx_len, *, r, steps=2, accelerator="cpu"):
-    """Write data, and a base of random weights if none is there. Return train.py's flags for them."""
-    base, prefix = f"{folder}/base.pth", f"{folder}/x"
-    if not os.path.exists(base):
-        random_checkpoint(config.n_layer, config.n_embd, config.vocab_size, base)
-    corpus.write_binidx(prefix, torch.randint(1, config.vocab_size, (2, ctx_len + 1)).tolist())
-    flags = f"--ctx_len {ctx_len} --epoch_steps {steps} --bone_r {r} --accelerator {accelerator}"
-    paths = ["--load_model", base, "--data_file", prefix, "--proj_dir", f"{folder}/out"]
-    return [*paths, *flags.split()]
-
-
-def peak_said(output):
-    """Return the GB of the line that train.py says at its end."""
-    return float(re.search(r"peak memory ([\d.]+) GB", output)[1])
-
-
-def measure(folder, n_layer, n_embd, vocab_size, ctx_len, r, flags, steps=2):
-    """GB at the peak of a training run of some steps on a model of random weights, less what importing PyTorch takes; {part: GB} expected."""
-    with tempfile.TemporaryDirectory(dir=folder) as folder:
-        config = rwkv6.sizes(n_layer, n_embd, vocab_size)
-        flags = [*prepare_run(folder, config, ctx_len, r=r, steps=steps), *flags.split()]
-        expected = build.expected_memory(train.parse_args(flags), torch.device("cpu"))[1]
-        imported = subprocess.check_output(
-            [
-                sys.executable,
-                "-c",
-                "import torch, psutil; print(psutil.Process().memory_info().rss)",
-            ]
-        )
-        said = subprocess.check_output([sys.executable, train.__file__, *flags], text=True)
-        return peak_said(said) - int(imported) / 1e9, {
-            part: size / 1e9 for part, size in expected.items()
-        }
-
-
-# n_layer, n_embd; and GB for bf16, int8 and nf4: what the tutorial of RWKV-PEFT names, and what is to be reached here
-MODELS = {
-    "1.6B": (24, 2048, (7.3, 4.8), (5.9, 3.5), (5.4, 2.9)),
-    "3B": (32, 2560, (11.8, 8.6), (9.4, 5.9), (8.1, 4.6)),
-    "7B": (32, 4096, (23.7, 20.0), (17.3, 13.0), (14.9, 9.8)),
+SPEED: dict[str, Callable[[], None]] = {
+    "layer": layer,
+    "step": step,
+    "quantized": quantized,
+    "infctx": infctx,
+    "loss": loss,
+    "wkv": wkv,
 }
 
 
-def memory(only=()):
-    kinds = {"bf16": "none", "int8": "int8", "nf4": "nf4"}
-    if unknown := {*only} - MODELS.keys() - kinds.keys():
-        raise ValueError(
-            f"{unknown.pop()} is no part of the memory table: {', '.join([*MODELS, *kinds, 'long', 'ranks'])} are"
-        )
-    print(
-        f"\nGB at the peak of `python train.py`, 2 steps, ctx_len 1024, micro_bsz 1, bat r {R}, on the CPU, beyond importing PyTorch"
-    )
-    print(f"{'':<12}{'measured':>9}{'expected':>9}{'tutorial':>9}{'aim':>9}")
-    with tempfile.TemporaryDirectory() as folder:
-        for model, (n_layer, n_embd, *figures) in MODELS.items():
-            for kind, (tutorial, aim) in zip(kinds, figures):
-                if (model in only or not {*only} & MODELS.keys()) and (
-                    kind in only or not {*only} & kinds.keys()
-                ):
-                    measured, expected = measure(
-                        folder, n_layer, n_embd, 65536, 1024, R, f"--quant {kinds[kind]}"
-                    )
-                    met = "met" if measured <= aim else "NOT MET"
-                    print(
-                        f"{model + ' ' + kind:<12}{measured:9.2f}{sum(expected.values()):9.2f}{tutorial:9.1f}{aim:9.1f}  {met}",
-                        flush=True,
-                    )
+def speed(only: Sequence[str]) -> None:
+    """Print the tables of speed, or `only` those."""
+    for name in only:
+        if name not in SPEED:
+            known = ", ".join([*SPEED, "launches", "gpu", "memory"])
+            raise ValueError(f"{name} is not a part of the benchmark; its parts are {known}")
+    capability = torch.backends.cpu.get_cpu_capability()
+    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {capability}")
+    for name in only or SPEED:
+        SPEED[name]()
 
 
-def ranks():
-    """What one of N ranks takes: as --dry_run expects it, for the large models; and measured with two processes on CPUs, for 1.6B with 6 of its blocks."""
-    strategies = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
-    with tempfile.TemporaryDirectory() as folder:
-        print(
-            f"\nGB that a rank takes, expected by --dry_run: bf16, ctx_len 1024, micro_bsz 1, bat r {R}\n{'':<8}{'ranks':>6}"
-            + "".join(f"{s:>19}" for s in strategies)
-        )
-        for model, (n_layer, n_embd) in {"7B": (32, 4096), "14B": (61, 4096)}.items():
-            with torch.device("meta"):
-                like = {
-                    name: p.bfloat16()
-                    for name, p in rwkv6.RWKV(
-                        rwkv6.sizes(n_layer, n_embd, 65536)
-                    ).named_parameters()
-                }
-            with (
-                torch.serialization.skip_data()
-            ):  # a file with holes, whose sizes are all that is looked at
-                torch.save(
-                    {name: torch.empty(t.shape, dtype=t.dtype) for name, t in like.items()},
-                    f"{folder}/{model}.pth",
-                )
-            for n in (1, 2, 4, 8):
-                flags = [
-                    f"--load_model {folder}/{model}.pth --ctx_len 1024 --bone_r {R} --accelerator cpu --dry_run --devices {n} --strategy {s}"
-                    for s in strategies
-                ]
-                expected = [
-                    sum(
-                        build.expected_memory(train.parse_args(line.split()), torch.device("cpu"))[
-                            1
-                        ].values()
-                    )
-                    for line in flags
-                ]
-                print(
-                    f"{model:<8}{n:>6}" + "".join(f"{size / 1e9:19.2f}" for size in expected),
-                    flush=True,
-                )
-        print(
-            "\nGB at the peak of the first of two ranks: 1.6B with 6 of its 24 blocks, vocabulary 16,384, ctx_len 512; measured, expected"
-        )
-        for flags in (
-            "",
-            *(f"--devices 2 --strategy {s}" for s in strategies),
-            "--devices 2 --quant nf4",
-            "--devices 2 --quant nf4 --strategy deepspeed_stage_3",
-        ):
-            measured, expected = measure(folder, 6, N_EMBD, 16384, 512, R, flags)
-            print(
-                f"{flags or 'one process':<56}{measured:6.2f}{sum(expected.values()):6.2f}",
-                flush=True,
-            )
+def main() -> None:
+    command, *rest = sys.argv[1:] or [""]
+    if command == "launches":
+        import launches
 
-
-def long():
-    """The peak with ctx_len 65,536 against that with ctx_len = chunk_ctx; the states between chunks are counted apart."""
-    print(
-        "\nGB at the peak of `python train.py`, 1.6B with 2 of its 24 blocks, in brackets what --dry_run expects"
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        short, long = (
-            measure(
-                folder,
-                2,
-                N_EMBD,
-                65536,
-                ctx_len,
-                R,
-                f"--train_type {kind} --chunk_ctx 512",
-                steps=1,
-            )
-            for ctx_len, kind in ((512, "none"), (65536, "infctx"))
-        )
-    states = long[1]["states between chunks"]
-    for (measured, expected), what in (
-        (short, "512 tokens"),
-        (long, "65,536 tokens, infctx, in chunks of 512"),
-    ):
-        print(f"{what:<42}{measured:6.2f} ({sum(expected.values()):.2f})")
-    ratio = (long[0] - states) / short[0]
-    print(
-        f"{'the latter, without the states between chunks':<42}{long[0] - states:6.2f}, of which there are {states:.2f}; ratio {ratio:.3f} "
-        f"(<= 1.1: {'met' if ratio <= 1.1 else 'NOT MET'})"
-    )
-
-
-def main():
-    parts = {
-        "layer": layer,
-        "step": step,
-        "quantized": quantized,
-        "infctx": infctx,
-        "loss": loss,
-        "wkv": wkv,
-    }
-    if sys.argv[1:2] == ["launches"]:
-        if sys.argv[2:]:
-            raise ValueError(
-                f"bench.py launches takes nothing more; leave {' '.join(sys.argv[2:])} out"
-            )
-        return count_launches()
-    if sys.argv[1:2] == ["gpu"]:
+        launches.main(rest)
+    elif command == "gpu":
         import bench_gpu
 
-        return bench_gpu.main(sys.argv[2:])
-    if sys.argv[1:2] == ["memory"]:
-        return (
-            {"long": long, "ranks": ranks}[sys.argv[2]]()
-            if sys.argv[2:] in (["long"], ["ranks"])
-            else memory(sys.argv[2:])
-        )
-    if {"-h", "--help"} & {*sys.argv[1:]}:
-        return print(__doc__)
-    if unknown := set(sys.argv[1:]) - set(parts):
-        raise ValueError(
-            f"{unknown.pop()} is no part of the benchmark: {', '.join(parts)}, launches, gpu and memory are"
-        )
-    reuse_freed()
-    print(
-        f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    )
-    for name in sys.argv[1:] or parts:
-        parts[name]()
+        bench_gpu.main(rest)
+    elif command == "memory":
+        import bench_memory
+
+        bench_memory.main(rest)
+    elif {"-h", "--help"} & {*sys.argv[1:]}:
+        print(__doc__)
+    else:
+        speed(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ One need not read this to understand Bone. It prints tables, and writes them to 
 gpu-report-<card>.md, in the current folder. `python bench.py gpu --standin` rehearses it on
 gpu_standin.py, with a tiny model, whose figures mean nothing.
 
-Every job is a process of its own, with a time limit: whatever happens to it, even a crash of the
-driver, the others go on, and what it measured before stays. A job prints the cells of a row
-with tabs between them; the process that started it puts them into the table.
+Every job is a process of its own, with a time limit. Whatever happens to it, even a crash of the
+driver, the others go on, and what it measured before stays. A job prints the cells of a row with
+tabs between them; the process that started it puts them into the table.
 """
 
 import contextlib
@@ -118,7 +118,7 @@ REHEARSED = {
 
 
 def rehearsal(part: Part) -> Part:
-    """The same part with fewer processes, for the stand-in and its tiny model."""
+    """Return the same part with fewer processes, for the stand-in and its tiny model."""
     jobs = next((REHEARSED[job] for job in part.jobs if job in REHEARSED), part.jobs)
     return dataclasses.replace(part, jobs=jobs)
 
@@ -165,7 +165,7 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """rows: of the table; problem: why there are no more, or ""; tail: what stderr said last."""
+    """Rows of the table; why there are no more, or ""; the last lines of stderr."""
 
     rows: list[list[str]]
     problem: str
@@ -173,13 +173,13 @@ class Outcome:
 
 
 def command(job: str, standin: bool) -> list[str]:
-    """The command line of a job's process."""
+    """Return the command line of a job's process."""
     switch = ["--standin"] if standin else []
     return [sys.executable, str(HERE / "bench_gpu_jobs.py"), *switch, *job.split()]
 
 
 def run_job(arguments: list[str], folder: str, seconds: float) -> Outcome:
-    """Run a process in `folder`, at most so long, and read what it printed until its end."""
+    """Run a process in `folder`, at most so long, and read what it printed."""
     environment = os.environ | {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
     with open(f"{folder}/stdout", "w+b") as out, open(f"{folder}/stderr", "w+b") as err:
         process = subprocess.Popen(arguments, stdout=out, stderr=err, cwd=folder, env=environment)
@@ -244,9 +244,10 @@ def run_part(report: Report, part: Part, folder: str, *, standin: bool, deadline
 
 def main(arguments: list[str]) -> None:
     """Measure everything and write the report. ValueError where there is no GPU."""
-    if unknown := set(arguments) - {"--standin"}:
-        raise ValueError(f"bench.py gpu takes no {unknown.pop()}; --standin rehearses it")
-    standin = bool(arguments)
+    for argument in arguments:
+        if argument != "--standin":
+            raise ValueError(f"bench.py gpu takes no {argument}; --standin rehearses it")
+    standin = "--standin" in arguments
     if not standin and not torch.accelerator.is_available():
         raise ValueError(
             "PyTorch sees no GPU here; `python bench.py gpu --standin` rehearses the report on a "
@@ -256,11 +257,14 @@ def main(arguments: list[str]) -> None:
     if standin and not shutil.which(compiler):
         raise ValueError(f"--standin needs a C++ compiler, and {compiler} was not found")
     report = Report()
-    report.add("# Bone for RWKV-6 on a GPU" + ", rehearsed without one" * standin)
+    title = "# Bone for RWKV-6 on a GPU"
+    if standin:
+        title += ", rehearsed without one"
+    report.add(title)
     deadline = time.monotonic() + SECONDS
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for part in PARTS:
             part = rehearsal(part) if standin else part
             run_part(report, part, folder, standin=standin, deadline=deadline)
-    what_next = "its figures mean nothing" if standin else "please send it to us, as an issue"
+    what_next = "its figures mean nothing" if standin else "please send it to us as an issue"
     print(f"\nwrote {report.path()}; {what_next}")

@@ -1,4 +1,4 @@
-"""The jobs of `python bench.py gpu`: what bench_gpu.py has measured, each in a process of its own.
+"""The jobs of `python bench.py gpu`: what it measures, each in a process of its own.
 
 One need not read this to understand Bone. `python bench_gpu_jobs.py [--standin] NAME ARGUMENTS`
 runs one function. It prints the cells of a row with tabs between them.
@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -30,7 +29,15 @@ import estimate
 import memory
 import rwkv6
 import train
-from bench_gpu_race import Race, as_graph, gpu_busy, short
+from bench_gpu_race import (
+    Race,
+    as_graph,
+    gpu_busy,
+    seconds_of_a_launch,
+    short,
+    synchronizations,
+)
+from bench_memory import MODELS, prepare_run, printed_peak
 from bone import BoneLinear
 from loss import Counts, loss_fn
 from plan import resolve_options
@@ -64,7 +71,7 @@ class Sizes:
 
 
 FULL = Sizes(
-    models={name: (n_layer, n_embd) for name, (n_layer, n_embd, *_) in bench.MODELS.items()},
+    models={name: (model.n_layer, model.n_embd) for name, model in MODELS.items()},
     vocab=65536,
     r=bench.R,
     layers=((bench.N_EMBD, bench.N_EMBD), (bench.N_EMBD, bench.DIM_FFN)),
@@ -123,7 +130,7 @@ def machine(setup: Setup) -> None:
     with contextlib.suppress(RuntimeError, AttributeError, NotImplementedError):
         free, total = (size / 1e9 for size in torch.accelerator.get_memory_info())
         say("memory", f"{total:.2f} GB, of which {free:.2f} are free")
-    say("host's time for a launch", f"{1e6 * seconds_of_a_launch(setup):.1f} us")
+    say("host's time for a launch", f"{1e6 * seconds_of_a_launch(setup.device):.1f} us")
     with contextlib.redirect_stderr(io.StringIO()) as notes:
         began = time.monotonic()
         problem = kernel_problem(setup.device.type)
@@ -132,18 +139,8 @@ def machine(setup: Setup) -> None:
         say("", note)
 
 
-def seconds_of_a_launch(setup: Setup) -> float:
-    """How long the host takes for the simplest of operators."""
-    x = torch.zeros(8, device=setup.device)
-    torch.accelerator.synchronize()
-    began = time.perf_counter()
-    for _ in range(1000):
-        x.add_(1)
-    return (time.perf_counter() - began) / 1000
-
-
 def output_of(arguments: list[str]) -> str:
-    """The first line that a program says; "" where it is not there, or fails."""
+    """Return the first line that a program prints; "" if it is not installed, or fails."""
     if not shutil.which(arguments[0]):
         return ""
     ended = subprocess.run(arguments, capture_output=True, text=True)
@@ -151,7 +148,7 @@ def output_of(arguments: list[str]) -> str:
 
 
 def compiler() -> str:
-    """Which compiler's kernel is loaded."""
+    """Return which compiler's kernel is loaded."""
     if not hasattr(torch.ops.wkv6, "launch"):
         return "NVRTC"
     return "hipcc" if torch.version.hip else "nvcc"
@@ -189,7 +186,7 @@ def wkv(setup: Setup) -> None:
 
 
 def wkv_functions(setup: Setup, tokens: int, other: str) -> dict[str, Callable]:
-    """{name: function}: the compiled kernel, if there is one, and another form of WKV-6."""
+    """Return {name: function}: the compiled kernel, if there is one, and another form."""
     names = [other]
     if not kernel_problem(setup.device.type):
         names.append("compiled")
@@ -225,13 +222,14 @@ def quant_of(kind: str) -> str | None:
     return None if kind == "none" else kind
 
 
-def bone_model(setup: Setup, name: str, kind: str, device: torch.device | str) -> rwkv6.RWKV:
+def bone_model(setup: Setup, name: str, kind: str, *, device: torch.device | str) -> rwkv6.RWKV:
+    """Return a model with Bone on random weights. kind: none, int8 or nf4."""
     model = bench.random_model(setup.sizes.config(name), quant_of(kind), device)
     return bench.fine_tuned(model, "bone", setup.sizes.r)
 
 
-def expected_bytes(setup: Setup, name: str, kind: str, tokens: int) -> float:
-    """What --dry_run of train.py says of such a model, trained on rows of so many tokens."""
+def expected_bytes(setup: Setup, name: str, kind: str, *, tokens: int) -> float:
+    """Return what --dry_run of train.py expects of such a model, for rows of `tokens` tokens."""
 
     def outputs() -> list[torch.Tensor]:
         idx = torch.zeros(1, tokens, dtype=torch.int64, device=setup.device)
@@ -240,13 +238,13 @@ def expected_bytes(setup: Setup, name: str, kind: str, tokens: int) -> float:
             value, _ = loss_fn(model, idx, idx, mask, counts=Counts(1, idx.numel()))
             return [value]
 
-    model = bone_model(setup, name, kind, "meta")
+    model = bone_model(setup, name, kind, device="meta")
     parts = memory.expected(model, outputs, setup.device)
     return sum(parts.values()) + sum(memory.beside_tensors(parts, setup.device).values())
 
 
 def too_large(setup: Setup, expected: float) -> str:
-    """Why a model that takes so many bytes is left out, as train.py would refuse it; or ""."""
+    """Return why a model of so many bytes is left out, as train.py would refuse it; or ""."""
     free = memory.available(setup.device)
     if expected <= free:
         return ""
@@ -257,10 +255,11 @@ def step(setup: Setup, *kinds: str) -> None:
     """Time whole optimizer steps over a base of each kind: none, int8, nf4."""
     name, longest = setup.sizes.first(), max(setup.sizes.tokens)
     for kind in kinds:
-        if problem := too_large(setup, expected_bytes(setup, name, kind, longest)):
+        problem = too_large(setup, expected_bytes(setup, name, kind, tokens=longest))
+        if problem:
             say(kind, longest, problem)
             continue
-        model = bone_model(setup, name, kind, setup.device)
+        model = bone_model(setup, name, kind, device=setup.device)
         optimizer = train.make_optimizer(model, 1e-6)
         lora, lora_problem = lora_step(model, kind, setup.sizes.r)
         for tokens in setup.sizes.tokens:
@@ -282,44 +281,26 @@ def step(setup: Setup, *kinds: str) -> None:
             say(kind, tokens, race.ms("bone"), speed, 1000 * busy["bone"], *ratios, loss)
 
 
-def step_functions(model: rwkv6.RWKV, optimizer, tokens: int) -> dict[str, Callable]:
-    """{name: function} of a step with Bone, the same that builds W', and its products alone."""
+def step_functions(
+    model: rwkv6.RWKV, optimizer: torch.optim.Optimizer, tokens: int
+) -> dict[str, Callable]:
+    """Return {name: function}: a step with Bone, one that builds W', its products alone."""
 
     def step_of(layer_class: type[BoneLinear]) -> float:
         bench.set_layers(model, layer_class)
         return bench.train_step(model, optimizer, tokens)
 
-    matrices = necessary_matrices(model)
-    widths = {n for W, _ in matrices for n in W.shape}
-    x = {n: torch.randn(tokens, n, device=matrices[0][0].device).bfloat16() for n in widths}
     return {
         "bone": functools.partial(step_of, BoneLinear),
         "built": functools.partial(step_of, bench.BuiltLinear),
-        "products": functools.partial(bench.products, matrices, x),
+        "products": bench.products_function(model, tokens),
     }
-
-
-def necessary_matrices(model: rwkv6.RWKV) -> list[tuple[torch.Tensor, int]]:
-    """What bench.products takes. For a quantized weight a random one of its shape stands in."""
-    stand_ins: dict[torch.Size, torch.Tensor] = {}
-    matrices = []
-    for module in model.modules():
-        if not isinstance(module, BoneLinear):
-            continue
-        weight = module.weight
-        if not isinstance(weight, torch.Tensor):
-            shape = weight.shape
-            if shape not in stand_ins:
-                stand_ins[shape] = torch.randn(shape, device=weight.device).bfloat16()
-            weight = stand_ins[shape]
-        matrices.append((weight, 2))
-    return [*matrices, (model.head.weight, 1)]
 
 
 def lora_step(
     model: rwkv6.RWKV, kind: str, r: int
 ) -> tuple[Callable[[int], dict[str, Callable]], str]:
-    """From tokens to {"lora": function} of a step with LoRA, weights shared; or {}, and why."""
+    """Return a function from tokens to {"lora": step on the same weights}; or to {}, and why."""
     if kind != "none":
         return lambda tokens: {}, "-"
     if not importlib.util.find_spec("peft"):
@@ -327,13 +308,14 @@ def lora_step(
     try:
         lora = bench.fine_tuned(same_weights(model), "lora", r)
         optimizer = train.make_optimizer(lora, 1e-6)
-    except Exception as error:  # whatever a release of peft, or what it imports, has in store
+    # Whatever a release of peft, or what it imports, raises.
+    except Exception as error:
         return lambda tokens: {}, short(error)
     return lambda tokens: {"lora": functools.partial(bench.train_step, lora, optimizer, tokens)}, ""
 
 
 def same_weights(model: rwkv6.RWKV) -> rwkv6.RWKV:
-    """A model without Bone that has the very parameters of `model`."""
+    """Return a model without Bone that shares the parameters of `model`."""
     with torch.device("meta"):
         other = rwkv6.RWKV(model.config)
     parameters = dict(model.named_parameters())
@@ -361,19 +343,6 @@ def waits(setup: Setup, *kinds: str) -> None:
     return None
 
 
-def synchronizations(run: Callable, set_mode: Callable[[str], None]) -> list[str]:
-    """The lines of Python at which `run` waits for the GPU, by PyTorch's warnings."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        set_mode("warn")
-        try:
-            run()
-        finally:
-            set_mode("default")
-    found = [w for w in caught if "called a synchronizing" in str(w.message)]
-    return [f"{pathlib.Path(w.filename).name}:{w.lineno}" for w in found]
-
-
 def launches(setup: Setup) -> None:
     """Count launches, and bytes that they move."""
     from launches import table
@@ -385,7 +354,7 @@ def launches(setup: Setup) -> None:
 def peak(setup: Setup, name: str, *kinds: str) -> None:
     """Measure the peak of two steps of a model, over a base of each kind."""
     for kind in kinds:
-        expected = expected_bytes(setup, name, kind, setup.sizes.peak_tokens)
+        expected = expected_bytes(setup, name, kind, tokens=setup.sizes.peak_tokens)
         figures = gb(expected), tutorial(name, kind)
         problem = too_large(setup, expected)
         if problem:
@@ -398,8 +367,8 @@ def peak(setup: Setup, name: str, *kinds: str) -> None:
 
 
 def measured_peak(setup: Setup, name: str, kind: str) -> tuple[str, str, str]:
-    """GB that two steps had allocated and reserved at most, and that the card then has in use."""
-    model = bone_model(setup, name, kind, setup.device)
+    """Return the GB that two steps allocated and reserved at most, and that are then in use."""
+    model = bone_model(setup, name, kind, device=setup.device)
     optimizer = train.make_optimizer(model, 1e-6)
     torch.accelerator.reset_peak_memory_stats()
     for _ in range(2):
@@ -409,7 +378,7 @@ def measured_peak(setup: Setup, name: str, kind: str) -> tuple[str, str, str]:
 
 
 def in_use() -> float:
-    """Bytes of the device that all programs have, this one's libraries included."""
+    """Return the bytes of the device that all programs have, libraries included."""
     try:
         free, total = torch.accelerator.get_memory_info()
     except (RuntimeError, AttributeError, NotImplementedError):
@@ -418,25 +387,22 @@ def in_use() -> float:
 
 
 def gb(size: float) -> str:
-    """Bytes in GB."""
+    """Write bytes in GB."""
     return "?" if math.isnan(size) else f"{size / 1e9:.3g}"
 
 
 def tutorial(name: str, kind: str) -> str:
-    """What RWKV-PEFT's tutorial says in GB."""
-    if name not in bench.MODELS:
+    """Return what RWKV-PEFT's tutorial says, in GB."""
+    if name not in MODELS:
         return "-"
-    figures = dict(zip(("none", "int8", "nf4"), bench.MODELS[name][2:], strict=True))
-    return str(figures[kind][0])
+    return str(MODELS[name].tutorial[kind])
 
 
 def peak_of_train(setup: Setup, kind: str) -> None:
-    """Run train.py for two steps, in this process, and repeat the peak that it says at its end."""
+    """Run train.py for two steps, in this process, and repeat the peak that it prints."""
     name = setup.sizes.first()
     config = setup.sizes.config(name)
-    flags = bench.prepare_run(
-        ".", config, setup.sizes.peak_tokens, r=setup.sizes.r, accelerator="gpu"
-    )
+    flags = prepare_run(".", config, setup.sizes.peak_tokens, r=setup.sizes.r, accelerator="gpu")
     flags += ["--quant", kind, "--proj_dir", f"out-{kind}"]
     options = resolve_options(train.parse_args(flags))
     _, parts = estimate.expected_memory(options, setup.device)
@@ -446,7 +412,7 @@ def peak_of_train(setup: Setup, kind: str) -> None:
     expected = gb(sum(parts.values()))
     say(
         f"{name} {kind}, train.py",
-        bench.peak_said(said.getvalue()),
+        printed_peak(said.getvalue()),
         gb(torch.accelerator.max_memory_reserved()),
         gb(in_use()),
         expected,
@@ -468,14 +434,16 @@ def run_in_this_process(arguments: list[str]) -> None:
     standin = arguments[0] == "--standin"
     if standin:
         import gpu_standin  # noqa: F401 (makes the device)
-    name, *rest = arguments[standin:]
+
+        arguments = arguments[1:]
+    name, *rest = arguments
     try:
         JOBS[name](Setup(devices.find("gpu"), TINY if standin else FULL), *rest)
     except Exception as error:
         traceback.print_exc()
         print(short(error), file=sys.stderr, flush=True)
         os._exit(1)
-    # At once: what it found is said, and the threads of a device can abort an interpreter's end.
+    # At once: everything is printed, and the threads of a device can abort the interpreter's end.
     sys.stderr.flush()
     os._exit(0)
 

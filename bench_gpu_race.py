@@ -1,12 +1,15 @@
-"""Time functions on a GPU, in turn; with the host's time, or without. Used by bench_gpu_jobs.py.
+"""Time functions on a GPU in turn, with the host's time or without, and find where it waits.
 
-One need not read this to understand Bone.
+Used by bench_gpu_jobs.py. One need not read this to understand Bone.
 """
 
 import functools
 import math
+import pathlib
 import statistics
+import time
 import traceback
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -17,7 +20,7 @@ import bench
 
 
 def short(error: BaseException) -> str:
-    """An error in one line."""
+    """Write an error in one line."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     first_line = str(error).partition("\n")[0]
@@ -29,9 +32,8 @@ class Race:
 
     def __init__(self, functions: dict[str, Callable], rounds: int, repeat: int = 1) -> None:
         self.repeat = repeat
-        self.problems = {
-            name: problem for name, f in functions.items() if (problem := problem_of(f))
-        }
+        problems = {name: problem_of(f) for name, f in functions.items()}
+        self.problems = {name: problem for name, problem in problems.items() if problem}
         timed = {
             name: functools.partial(repeated, f, repeat)
             for name, f in functions.items()
@@ -40,7 +42,7 @@ class Race:
         self.times = bench.in_turn(rounds, **timed)
 
     def ms(self, name: str) -> str:
-        """The median time, or why there is none."""
+        """Return the median time, or why there is none."""
         if name in self.problems:
             return self.problems[name]
         if name not in self.times[0]:
@@ -53,7 +55,7 @@ class Race:
         return statistics.median(t[name] for t in self.times) / self.repeat
 
     def ratio(self, a: str, b: str) -> str:
-        """The median of the rounds' ratios."""
+        """Return the median of the rounds' ratios."""
         if not {a, b} <= self.times[0].keys():
             return "-"
         return f"{statistics.median(t[a] / t[b] for t in self.times):.2f}"
@@ -72,7 +74,7 @@ def problem_of(function: Callable) -> str:
 
 
 def repeated(function: Callable, times: int) -> None:
-    """Run a function so often, and wait for the GPU."""
+    """Run a function so many times, and wait for the GPU."""
     for _ in range(times):
         function()
     torch.accelerator.synchronize()
@@ -98,7 +100,7 @@ def as_graph(function: Callable) -> Callable:
 
 
 def gpu_busy(function: Callable) -> float:
-    """The seconds that the GPU is at work, of a run of the function; NaN where none can tell."""
+    """Return the seconds that the GPU works in a run of the function; NaN without CUDA."""
     if not torch.cuda.is_available():
         return math.nan
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
@@ -106,3 +108,26 @@ def gpu_busy(function: Callable) -> float:
         torch.cuda.synchronize()
     on_gpu = [event for event in profiled.events() if event.device_type == DeviceType.CUDA]
     return sum(event.time_range.elapsed_us() for event in on_gpu) / 1e6
+
+
+def seconds_of_a_launch(device: torch.device) -> float:
+    """Return how long the host takes for the simplest of operators."""
+    x = torch.zeros(8, device=device)
+    torch.accelerator.synchronize()
+    began = time.perf_counter()
+    for _ in range(1000):
+        x.add_(1)
+    return (time.perf_counter() - began) / 1000
+
+
+def synchronizations(run: Callable, set_mode: Callable[[str], None]) -> list[str]:
+    """Return the lines of Python at which `run` waits for the GPU, by PyTorch's warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        set_mode("warn")
+        try:
+            run()
+        finally:
+            set_mode("default")
+    found = [w for w in caught if "called a synchronizing" in str(w.message)]
+    return [f"{pathlib.Path(w.filename).name}:{w.lineno}" for w in found]

@@ -48,10 +48,7 @@ def build_for_training(options: Any, device: torch.device) -> BuiltModel:
     """Build the model of resolved options, shared out among the ranks if --strategy says so."""
     shares = sharding.Sharding.of(options.strategy)
     if device.type == "cpu":
-        if shares.frozen:
-            memory.give_back_freed()
-        else:
-            memory.reuse_freed()
+        memory.give_back_freed()
     if shares.trained:
         return build_sharded_model(options, device)
     return build_model(options, device)

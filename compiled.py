@@ -1,13 +1,12 @@
 """Compile the C++ and CUDA files beside this one when they are first needed, and keep the result.
 
-You need not read this to understand Bone. What is compiled are the WKV-6 kernels, and how the
-memory of CPU tensors is managed. It never stops a run: what fails is said in one line, and the
-caller goes on without.
+One need not read this to understand Bone. What is compiled are the WKV-6 kernels. A failed build
+never stops a run: one line says what failed, and the caller goes on with the chunked form.
 
-CPU   wkv6_op.cpp and memory_op.cpp, by the C++ compiler. Not on Windows.
-GPU   wkv6_cuda.cu, by the first of these that does it:
-      nvcc, with wkv6_cuda_op.cpp, where a CUDA toolkit is (ROCm: hipcc). Not on Windows.
-      NVRTC, the compiler that PyTorch's CUDA wheels carry. Needs nothing else.
+CPU   wkv6_op.cpp, by the C++ compiler. Not on Windows.
+GPU   wkv6_cuda.cu, by the first of these that works:
+      nvcc with wkv6_cuda_op.cpp, if there is a CUDA toolkit (ROCm: hipcc). Not on Windows.
+      NVRTC, the compiler inside PyTorch's CUDA wheels. Needs nothing else.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ import nvrtc
 import wkv6_gpu
 
 HERE = pathlib.Path(__file__).parent
-CPU_SOURCES = (HERE / "wkv6_op.cpp", HERE / "memory_op.cpp")
+CPU_SOURCES = (HERE / "wkv6_op.cpp",)
 GPU_SOURCES = (HERE / "wkv6_cuda_op.cpp", HERE / "wkv6_cuda.cu")
 # What PyTorch, ctypes and compilers raise where something is missing or does not fit.
 ERRORS = (OSError, RuntimeError, ValueError, ImportError, AttributeError, AssertionError)
@@ -41,31 +40,35 @@ ERRORS = (OSError, RuntimeError, ValueError, ImportError, AttributeError, Assert
 Flags = dict[str, Any]  # arguments of cpp_extension.load
 
 
-@functools.cache
-def load(device_type: str = "cpu") -> str:
-    """Load the operators for a type of device, compiling them first where needed.
+class KernelUnavailable(RuntimeError):
+    """There is no compiled kernel for a type of device. The message says why, in one line."""
 
-    "cpu": wkv6::* and memory::*; "cuda" (ROCm's name too): wkv6::*.
-    Returns "" or, in one line, why they cannot be had, after printing that.
+
+def load(device_type: str = "cpu") -> None:
+    """Load the WKV-6 operators for a type of device, compiling them first where needed.
+
+    Raises KernelUnavailable. Only the first call in a process tries, and prints what went wrong.
     """
     problem = _try_to_load(device_type)
     if problem:
-        slower = "which is slower"
-        if device_type == "cpu":
-            slower += ", and takes more memory than expected"
-        print(f"note: {problem}. Going on with the chunked form, {slower}.", file=sys.stderr)
-    return problem
+        raise KernelUnavailable(problem)
 
 
+@functools.cache
 def _try_to_load(device_type: str) -> str:
+    """Return "", or why the operators are unavailable, after printing that."""
+    problem = ""
     if device_type not in LOADERS:
-        return f"there is no compiled WKV-6 kernel for {device_type}"
-    try:
-        LOADERS[device_type]()
-    except ERRORS as error:
-        kernel = _kernel(gpu=device_type != "cpu")
-        return f"the compiled {kernel} is not to be had: {_reason(error)}"
-    return ""
+        problem = f"there is no compiled WKV-6 kernel for {device_type}"
+    else:
+        try:
+            LOADERS[device_type]()
+        except ERRORS as error:
+            kernel = _kernel(gpu=device_type != "cpu")
+            problem = f"the compiled {kernel} is unavailable: {_reason(error)}"
+    if problem:
+        print(f"note: {problem}. Using the chunked form, which is slower.", file=sys.stderr)
+    return problem
 
 
 def _kernel(*, gpu: bool) -> str:
@@ -86,12 +89,12 @@ def _load_cpu() -> None:
     if sys.platform == "win32":
         raise RuntimeError("for CPUs it is not built on Windows")
     flags = {"extra_cflags": _cpu_flags()}
-    library = _kept("wkv6_cpu", ".so", CPU_SOURCES, flags)
+    library = _cache_path("wkv6_cpu.so", CPU_SOURCES, flags)
     _load_library(library, CPU_SOURCES, flags)
 
 
 def _load_gpu() -> None:
-    """Register the GPU's operators, with the launches of a compiler that can be had."""
+    """Register the GPU's operators, launched by what the first compiler that works has made."""
     wkv6_gpu.register(_find_launch(), "CUDA")
 
 
@@ -102,7 +105,7 @@ def _find_launch() -> wkv6_gpu.Launch:
         return _launch_of_nvcc()
     if sys.platform == "win32":
         return _launch_of_nvrtc()
-    # NVRTC's result is there where nvcc was not, or failed: do not let it fail at every start.
+    # NVRTC's result alone is there if nvcc was missing or failed: do not try nvcc at every start.
     if _cubin_path().exists() and not _gpu_library_path().exists():
         with contextlib.suppress(*ERRORS):
             return _launch_of_nvrtc()
@@ -113,22 +116,24 @@ def _find_launch() -> wkv6_gpu.Launch:
     try:
         launch = _launch_of_nvrtc()
     except ERRORS as error:
-        raise RuntimeError(f"{nvcc_problem}; and without it, {_reason(error)}") from error
+        both = f"{nvcc_problem}; and NVRTC fails, too: {_reason(error)}"
+        raise RuntimeError(both) from error
     if _find_nvcc():
-        print(f"note: {nvcc_problem}. Going on with NVRTC.", file=sys.stderr)
+        print(f"note: {nvcc_problem}. Using NVRTC instead.", file=sys.stderr)
     return launch
 
 
 def _launch_of_nvcc() -> wkv6_gpu.Launch:
-    """Return the operator that launches the kernels of a library, which nvcc or hipcc compiles."""
+    """Return the operator that launches the kernels of a library built by nvcc or hipcc."""
     _load_library(_gpu_library_path(), GPU_SOURCES, _gpu_flags())
     return torch.ops.wkv6.launch.default
 
 
 def _launch_of_nvrtc() -> wkv6_gpu.Launch:
-    """Return a function that launches kernels that NVRTC compiles."""
+    """Return a function that launches kernels compiled by NVRTC."""
     launcher = nvrtc.Launcher(nvrtc.load_driver(), _cubin)
-    launcher.load(torch.cuda.current_device())  # now, while another way can be found
+    # Now, while another way can still be taken.
+    launcher.load(torch.cuda.current_device())
     return launcher
 
 
@@ -136,11 +141,14 @@ def _launch_of_nvrtc() -> wkv6_gpu.Launch:
 LOADERS: dict[str, Callable[[], None]] = {"cpu": _load_cpu, "cuda": _load_gpu}
 
 
-# ---- what is kept -----------------------------------------------------------
+# ---- the cache ---------------------------------------------------------------
 
 
-def _kept(name: str, suffix: str, sources: Sequence[pathlib.Path], flags: object) -> pathlib.Path:
-    """Return where the compiled sources are kept; another path for every version and machine."""
+def _cache_path(name: str, sources: Sequence[pathlib.Path], flags: object) -> pathlib.Path:
+    """Return where a compiled file is kept: another path for every source, flag and version.
+
+    name: that of the file, such as "wkv6_cpu.so".
+    """
     from torch.utils import cpp_extension
 
     texts = [source.read_text(encoding="utf-8") for source in sources]
@@ -148,22 +156,22 @@ def _kept(name: str, suffix: str, sources: Sequence[pathlib.Path], flags: object
     machine = (platform.machine(), os.environ.get("TORCH_CUDA_ARCH_LIST"))
     key = hashlib.sha256(f"{texts}{flags}{versions}{machine}".encode()).hexdigest()[:16]
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    return pathlib.Path(root) / "wkv6" / f"{name}_{key}{suffix}"
+    stem, suffix = os.path.splitext(name)
+    return pathlib.Path(root) / "wkv6" / f"{stem}_{key}{suffix}"
 
 
 def _make_once(path: pathlib.Path, make: Callable[[], None]) -> None:
-    """Call `make`, which is to make a file, unless that is there; in one process at a time."""
+    """Call `make`, which writes `path`, unless that exists; in one process at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         return
-    # The lock belongs to the living process, and goes with it: one that was killed while building
-    # leaves nothing to wait for.
+    # The system drops the lock of a process that dies, so a killed build blocks nobody.
     with filelock.FileLock(path.with_suffix(".lock"), timeout=600):
         if not path.exists():
             make()
 
 
-def _say_that_it_compiles(*, gpu: bool, compiler: str = "") -> None:
+def _announce_build(*, gpu: bool, compiler: str = "") -> None:
     line = f"compiling the {_kernel(gpu=gpu)}{compiler} (once, less than a minute) ..."
     print(line, file=sys.stderr, flush=True)
 
@@ -178,7 +186,7 @@ def _capability(gpu: int | None = None) -> str:
 
 
 def _cubin_path(gpu: int | None = None) -> pathlib.Path:
-    return _kept("wkv6_nvrtc", ".cubin", [HERE / "wkv6_cuda.cu"], _capability(gpu))
+    return _cache_path("wkv6_nvrtc.cubin", [HERE / "wkv6_cuda.cu"], _capability(gpu))
 
 
 def _cubin(gpu: int) -> nvrtc.Cubin:
@@ -186,7 +194,7 @@ def _cubin(gpu: int) -> nvrtc.Cubin:
     path = _cubin_path(gpu)
 
     def compile_and_save() -> None:
-        _say_that_it_compiles(gpu=True, compiler=" with NVRTC")
+        _announce_build(gpu=True, compiler=" with NVRTC")
         source = (HERE / "wkv6_cuda.cu").read_text(encoding="utf-8")
         kernels = wkv6_gpu.kernel_names()
         cubin, _warnings = nvrtc.compile_kernels(source, kernels, _capability(gpu))
@@ -197,7 +205,7 @@ def _cubin(gpu: int) -> nvrtc.Cubin:
     _make_once(path, compile_and_save)
     try:
         return nvrtc.Cubin.load(path)
-    except (ValueError, KeyError, TypeError):  # damaged: make it anew
+    except (ValueError, KeyError, TypeError):  # damaged: compile again
         path.unlink()
         _make_once(path, compile_and_save)
         return nvrtc.Cubin.load(path)
@@ -222,14 +230,15 @@ def _cpu_flags() -> list[str]:
     else:
         capability = "DEFAULT"
     defines = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
-    openmp = ["-fopenmp"] if sys.platform == "linux" else []  # at::parallel_for needs it
+    # at::parallel_for needs OpenMP.
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
     return ["-O3", *defines, *vectors, *openmp]
 
 
 def _gpu_flags() -> Flags:
-    """Choose the card that is there, unless TORCH_CUDA_ARCH_LIST names others.
+    """Choose this machine's card, unless TORCH_CUDA_ARCH_LIST names others.
 
-    hipcc looks itself.
+    hipcc finds the card by itself.
     """
     flags = ["-O3"]
     names_cards = os.environ.get("TORCH_CUDA_ARCH_LIST", "native") not in ("", "native")
@@ -240,7 +249,7 @@ def _gpu_flags() -> Flags:
 
 
 def _gpu_library_path() -> pathlib.Path:
-    return _kept("wkv6_cuda", ".so", GPU_SOURCES, _gpu_flags())
+    return _cache_path("wkv6_cuda.so", GPU_SOURCES, _gpu_flags())
 
 
 def _load_library(library: pathlib.Path, sources: Sequence[pathlib.Path], flags: Flags) -> None:
@@ -250,20 +259,21 @@ def _load_library(library: pathlib.Path, sources: Sequence[pathlib.Path], flags:
 
 
 def _build(library: pathlib.Path, sources: Sequence[pathlib.Path], flags: Flags) -> None:
-    """Compile the sources into `library`, which appears only when it is whole.
+    """Compile the sources into `library`, which appears only when it is complete.
 
-    RuntimeError, with what would mend it, otherwise.
+    Raises RuntimeError, which says what to do.
     """
     from torch.utils import cpp_extension
 
     gpu = sources == GPU_SOURCES
     _check_compilers(gpu=gpu)
-    _say_that_it_compiles(gpu=gpu)
+    _announce_build(gpu=gpu)
     log = library.with_suffix(".log")
     try:
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             paths = [str(source) for source in sources]
-            if torch.version.hip:  # hipify writes its own beside them
+            if torch.version.hip:
+                # hipify writes its own files beside the sources.
                 paths = [shutil.copy(path, folder) for path in paths]
             options = {**flags, "build_directory": folder, "is_python_module": False}
             cpp_extension.load("wkv6", paths, **options)
@@ -271,16 +281,16 @@ def _build(library: pathlib.Path, sources: Sequence[pathlib.Path], flags: Flags)
             os.replace(built, library)
     except (RuntimeError, ValueError, ImportError, subprocess.SubprocessError) as error:
         log.write_text(str(error))
-        # What the compiler says first; or the whole, where it is not a compiler that says it.
+        # The compiler's first error; or, if no compiler speaks, the message's first line.
         words = re.search(r"\b(fatal error|fatal|error) *: .*|^(?!Error building).*", str(error))
         first = f" ({words[0]})" if words else ""
         cuda_home = f"; CUDA_HOME is {cpp_extension.CUDA_HOME}" if gpu else ""
-        place = f"all of the compiler's words are in {log}"
+        place = f"the compiler's full output is in {log}"
         raise RuntimeError(f"the build failed{first}; {place}{cuda_home}") from error
 
 
 def _check_compilers(*, gpu: bool) -> None:
-    """Find ninja and the compilers. RuntimeError, with what would mend it, where one is missing."""
+    """Raise RuntimeError, which says what to do, if ninja or a compiler is missing."""
     try:
         import ninja
     except ImportError:
@@ -302,9 +312,9 @@ def _find_nvcc() -> str | None:
 
 
 def _check_nvcc() -> None:
-    """RuntimeError, with what would mend it, unless there is an nvcc of PyTorch's CUDA version."""
+    """Raise RuntimeError, which says what to do, unless nvcc is of PyTorch's CUDA version."""
     wanted = torch.version.cuda or "?"
-    place = "where it is not found, set CUDA_HOME to its folder"
+    place = "if it is not found, set CUDA_HOME to its folder"
     install = f"install the CUDA toolkit {wanted}, and {place}"
     nvcc = _find_nvcc()
     if not nvcc:

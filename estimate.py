@@ -69,9 +69,7 @@ def expected_memory(
             states += 2  # those before and after a group of chunks
         size = built.model.state_bytes(options.micro_bsz)
         parts["states between chunks"] = states * size
-    parts = sharding.memory_of_one_rank(
-        parts, built.model, options.strategy, ranks=ranks(options)
-    )
+    parts = sharding.memory_of_one_rank(parts, built.model, options.strategy, ranks=ranks(options))
     return MemoryEstimate(built, parts | memory.beside_tensors(parts, device))
 
 
@@ -103,7 +101,13 @@ def parts_of(
     # DDP keeps the place of the gradients from step to step.
     keeps_gradients = n > 1 and not shares_gradients
     earlier = options.accumulate_grad_batches > 1 or in_chunks or keeps_gradients
-    return memory.expected(model, outputs, device, earlier, n if shares_gradients else 1)
+    return memory.expected(
+        model,
+        outputs,
+        device,
+        accumulate=earlier,
+        gradient_shards=n if shares_gradients else 1,
+    )
 
 
 def check_memory(options: Any, device: torch.device) -> BuiltModel:

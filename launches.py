@@ -1,22 +1,25 @@
 """What the loss and its gradient ask of a GPU, counted: launches, and bytes that they move.
 
 One need not read this to understand Bone. `python bench.py launches` prints the table, and
-test_rehearsal.py holds it. Forward and backward pass are run on tensors that have shapes and no
-data (PyTorch's FakeTensorMode), so the counts are the same on every machine; there need be a device
-that is not the CPU, which gpu_standin.py can make. The optimizer is not counted.
+test_rehearsal.py tests it. Forward and backward pass run on tensors that have shapes but no data
+(PyTorch's FakeTensorMode), so the counts are the same on every machine. They need a device that is
+not the CPU; gpu_standin.py can make one. The optimizer is not counted.
 """
 
-import contextlib
 import dataclasses
-import unittest.mock
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import bone
+import devices
 import loss
 import quant
 import rwkv6
@@ -32,7 +35,7 @@ TOKENS, VOCAB, N_LAYER = 512, 65536, 24
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-    """launches: how many; moved: bytes that they read and write, caches not considered."""
+    """Launches, and the bytes that they read and write, caches not considered."""
 
     launches: int
     moved: int
@@ -50,8 +53,8 @@ class Count:
         return f"{self.launches:6} launches  {self.moved / 1e9:6.2f} GB"
 
 
-def storage_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor's numbers, those of an expanded one counted once."""
+def storage_bytes(tensor: Tensor) -> int:
+    """Return the bytes of a tensor's numbers, those of an expanded one counted once."""
     repeated = [
         size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride == 0
     ]
@@ -62,11 +65,12 @@ def storage_bytes(tensor: torch.Tensor) -> int:
 
 
 class Counter(TorchDispatchMode):
-    """Counts every operator that would be a launch while it is active."""
+    """Count every operator that would be a launch while this is active."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.launches = self.moved = 0
+        self.launches = 0
+        self.moved = 0
         self.names: dict[str, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -74,43 +78,38 @@ class Counter(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.is_view or name in NO_LAUNCH or func.namespace == "prim":
             return result
-        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        # An argument may be the result, too: each tensor once.
+        leaves = tree_leaves((args, kwargs, result))
+        tensors = {id(x): x for x in leaves if isinstance(x, Tensor)}
         self.launches += 1
-        self.moved += sum(storage_bytes(x) for x in {id(x): x for x in tensors}.values())
+        self.moved += sum(storage_bytes(x) for x in tensors.values())
         self.names[name] = self.names.get(name, 0) + 1
         return result
 
 
 def count(run: Callable[[], object]) -> Count:
-    """Count what `run` launches. Called inside FakeTensorMode."""
+    """Count what `run` launches. To be called inside FakeTensorMode."""
     with Counter() as counter:
         run()
     return Count(counter.launches, counter.moved)
 
 
 class NoMixture(torch.autograd.Function):
-    """In place of rwkv6.Mixture: makes tensors of the right shapes, and launches nothing."""
+    """In place of rwkv6.Mixture: make tensors of the right shapes, and launch nothing."""
 
     @staticmethod
-    def forward(ctx, x, previous, shares):
+    def forward(ctx: Any, x: Tensor, previous: Tensor, shares: Tensor) -> Tensor:
         ctx.save_for_backward(x, previous, shares)
         shape = torch.broadcast_shapes(x.shape, shares.shape)
         return x.new_empty(shape)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
 
 
-@contextlib.contextmanager
-def without_mixtures() -> Iterator[None]:
-    """Leave the mixtures of tokens out of what is counted."""
-    with unittest.mock.patch.object(rwkv6, "Mixture", NoMixture):
-        yield
-
-
 def model_1_6b(n_layer: int, quantization: str, *, with_bone: bool = True) -> rwkv6.RWKV:
-    """A bat r 64 model of 1.6B's widths on the meta device: bones, time and ln are trained.
+    """Return a bat r 64 model of 1.6B's widths on the meta device; bone, time and ln are trained.
 
     with_bone: False leaves the frozen layers as they are.
     """
@@ -118,13 +117,10 @@ def model_1_6b(n_layer: int, quantization: str, *, with_bone: bool = True) -> rw
         model = rwkv6.RWKV(rwkv6.sizes(n_layer, 2048, VOCAB))
     for name, p in model.named_parameters():
         p.data = p.data.to(rwkv6.storage_dtype(model, name, torch.bfloat16))
-    for name, module in list(model.named_modules()):
-        if (
-            quantization != "none"
-            and name.startswith("blocks.")
-            and isinstance(module, rwkv6.Linear)
-        ):
-            model.set_submodule(name, quant.quantize(module.weight, quantization))
+    if quantization != "none":
+        for name, module in list(model.named_modules()):
+            if name.startswith("blocks.") and isinstance(module, rwkv6.Linear):
+                model.set_submodule(name, quant.quantize(module.weight, quantization))
     if with_bone:
         bone.add_bone(model, 64)
     for name, p in model.named_parameters():
@@ -136,15 +132,23 @@ def model_1_6b(n_layer: int, quantization: str, *, with_bone: bool = True) -> rw
 def training_step(
     n_layer: int, quantization: str, device: torch.device, *, with_bone: bool = True
 ) -> Count:
-    """Count forward, recomputation and backward of one row of 512 tokens, WKV-6 as one launch."""
+    """Count forward, recomputation and backward of one row of 512 tokens, WKV-6 as one launch.
+
+    device: not the CPU.
+    """
     model = model_1_6b(n_layer, quantization, with_bone=with_bone)
     for module in model.modules():
         if isinstance(module, rwkv6.TimeMix):
             module.impl = "compiled"
-    device = torch.empty(0, device=device).device  # with its number
-    quant.nf4_pairs(device, torch.bfloat16)  # made once, not in each step
-    no_problem = unittest.mock.patch.object(wkv6, "kernel_problem", lambda device: "")
-    with no_problem, FakeTensorMode(allow_non_fake_inputs=True):
+    # The device with its number.
+    device = torch.empty(0, device=device).device
+    # Made once, not in each step.
+    quant.nf4_pairs(device, torch.bfloat16)
+    with (
+        # Shapes need no kernel: as if it were loaded.
+        mock.patch.object(wkv6, "kernel_problem", lambda device: ""),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
         model.to_empty(device=device)
         idx = torch.zeros(1, TOKENS, dtype=torch.int64, device=device)
         mask = torch.ones(1, TOKENS, device=device)
@@ -159,11 +163,11 @@ def training_step(
 
 
 def table(device: torch.device) -> dict[str, Count]:
-    """Count a block, what a quantized one takes more, what is outside of the blocks, and all."""
+    """Count a block, what a quantized one takes more, what is outside the blocks, and all."""
     one, two = (training_step(n_layer, "none", device) for n_layer in (1, 2))
     block = two - one
     plain = [training_step(n_layer, "none", device, with_bone=False) for n_layer in (1, 2)]
-    with without_mixtures():
+    with mock.patch.object(rwkv6, "Mixture", NoMixture):
         unmixed = [training_step(n_layer, "none", device) for n_layer in (1, 2)]
     rows = {
         "a block, bf16": block,
@@ -179,3 +183,19 @@ def table(device: torch.device) -> dict[str, Count]:
     more_for_nf4 = rows["the same, nf4: more"] * N_LAYER
     rows["all 24 blocks, nf4"] = rows["all 24 blocks, bf16"] + more_for_nf4
     return rows
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the table, counted on the GPU that is here, or on a stand-in for one."""
+    if arguments:
+        raise ValueError(f"bench.py launches takes no arguments; drop {' '.join(arguments)}")
+    if not torch.accelerator.is_available():
+        import gpu_standin  # noqa: F401 (makes a device)
+    print(
+        "\nforward, recomputation and backward of 512 tokens, 1.6B, bat r 64, WKV-6 as one launch; "
+        "bytes read and written, caches not considered"
+    )
+    for part, found in table(devices.find("gpu")).items():
+        print(f"{part:<24}{found}", flush=True)
+    # The threads of the stand-in can abort the interpreter's end.
+    os._exit(0)

@@ -1,123 +1,197 @@
-"""How much memory a training step takes, known before anything is loaded.
+"""How much memory a training step takes, known before any weight is loaded.
 
-No table of formulas, which would be wrong after the next change: the step itself is run, forward and backward, on tensors that
-have shapes and no data (PyTorch's FakeTensorMode), while every storage is counted from its making to its end. That takes seconds and
-no memory. One and two blocks are run. Each further block adds its activations, as the second one did; in the backward pass they go,
-block by block, while gradients come, so that there the larger of the two counts.
+One need not read this to understand Bone. The estimate is not a formula, which the next change to
+the model would make wrong. A real step, forward and backward, runs on tensors that have shapes but
+no data (PyTorch's FakeTensorMode), and every storage is counted from its allocation to its release.
+That takes seconds, and no memory.
+
+Only one and two blocks are run. In the forward pass every further block adds its activations, as
+the second one did. In the backward pass activations are released block by block while gradients
+come, so every further block adds the larger of the two.
 """
 
 import contextlib
 import ctypes
+import dataclasses
+import functools
 import math
 import pathlib
 import re
 import sys
 import weakref
+from collections.abc import Callable, Iterable
 
 import psutil
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import compiled
+from rwkv6 import RWKV
 
-# What a run takes beyond PyTorch and its tensors, measured: libraries, the interpreter, all that is
-# small. A build for CUDA brings more along (Triton), even where it trains on a CPU.
+# Bytes of a process beyond importing PyTorch and its tensors, measured: libraries, the interpreter,
+# everything small. A CUDA build also loads Triton, even where it trains on a CPU.
 PROGRAM = 0.20e9 if torch.version.cuda is None else 0.26e9
 
-# On a GPU: the code of the kernels, which is loaded as they are first used (0.24 GB on an H100), and
-# cuBLAS's workspaces (32 MB each there). CUDA's context exists before anybody asks what is free.
+# On a GPU: the code of the kernels, loaded on first use (0.24 GB on an H100), and cuBLAS's
+# workspaces (32 MB each there). CUDA's context exists before anybody asks what is free.
 GPU_PROGRAM = 0.3e9
-# What PyTorch's allocator holds beyond the tensors, as a part of those that stay, and of those that
-# come and go: it rounds sizes up, and rows of another length do not fit where the last ones were.
-# Found by playing the allocations of 12 rows of random lengths back to a model of the allocator.
-ALLOCATOR_OF_WEIGHTS, ALLOCATOR_OF_REST = 0.01, 0.2
+
+# What PyTorch's GPU allocator holds beyond the tensors, as a fraction of those that stay, and of
+# those that come and go: it rounds sizes up, and rows of one length leave holes that rows of
+# another length do not fit in. From replaying the allocations of 12 rows of random lengths on a
+# model of the allocator.
+ALLOCATOR_OF_WEIGHTS = 0.01
+ALLOCATOR_OF_REST = 0.2
+
+M_MMAP_THRESHOLD = -3  # glibc's number for it
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operators make while it is active: `now`, and the most there ever was, `peak`."""
+    """Count the bytes of storages that operators allocate while this is active.
 
-    def __init__(self, existing):
+    now: what is alive; peak: the most that ever was. Storages of `existing` do not count.
+    """
+
+    def __init__(self, existing: Iterable[Tensor]) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = 0
+        self.peak = 0
         self.seen = weakref.WeakSet(tensor.untyped_storage() for tensor in existing)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.seen:
-                self.seen.add(tensor.untyped_storage())
-                self.count(tensor.untyped_storage().nbytes())
-                weakref.finalize(
-                    tensor.untyped_storage(), self.count, -tensor.untyped_storage().nbytes()
-                )
+            if isinstance(tensor, Tensor):
+                self._count_storage(tensor.untyped_storage())
         return result
 
-    def count(self, n):
+    def _count_storage(self, storage: torch.UntypedStorage) -> None:
+        if storage in self.seen:
+            return
+        self.seen.add(storage)
+        self._add(storage.nbytes())
+        weakref.finalize(storage, self._add, -storage.nbytes())
+
+    def _add(self, n: int) -> None:
         self.now += n
         self.peak = max(self.peak, self.now)
 
 
-def tensors(model):
+@dataclasses.dataclass(frozen=True)
+class StepBytes:
+    """Bytes beyond the weights at four moments of a training step.
+
+    forward_peak: the most during the forward pass; activations: what it leaves for the backward
+    pass, with earlier gradients if there are any; backward_peak: the most during the backward pass;
+    gradients: what that leaves.
+    """
+
+    forward_peak: float
+    activations: float
+    backward_peak: float
+    gradients: float
+
+
+def tensors(model: torch.nn.Module) -> list[Tensor]:
+    """Return all parameters and buffers."""
     return [*model.parameters(), *model.buffers()]
 
 
-def expected(model, outputs, device, accumulate=False, shares=1):
-    """Bytes of tensors at the peak of training `model`, which is on the meta device: {part: bytes}, to be added up.
+def expected(
+    model: RWKV,
+    outputs: Callable[[], list[Tensor]],
+    device: torch.device,
+    *,
+    accumulate: bool = False,
+    gradient_shards: int = 1,
+) -> dict[str, float]:
+    """Return the bytes of tensors at the peak of training, {part: bytes}; their sum is the peak.
 
-    outputs(): runs `model` on a batch that it makes, and returns what the backward pass begins from, loss and states; called with fake
-    tensors, it may not look at a value. accumulate: whether the gradients of an earlier micro batch are there already; shares: ranks that have a part
-    of each gradient.
+    model: on the meta device; it has other tensors afterwards.
+    outputs: runs `model` on a batch that it makes, and returns what the backward pass starts from,
+    loss and states. It is called with fake tensors, so it must not look at a value.
+    accumulate: whether the gradients of an earlier micro batch exist already.
+    gradient_shards: the number of ranks that each hold a part of every gradient.
     """
-
-    def backward(outputs):
-        outputs = [x for x in outputs if x.requires_grad]
-        torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
-
-    blocks, runs = model.blocks, []
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = sum(t.nbytes for t in tensors(model))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    blocks = model.blocks
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=device)
-        for model.blocks in (blocks[:1], blocks[:2]):
-            with LiveBytes(tensors(model)) as live:
-                if accumulate:
-                    backward(outputs())
-                    live.peak = live.now
-                values = outputs()
-                forward, live.peak = (live.peak, live.now), live.now
-                backward(values)
-                del values
-            runs.append((*forward, live.peak, live.now))
-            model.zero_grad()
+        model.blocks = blocks[:1]
+        one = _run_step(model, outputs, accumulate=accumulate)
+        model.blocks = blocks[:2]
+        two = _run_step(model, outputs, accumulate=accumulate)
     model.blocks = blocks
-    (forward, activations, backward, gradients), (_, both_activations, _, both_gradients) = runs
-    activations, of_block = (
-        both_activations - activations,
-        both_gradients - gradients,
-    )  # of one block; with `accumulate` the first holds the second
-    if (
-        shares > 1
-    ):  # the others have their parts of the gradients; a block's new ones are there whole, and again in the piece that is sent
-        elsewhere = 1 - 1 / shares
-        forward, backward = (
-            forward - accumulate * elsewhere * gradients,
-            backward - elsewhere * gradients + 2 * of_block,
+
+    if gradient_shards > 1:
+        share = functools.partial(
+            _on_one_rank,
+            of_block=two.gradients - one.gradients,
+            shards=gradient_shards,
+            accumulate=accumulate,
         )
-        activations -= accumulate * elsewhere * of_block
-    more, larger = len(blocks) - 1, max(activations, of_block / shares)
-    peak = max(forward + more * activations, backward + more * larger)
+        one, two = share(one), share(two)
+
+    further_blocks = len(blocks) - 1
+    activations = further_blocks * (two.activations - one.activations)
+    gradients = further_blocks * (two.gradients - one.gradients)
+    in_forward = one.forward_peak + activations
+    in_backward = one.backward_peak + max(activations, gradients)
+    peak = max(in_forward, in_backward)
     return {
         "weights": weights,
-        "optimizer": 8 * trained,
-        "activations, gradients": more * larger,
-        "workspace": peak - more * larger,
+        "optimizer": 8 * trained,  # Adam's two moments in float32
+        "activations, gradients": max(activations, gradients),
+        "workspace": peak - max(activations, gradients),
     }
 
 
+def _run_step(model: RWKV, outputs: Callable[[], list[Tensor]], *, accumulate: bool) -> StepBytes:
+    """Run forward and backward pass on fake tensors, and count."""
+    with LiveBytes(tensors(model)) as live:
+        if accumulate:
+            _backward(outputs())
+            live.peak = live.now
+        values = outputs()
+        forward_peak = live.peak
+        activations = live.now
+        live.peak = live.now
+        _backward(values)
+        del values
+        step = StepBytes(forward_peak, activations, live.peak, live.now)
+    model.zero_grad()
+    return step
+
+
+def _backward(outputs: list[Tensor]) -> None:
+    outputs = [x for x in outputs if x.requires_grad]
+    torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+
+
+def _on_one_rank(step: StepBytes, *, of_block: float, shards: int, accumulate: bool) -> StepBytes:
+    """Return what one of `shards` ranks takes if each holds a part of every gradient.
+
+    of_block: bytes of one block's gradients. The new ones exist here whole, and once more in the
+    buffer that is sent. accumulate: whether earlier gradients are part of `step`.
+    """
+    elsewhere = (1 - 1 / shards) * step.gradients
+    earlier_elsewhere = elsewhere if accumulate else 0
+    return StepBytes(
+        forward_peak=step.forward_peak - earlier_elsewhere,
+        activations=step.activations - earlier_elsewhere,
+        backward_peak=step.backward_peak - elsewhere + 2 * of_block,
+        gradients=step.gradients - elsewhere,
+    )
+
+
 def beside_tensors(parts: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Return the bytes that a run takes beside its tensors, {part: bytes}, from those that they take."""
+    """Return the bytes that a run takes beside its tensors, {part: bytes}.
+
+    parts: what `expected` returns.
+    """
     if device.type == "cpu":
         return {"program": PROGRAM}
     weights = parts["weights"] + parts["optimizer"]
@@ -126,31 +200,34 @@ def beside_tensors(parts: dict[str, float], device: torch.device) -> dict[str, f
     return {"allocator": allocator, "program": GPU_PROGRAM}
 
 
-def available(device):
-    """Bytes that are free on a device; on a CPU, what the system can give without swapping."""
-    if device.type == "cpu":
+def available(device: torch.device) -> float:
+    """Return the free bytes of a device; on a CPU, what the system can give without swapping.
+
+    Infinity, after a note, where PyTorch cannot tell.
+    """
+    # Apple's GPU (mps) shares the host's memory, and PyTorch knows nothing more about it.
+    if device.type in ("cpu", "mps"):
         return psutil.virtual_memory().available
-    if device.type == "mps":  # which shares the host's memory, and has no other answer
-        return psutil.virtual_memory().available
-    torch.empty(1, device=device)  # what the driver takes for this process is gone from here on
+    # From the first tensor on, what the driver takes for this process is no longer free.
+    torch.empty(1, device=device)
     try:
         return torch.accelerator.get_memory_info()[0]
     except (NotImplementedError, RuntimeError):
         print(
-            f"note: PyTorch cannot say how much memory of this {device.type} is free, so nobody knows whether the run fits"
+            f"note: PyTorch cannot tell how much memory is free on this {device.type} device, "
+            "so nobody knows whether the run fits"
         )
         return math.inf
 
 
-def peak(device):
-    """Bytes at the peak so far, of the GPU's tensors or of the process."""
+def peak(device: torch.device) -> int:
+    """Return the bytes at the peak so far: of the GPU's tensors, or of the whole process."""
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated()
     if sys.platform == "linux":
-        status = pathlib.Path(
-            "/proc/self/status"
-        ).read_text()  # getrusage, below, would count the program that started this one too
-        return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
+        # Not getrusage, as below: on Linux it counts the program that started this one, too.
+        status = pathlib.Path("/proc/self/status").read_text()
+        return int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) * 1024
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     import resource
@@ -158,14 +235,12 @@ def peak(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def give_back_freed():
-    """Have the C library give back the memory of a tensor when it is freed. For what comes and goes in pieces of ever other sizes, as FSDP's gathered
-    weights do: in the holes that one leaves the next finds no room. Only where that is glibc; slower, as new memory comes page by page."""
+def give_back_freed() -> None:
+    """Have glibc return the memory of every freed tensor to the system at once.
+
+    By default glibc keeps most of it, in a heap whose holes do not fit tensors of other sizes, and
+    the process grows. Slower: fresh memory comes page by page. With another C library or allocator
+    this does nothing.
+    """
     with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
-
-
-def reuse_freed():
-    """Keep the memory of freed CPU tensors for the next ones, as PyTorch does on a GPU: see memory_op.cpp. Without a compiler, nothing."""
-    if not compiled.load():
-        torch.ops.memory.reuse()
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)

@@ -256,9 +256,7 @@ class TrainingData:
             numbers = range(first, min(first + micro_bsz, len(self.held_out)))
             documents = [self.held_out[i] for i in numbers]
             if documents:
-                yield data.collate(
-                    documents, batches.ctx_len, batches.loss_mask, cut=batches.cut
-                )
+                yield data.collate(documents, batches.ctx_len, batches.loss_mask, cut=batches.cut)
             else:
                 yield data.empty_batch()
 
@@ -324,9 +322,7 @@ class RunPlan:
     def describe_bad_rows(self, step: int, losses: list[float]) -> str:
         """Name the rows of a step's micro batches whose loss is not finite."""
         first = step * self.micro_batches_per_step
-        return data.describe_bad_rows(
-            self.data.documents, losses, first, config=self.data.batches
-        )
+        return data.describe_bad_rows(self.data.documents, losses, first, config=self.data.batches)
 
 
 def plan_run(options: Any, built: BuiltModel) -> RunPlan:

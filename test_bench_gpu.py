@@ -10,9 +10,10 @@ import warnings
 import pytest
 import torch
 
-import bench
 import bench_gpu
 import bench_gpu_jobs
+import bench_gpu_race
+import bench_memory
 import estimate
 import memory
 import train
@@ -133,10 +134,11 @@ def test_without_a_gpu_it_is_one_line(monkeypatch):
 def test_the_expected_memory_is_that_of_dry_run(folder, kind):
     cpu = torch.device("cpu")
     setup = bench_gpu_jobs.Setup(cpu, bench_gpu_jobs.TINY)
-    flags = bench.prepare_run(".", setup.sizes.config("tiny"), 32, r=setup.sizes.r)
+    flags = bench_memory.prepare_run(".", setup.sizes.config("tiny"), 32, r=setup.sizes.r)
     options = resolve_options(train.parse_args([*flags, "--quant", kind]))
     _, parts = estimate.expected_memory(options, cpu)
-    assert bench_gpu_jobs.expected_bytes(setup, "tiny", kind, 32) == sum(parts.values())
+    expected = bench_gpu_jobs.expected_bytes(setup, "tiny", kind, tokens=32)
+    assert expected == sum(parts.values())
 
 
 def test_waits_are_counted_by_pytorch_s_warnings():
@@ -146,7 +148,7 @@ def test_waits_are_counted_by_pytorch_s_warnings():
         warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
         warnings.warn("something else", stacklevel=1)
 
-    [place] = bench_gpu_jobs.synchronizations(run, modes.append)
+    [place] = bench_gpu_race.synchronizations(run, modes.append)
     assert place.startswith("test_bench_gpu.py:") and modes == ["warn", "default"]
 
 

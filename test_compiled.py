@@ -12,6 +12,7 @@ from torch.utils import cpp_extension
 
 import compiled
 import nvrtc
+import wkv6
 import wkv6_gpu
 from test_wkv6 import build
 
@@ -42,7 +43,7 @@ exit 1
         ("12.4", {}, r"bin/nvcc is of CUDA 12.4, PyTorch of 13.0; install the CUDA toolkit 13.0"),
         ("13.0", {"CXX": "no-c++"}, r"no C\+\+ compiler \(no-c\+\+\) found; install one"),
         ("13.0", {"TORCH_CUDA_ARCH_LIST": "8.9;sm_90"}, r"the build failed \(Unknown CUDA arch"),
-        ("13.0", {}, r"the build failed \(fatal.*\); .* words are in .*\.log; CUDA_HOME is "),
+        ("13.0", {}, r"the build failed \(fatal.*\); .* output is in .*\.log; CUDA_HOME is "),
     ],
 )
 def test_a_gpu_build_that_fails_says_so_in_one_line_and_the_chunked_form_takes_over(
@@ -55,10 +56,10 @@ def test_a_gpu_build_that_fails_says_so_in_one_line_and_the_chunked_form_takes_o
     process = build(tmp_path / "cache", TRY_CUDA, CUDA_HOME=str(tmp_path), **environment)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and "Traceback" not in err, err
-    assert out.startswith("1024.0 the compiled WKV-6 kernel for the GPU is not to be had"), err
+    assert out.startswith("1024.0 the compiled WKV-6 kernel for the GPU is unavailable"), err
     [note] = [line for line in err.splitlines() if line.startswith("note: ")]
     assert re.search(words, note) and "no-such-driver" in note
-    assert note.endswith("Going on with the chunked form, which is slower.")
+    assert note.endswith("Using the chunked form, which is slower.")
 
 
 class AgreeingDriver:
@@ -96,8 +97,8 @@ def install_nvcc(folder, monkeypatch):
 
 
 def start(capsys, device_type="cuda"):
-    """Load the kernel as a new process does. Returns the problem, and the lines that were said."""
-    problem = compiled.load.__wrapped__(device_type)
+    """Load the kernel as a new process does. Returns the problem, and the lines printed."""
+    problem = compiled._try_to_load.__wrapped__(device_type)
     return problem, capsys.readouterr().err.splitlines()
 
 
@@ -113,7 +114,7 @@ def test_without_nvcc_nvrtc_compiles_and_what_it_made_is_kept(machine, monkeypat
     assert start(capsys) == ("", [])
 
 
-def test_another_gpu_or_another_pytorch_compiles_anew(machine, monkeypatch, capsys):
+def test_another_gpu_or_another_pytorch_compiles_again(machine, monkeypatch, capsys):
     start(capsys)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu=None: (9, 0))
     assert start(capsys) == ("", [COMPILING])
@@ -130,7 +131,7 @@ def test_without_nvcc_and_nvrtc_the_chunked_form_takes_over(machine, monkeypatch
     problem, (said, note) = start(capsys)
     assert re.search(r"no CUDA compiler \(nvcc\) found; .*: error: it is not to be$", problem)
     assert said == COMPILING
-    assert note == f"note: {problem}. Going on with the chunked form, which is slower."
+    assert note == f"note: {problem}. Using the chunked form, which is slower."
     assert machine == []
 
 
@@ -157,7 +158,7 @@ def test_where_nvcc_fails_nvrtc_compiles_and_nvcc_is_not_tried_again(
     install_nvcc(tmp_path, monkeypatch)
     problem, lines = start(capsys)
     assert problem == "" and isinstance(machine[0][0], nvrtc.Launcher)
-    note = r"note: the build failed \(fatal.*; CUDA_HOME is .*\. Going on with NVRTC\.$"
+    note = r"note: the build failed \(fatal.*; CUDA_HOME is .*\. Using NVRTC instead\.$"
     assert lines[-2] == COMPILING and re.match(note, lines[-1])
     assert start(capsys) == ("", [])
 
@@ -172,21 +173,27 @@ def test_on_windows_nvrtc_compiles_though_nvcc_is_there(machine, tmp_path, monke
 def test_on_windows_there_is_no_kernel_for_cpus(machine, monkeypatch, capsys):
     monkeypatch.setattr(sys, "platform", "win32")
     problem, [note] = start(capsys, "cpu")
-    assert (
-        problem == "the compiled WKV-6 kernel is not to be had: for CPUs it is not built on Windows"
+    assert problem == (
+        "the compiled WKV-6 kernel is unavailable: for CPUs it is not built on Windows"
     )
-    slower = "which is slower, and takes more memory than expected"
-    assert note == f"note: {problem}. Going on with the chunked form, {slower}."
+    assert note == f"note: {problem}. Using the chunked form, which is slower."
 
 
 @pytest.mark.parametrize("device_type", ["xpu", "mps", "gpu"])
 def test_a_device_without_a_kernel_says_so_in_one_line(device_type, capsys):
     problem, [note] = start(capsys, device_type)
     assert problem == f"there is no compiled WKV-6 kernel for {device_type}"
-    assert note == f"note: {problem}. Going on with the chunked form, which is slower."
+    assert note == f"note: {problem}. Using the chunked form, which is slower."
 
 
-def test_a_kernel_can_be_had_for_another_type_of_device(machine, monkeypatch, capsys):
+def test_load_raises_what_kernel_problem_returns():
+    problem = "there is no compiled WKV-6 kernel for xpu"
+    with pytest.raises(compiled.KernelUnavailable, match=problem):
+        compiled.load("xpu")
+    assert wkv6.kernel_problem("xpu") == problem
+
+
+def test_a_kernel_can_be_registered_for_another_type_of_device(machine, monkeypatch, capsys):
     loaded = []
     monkeypatch.setitem(compiled.LOADERS, "gpu", lambda: loaded.append("gpu"))
     assert start(capsys, "gpu") == ("", []) and loaded == ["gpu"]

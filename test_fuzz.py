@@ -29,13 +29,13 @@ from safetensors.torch import load_file
 
 import bone
 import cli
-import compiled
 import corpus
 import data
 import generate
 import merge
 import tokenizer
 import train
+import wkv6
 from quant import quantize
 from test_train import bone_of, counting, tiny
 
@@ -594,7 +594,7 @@ def try_one(prepared, folder, seed, *, out):
 def fuzz(count, seed=0):
     """Try `count` inputs. Returns the verdicts; AssertionError at the first that is wrong."""
     torch.set_num_threads(1)
-    compiled.load()
+    wkv6.kernel_problem()
     verdicts = []
     running = {}  # {process: (number, where its verdict is read, when it began)}
     with tempfile.TemporaryDirectory() as folder:

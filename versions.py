@@ -5,8 +5,8 @@ One need not read this to understand Bone.
     make test-versions
     python versions.py 2.11.0 --tests test_wkv6.py test_bone.py
 
-Each version is installed with what the tests need. Then come four checks: the tests, the WKV-6
-library for the CPU, the one for the GPU, and a forward pass on a GPU that is not there. The table
+Each version is installed with what the tests need. Then come four checks: the WKV-6 library for
+the CPU, the one for the GPU, a forward pass on a GPU that does not exist, and the tests. The table
 goes to the standard output, in Markdown; the logs lie beside the environments.
 
 An environment with a CUDA build takes 8 GB. It is kept, and made again when the requirements
@@ -41,7 +41,7 @@ CHECK_SECONDS = 900
 
 @dataclasses.dataclass
 class Row:
-    """One line of the table, by column, and what has to be said below it."""
+    """One line of the table, by column, and the problems listed below it."""
 
     version: str
     cells: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -78,9 +78,9 @@ def name_of(requirement: str) -> str:
 
 
 def pins_beside(installed: list[str]) -> list[str]:
-    """Return the pins of constraints.txt, but for torch and for what it has brought along.
+    """Return the pins of constraints.txt, without torch and what was installed with it.
 
-    Another release of PyTorch may want another one of its own requirements, setuptools for one.
+    Another release of PyTorch may need other versions of its requirements, of setuptools say.
     """
     names = {name_of(requirement) for requirement in installed}
     return [pin for pin in lines_of("constraints.txt") if name_of(pin) not in names]
@@ -118,11 +118,11 @@ def log_of(version: str, step: str) -> pathlib.Path:
 
 
 def environment_of(version: str) -> dict[str, str]:
-    """Return the environment variables for a version: what it compiles is its own."""
+    """Return the environment variables for a version; it has its own cache of compiled files."""
     variables = dict(os.environ)
     variables["TORCH_EXTENSIONS_DIR"] = str(ENVIRONMENTS / version / "extensions")
     variables["TORCH_CUDA_ARCH_LIST"] = ARCHITECTURES
-    # Where nvcc in the PATH is a link or a script, PyTorch takes its folder for the toolkit's.
+    # If nvcc in the PATH is a link or a script, PyTorch mistakes its folder for the toolkit's.
     if TOOLKIT.exists():
         variables.setdefault("CUDA_HOME", str(TOOLKIT))
     return variables
@@ -132,6 +132,7 @@ def run(
     command: list[str],
     log: pathlib.Path,
     seconds: float,
+    *,
     variables: dict[str, str] | None = None,
 ) -> str:
     """Run a command and return its standard output; both of its outputs go to the log, too.
@@ -169,7 +170,7 @@ def last_line(log: pathlib.Path) -> str:
 
 
 def run_tests(version: str, row: Row, tests: list[str]) -> None:
-    """Run the tests, all or those of the files given. What they say goes into the row."""
+    """Run all tests, or those given, and put their counts and failures into the row."""
     log = log_of(version, "tests")
     command = [str(python_of(version)), "-m", "pytest", "-q", "-n", "2", "-rfE", *tests]
     variables = environment_of(version)
@@ -177,7 +178,7 @@ def run_tests(version: str, row: Row, tests: list[str]) -> None:
     variables.pop("TORCH_CUDA_ARCH_LIST")
     variables.pop("CUDA_HOME", None)
     try:
-        run(command, log, TESTS_SECONDS, variables)
+        run(command, log, TESTS_SECONDS, variables=variables)
     except CheckError as error:
         row.problems.append(f"tests: {error}")
 
@@ -203,7 +204,7 @@ def ask(version: str, step: str, call: str) -> str:
     """
     log = log_of(version, step)
     command = [str(python_of(version)), "-c", f"import versions; versions.{call}"]
-    output = run(command, log, CHECK_SECONDS, environment_of(version))
+    output = run(command, log, CHECK_SECONDS, variables=environment_of(version))
     return output.splitlines()[-1]
 
 
@@ -235,7 +236,7 @@ def check(version: str, tests: list[str]) -> Row:
 
 
 def say(version: str, what: str) -> None:
-    """Tell on the standard error what is going on."""
+    """Print progress to the standard error."""
     print(f"PyTorch {version}: {what} ...", file=sys.stderr, flush=True)
 
 
@@ -250,7 +251,7 @@ def print_build() -> None:
 
 
 def load_library(device: str) -> None:
-    """Compile and load the WKV-6 library for a kind of device. SystemExit where that fails."""
+    """Compile and load the WKV-6 library for a kind of device, or exit with the reason."""
     import torch
 
     import compiled
@@ -294,12 +295,12 @@ def fake_forward() -> None:
         count = 0
         for mode, quant, form in kinds:
             print(f"mode {mode}, quant {quant}, WKV-6 {form}")
-            fake_forward_of(base, mode, quant, form)
+            fake_forward_of(base, mode=mode, quant=quant, form=form)
             count += 1
     print(f"{count} of {count}")
 
 
-def fake_forward_of(base: str, mode: str, quant: str, form: str) -> None:
+def fake_forward_of(base: str, *, mode: str, quant: str, form: str) -> None:
     """Send GPU tensors without data through one kind of model, in autocast's bfloat16."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -243,7 +243,11 @@ def kernel_problem(device: str = "cpu") -> str:
 
     Returns "" or, in one line, why it is unavailable.
     """
-    return compiled.load(device)
+    try:
+        compiled.load(device)
+    except compiled.KernelUnavailable as error:
+        return str(error)
+    return ""
 
 
 # torch.compile calls it while it traces, and takes the answer for a constant. This line is what
