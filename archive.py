@@ -26,8 +26,8 @@ from torch import Tensor
 
 StrPath = str | os.PathLike[str]
 
-# A .pth with a tensor of this name is the state of a training run (run_state.py). Its bytes are JSON:
-# everything of the state that is not a tensor.
+# A .pth with a tensor of this name is the state of a training run (run_state.py). Its bytes are
+# JSON: everything of the state that is not a tensor.
 ABOUT = "about"
 
 # The names, "module name", that the pickle of a dict of tensors refers to.

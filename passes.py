@@ -16,6 +16,8 @@ Each chunk is computed twice, as with grad_cp. What its matrix products gave is 
 (quant.py), so that recomputing a block within a chunk repeats no product. That costs the memory of
 some activations of one chunk. `bptt` cuts the gradient after so many chunks ("truncated
 backpropagation through time"); with 1, each chunk is computed once.
+
+One need not read this to understand Bone.
 """
 
 import contextlib

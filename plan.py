@@ -377,31 +377,40 @@ def plan_of_one_rank(options: Any, built: BuiltModel) -> RunPlan:
         complete=False,
         checkpoint_is_missing=False,
     )
-    first, progress = plan.first_step, state.progress if state else None
     run_folder.check_folder(
         options.proj_dir,
         paths,
-        first,
+        plan.first_step,
         quant=options.quant,
-        resumed_from=progress.step if progress else None,
+        resumed_from=state.progress.step if state else None,
         unchanged=not changed_flags,
     )
     if devices.rank():
         return plan
+    return look_at_checkpoints(plan, built)
+
+
+def look_at_checkpoints(plan: RunPlan, built: BuiltModel) -> RunPlan:
+    """Return the plan, with what it takes from the checkpoints that are there.
+
+    ValueError if the disk has too little room for those to come.
+    """
     complete = missing = False
-    if progress:
-        written = {step for step, path in paths.items() if os.path.exists(path)}
-        at_end = progress.step == plan.last_step and progress.step in written
-        complete = at_end or progress.step > plan.last_step
-        missing = progress.step in paths.keys() - written and not progress.losses
+    paths, step = plan.checkpoint_paths, plan.first_step
+    if plan.state:
+        step = plan.state.progress.step
+        written = {number for number, path in paths.items() if os.path.exists(path)}
+        at_end = step == plan.last_step and step in written
+        complete = at_end or step > plan.last_step
+        missing = step in paths.keys() - written and not plan.state.progress.losses
     if not complete:
         run_folder.check_room(
-            options.proj_dir,
+            plan.options.proj_dir,
             built,
             paths,
-            keep=options.keep,
-            first=first,
-            step=progress.step if progress else first,
+            keep=plan.options.keep,
+            first=plan.first_step,
+            step=step,
         )
     return dataclasses.replace(plan, complete=complete, checkpoint_is_missing=missing)
 

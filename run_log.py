@@ -167,6 +167,20 @@ def _start_wandb(args: argparse.Namespace, wandb_id: str | None) -> Any:
         ) from error
 
 
+def progress_bar(epoch: int, step: int, *, steps_per_epoch: int) -> Any:
+    """Return an iterator over the steps of an epoch from `step` on, which rank 0 shows."""
+    begin = epoch * steps_per_epoch
+    return tqdm(
+        range(step, begin + steps_per_epoch),
+        initial=step - begin,
+        total=steps_per_epoch,
+        desc=f"epoch {epoch}",
+        unit="step",
+        dynamic_ncols=True,
+        disable=devices.rank() > 0,
+    )
+
+
 def draw(folder: str) -> str:
     """Draw loss.png in a proj_dir from its loss.csv, where matplotlib is, and room.
 

@@ -33,7 +33,6 @@ if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import data
 import devices
@@ -47,7 +46,7 @@ from loss import count_tokens, loss_fn  # noqa: F401 (loss_fn: for those who imp
 from passes import Passes, accumulate_gradients, chunk_losses
 from plan import RunPlan, flags_of_all_ranks, plan_run, resolve_options, starts_ranks
 from report import describe, describe_resumed, final_report, report_complete
-from run_log import Log
+from run_log import Log, progress_bar
 from run_state import Progress
 from rwkv6 import RWKV
 from stop_signals import StopSignals
@@ -166,7 +165,7 @@ def train_epoch(run: Run, epoch: int, stop: StopSignals) -> None:
     plan, progress, log = run.plan, run.progress, run.log
     end = (epoch + 1) * plan.steps_per_epoch
     next_data = None
-    with progress_bar(plan, epoch, progress.step) as bar:
+    with progress_bar(epoch, progress.step, steps_per_epoch=plan.steps_per_epoch) as bar:
         for step in bar:
             started = time.perf_counter()
             step_data = next_data or plan.load_step(step, run.device)
@@ -229,20 +228,6 @@ def end_epoch(run: Run, epoch: int, stop: StopSignals) -> list[str]:
     if progress.step < plan.last_step:
         progress.losses.clear()
     return failed_checkpoints
-
-
-def progress_bar(plan: RunPlan, epoch: int, step: int) -> Any:
-    """Return an iterator over the steps of an epoch from `step` on, which rank 0 shows."""
-    begin = epoch * plan.steps_per_epoch
-    return tqdm(
-        range(step, begin + plan.steps_per_epoch),
-        initial=step - begin,
-        total=plan.steps_per_epoch,
-        desc=f"epoch {epoch}",
-        unit="step",
-        dynamic_ncols=True,
-        disable=devices.rank() > 0,
-    )
 
 
 def val_loss(run: Run, *, check: Callable[[], None] | None = None) -> float:

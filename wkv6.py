@@ -197,7 +197,8 @@ LIBRARY.define(
 
 
 @torch.library.register_fake("wkv6::forward")
-def _fake_forward(r, k, v, w, u, state):
+def _fake_forward(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    r, *_, state = inputs
     return torch.empty_like(r), torch.empty_like(state)
 
 
