@@ -194,9 +194,8 @@ def train_step(model: rwkv6.RWKV, optimizer: torch.optim.Optimizer, T: int) -> f
     micro = [random_micro_batch(model.config.vocab_size, T)]
     counts = count_tokens(micro)
     passes = Passes(autocast=torch.autocast(device.type, torch.bfloat16))
-    micro = data.to_device(micro, device)
-    losses = train.accumulate_gradients(model, micro, passes, counts=counts)
-    norm, scale = train.update(optimizer, passes.scaler, sum(losses))
+    losses = train.accumulate_gradients(model, data.to_device(micro, device), passes, counts=counts)
+    norm, scale = train.update(optimizer, passes.scaler, torch.stack(losses).sum())
     # The only wait for a GPU.
     [loss, *_] = torch.stack([*losses, norm, scale]).tolist()
     return loss
@@ -209,7 +208,7 @@ def necessary_matrices(model: rwkv6.RWKV) -> list[tuple[Tensor, int]]:
     for module in model.modules():
         if not isinstance(module, BoneLinear):
             continue
-        weight = module.weight
+        weight: Any = module.weight
         if not isinstance(weight, Tensor):
             shape = weight.shape
             if shape not in stand_ins:
@@ -377,14 +376,21 @@ def infctx() -> None:
 
 
 def infctx_step(
-    model: rwkv6.RWKV, optimizer: torch.optim.Optimizer, *, rows: int, tokens: int, **chunks: int
+    model: rwkv6.RWKV,
+    optimizer: torch.optim.Optimizer,
+    *,
+    rows: int,
+    tokens: int,
+    chunk_ctx: int = 0,
+    bptt: int = 0,
 ) -> None:
-    """Take a step on rows of so many tokens. chunks: chunk_ctx and bptt, for infctx."""
-    model.keep_products = bool(chunks)
+    """Take a step on rows of so many tokens; with a chunk_ctx as --train_type infctx does."""
+    model.keep_products = chunk_ctx > 0
     micro = [random_micro_batch(VOCAB, tokens) for _ in range(rows)]
-    passes = Passes(autocast=torch.autocast("cpu", torch.bfloat16), **chunks)
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    passes = Passes(autocast=autocast, chunk_ctx=chunk_ctx, bptt=bptt)
     losses = train.accumulate_gradients(model, micro, passes)
-    train.update(optimizer, passes.scaler, sum(losses))
+    train.update(optimizer, passes.scaler, torch.stack(losses).sum())
 
 
 def wkv() -> None:

@@ -26,6 +26,7 @@ import torch
 import bench
 import devices
 import estimate
+import launches as launch_counts
 import memory
 import rwkv6
 import train
@@ -308,8 +309,7 @@ def lora_step(
     try:
         lora = bench.fine_tuned(same_weights(model), "lora", r)
         optimizer = train.make_optimizer(lora, 1e-6)
-    # Whatever a release of peft, or what it imports, raises.
-    except Exception as error:
+    except Exception as error:  # whatever a release of peft raises
         return lambda tokens: {}, short(error)
     return lambda tokens: {"lora": functools.partial(bench.train_step, lora, optimizer, tokens)}, ""
 
@@ -345,9 +345,7 @@ def waits(setup: Setup, *kinds: str) -> None:
 
 def launches(setup: Setup) -> None:
     """Count launches, and bytes that they move."""
-    from launches import table
-
-    for part, count in table(setup.device).items():
+    for part, count in launch_counts.table(setup.device).items():
         say(part, count.launches, count.moved / 1e9)
 
 

@@ -150,8 +150,8 @@ def print_estimate(
         "expected peak": estimate.total,
         f"free on {device.type}: {verdict}": free,
     }
-    for part, size in lines.items():
-        print(f"{part:<26}{size / 1e9:8.2f} GB")
+    for part, part_size in lines.items():
+        print(f"{part:<26}{part_size / 1e9:8.2f} GB")
 
 
 def advice(options: Any, need: float, device: torch.device) -> str:

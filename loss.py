@@ -10,6 +10,7 @@ The L2 wrap keeps logits small: the gradient of the largest logit at each positi
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -122,7 +123,7 @@ class Counts(NamedTuple):
     positions: float  # that are not padding
 
 
-def count_tokens(micro_batches: list[Batch]) -> Counts:
+def count_tokens(micro_batches: Sequence[Batch]) -> Counts:
     """Count the tokens and positions of micro batches.
 
     Call it while they are on the CPU: the sums of a GPU's tensors would have to be waited for.

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+import ai00
 import bone
 import cli
 import corpus
@@ -348,7 +349,7 @@ def merging_for_ai00():
     main_of(merge, "merge.py base.pth run/rwkv-0.pth tuned.st")
     tuned = load_file("tuned.st")
     merging()
-    expected = dict(merge.for_ai00(name, tensor) for name, tensor in plain("tuned.pth").items())
+    expected = dict(ai00.for_ai00(name, tensor) for name, tensor in plain("tuned.pth").items())
     assert tuned.keys() == expected.keys()
     assert all(tuned[name].equal(tensor.detach()) for name, tensor in expected.items())
 
