@@ -38,12 +38,15 @@ from loss import Counts, count_tokens
 from plan import resolve_options
 from test_train import (
     DEFAULTS,
+    base_file,  # noqa: F401 (a fixture)
     bone_of,
     column,
     counting,
+    folder,  # noqa: F401 (a fixture)
     read,
     run,
     tiny,
+    true_memory,  # noqa: F401 (a fixture)
 )
 
 STRATEGIES = ["ddp", *(f"deepspeed_stage_{stage}" for stage in "123")]
