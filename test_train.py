@@ -217,26 +217,22 @@ def test_held_out_loss_is_the_mean_over_its_tokens_before_and_after(capsys):
     corpus.write_binidx("held", counting([30, 12, 40]))
     run("--val_file held --epoch_count 2 --epoch_steps 8")
     before, middle, after = column("val_loss")
-    assert after < middle < before and re.search(
-        f"before training: {before:.4f}\n(.|\n)*, held-out loss {after:.4f}\n",
-        capsys.readouterr().out,
+    assert after < middle < before
+    said = capsys.readouterr().out
+    assert re.search(f"before training: {before:.4f}\n(.|\n)*, held-out loss {after:.4f}\n", said)
+
+    a_run = types.SimpleNamespace(
+        model=checkpoint.load_model("base.pth", torch.float32),
+        passes=Passes(),
+        device=torch.device("cpu"),
     )
-    model, found = checkpoint.load_model("base.pth", torch.float32), []
+    found = []
     for micro_bsz in (1, 2, 3):
         options = arguments(f"--val_file held --micro_bsz {micro_bsz}")
-        found.append(
-            train.val_loss(
-                types.SimpleNamespace(
-                    model=model,
-                    plan=types.SimpleNamespace(data=plan.TrainingData.open(options, 300)),
-                    passes=Passes(),
-                    device=torch.device("cpu"),
-                )
-            )
-        )
-    assert found == pytest.approx(found[:1] * 3, rel=1e-5) and found[0] == pytest.approx(
-        before, rel=2e-2
-    )
+        a_run.plan = types.SimpleNamespace(data=plan.TrainingData.open(options, 300))
+        found.append(train.val_loss(a_run))
+    assert found == pytest.approx(found[:1] * 3, rel=1e-5)
+    assert found[0] == pytest.approx(before, rel=2e-2)
 
 
 @pytest.mark.parametrize(
