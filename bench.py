@@ -3,10 +3,10 @@
 One need not read this to understand Bone. Parts alone: `python bench.py layer`, `step`,
 `quantized`, `infctx`, `loss`, `wkv`. Beside speed:
 
-    python bench.py memory          train models of the true sizes, for an hour (bench_memory.py);
-                                    or `memory 1.6B nf4`, say, `memory long`, `memory ranks`
-    python bench.py launches        count what a step asks of a GPU (launches.py)
-    python bench.py gpu             measure on a GPU, and write a report (bench_gpu.py)
+    python bench.py memory      train models of the true sizes, for an hour (bench_memory.py); or
+                                `memory 1.6B nf4`, say, `memory long`, `memory ranks`
+    python bench.py launches    count what a step asks of a GPU (launches.py)
+    python bench.py gpu         measure on a GPU, and write a report (bench_gpu.py)
 
 A figure of speed is a ratio. What is compared runs in turn, round after round, in one process. The
 ratio of each round is taken, and their median printed: a shared machine, or one that slows down,

@@ -23,10 +23,7 @@ import tokenizer
 from archive import fingerprint, read_checkpoint, trained_quant
 from build import BuiltModel
 from loss import Batch, Counts, count_tokens
-
-# Flags that may differ from machine to machine. The contents of the files may not.
-OF_A_MACHINE = ("load_model", "data_file", "val_file", "bone_load", "proj_dir", "devices")
-
+from options import per_machine as per_machine_flags
 
 # ---- options ------------------------------------------------------------------------------------
 
@@ -90,7 +87,8 @@ def new_vocab_size(options: Any) -> int:
 
 def flags_of_all_ranks(options: Any) -> dict[str, Any]:
     """Return the flags that need to be the same on all ranks, {--name: value}."""
-    return {f"--{name}": value for name, value in vars(options).items() if name not in OF_A_MACHINE}
+    per_machine = per_machine_flags()
+    return {f"--{name}": value for name, value in vars(options).items() if name not in per_machine}
 
 
 def starts_ranks(options: Any) -> bool:

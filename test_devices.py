@@ -87,7 +87,9 @@ def errors_of(end):
 def without_delays(patch):
     """As if without matplotlib, and without looking for memory: they take longer than training."""
     patch.setitem(sys.modules, "matplotlib.figure", None)
-    patch.setattr(memory, "expected", lambda *_: {"weights": 0, "optimizer": 0, "workspace": 0})
+    patch.setattr(
+        memory, "expected", lambda *_, **__: {"weights": 0, "optimizer": 0, "workspace": 0}
+    )
 
 
 def parse(flags):
@@ -111,7 +113,7 @@ def all_batches(args, documents, number, cut):
     batches = []
     for first in range(0, 2 * number, 2):
         rows = [documents[i % len(documents)] for i in (first, first + 1)]
-        batches.append(data.collate(rows, 32, mask, cut))
+        batches.append(data.collate(rows, 32, mask, cut=cut))
     return batches
 
 
@@ -671,7 +673,7 @@ def test_what_cannot_be_started_is_refused(monkeypatch):
         run("--num_nodes 2")
     monkeypatch.setenv("NODE_RANK", "1")
     monkeypatch.setenv("MASTER_PORT", "abc")
-    with pytest.raises(ValueError, match="MASTER_PORT abc is no port"):
+    with pytest.raises(ValueError, match="MASTER_PORT abc is not a port"):
         run("--num_nodes 2")
 
 
@@ -680,7 +682,7 @@ def test_what_the_environment_says_of_ranks_is_checked(monkeypatch):
     run("--epoch_steps 1")  # a RANK alone makes no world
     assert os.path.exists("out/rwkv-0.pth")
     monkeypatch.setenv("WORLD_SIZE", "four")
-    with pytest.raises(ValueError, match="WORLD_SIZE four is no number of processes; unset it"):
+    with pytest.raises(ValueError, match="WORLD_SIZE four is not a number of processes; unset it"):
         run("")
     monkeypatch.setenv("WORLD_SIZE", "4")
     says = "--devices 2 --num_nodes 1, but WORLD_SIZE says 4; with torchrun leave both out"

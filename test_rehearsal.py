@@ -96,7 +96,7 @@ def train_here(folder, flags, true_memory=False):
         patch.setitem(sys.modules, "matplotlib.figure", None)
         if not true_memory:
             patch.setattr(
-                memory, "expected", lambda *_: {"weights": 0, "optimizer": 0, "workspace": 0}
+                memory, "expected", lambda *_, **__: {"weights": 0, "optimizer": 0, "workspace": 0}
             )
         train.train(train.parse_args(flags.split()))
     return output.getvalue(), [after - before for before, after in itertools.pairwise(marks)]
