@@ -97,10 +97,7 @@ class BuiltLinear(BoneLinear):
 def random_model(
     config: rwkv6.Config, quant: str | None = None, device: torch.device | str = "cpu"
 ) -> rwkv6.RWKV:
-    """Return a bfloat16 model of random weights, made on its device one by one.
-
-    quant: int8, nf4 or None.
-    """
+    """Return a bfloat16 model of random weights. quant: int8, nf4 or None."""
     with torch.device("meta"):
         model = rwkv6.RWKV(config)
     for name, p in list(model.named_parameters()):

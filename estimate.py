@@ -4,6 +4,7 @@ One need not read this to understand Bone.
 """
 
 import contextlib
+import dataclasses
 import os
 from typing import Any, NamedTuple
 
@@ -15,8 +16,9 @@ import memory
 import sharding
 from build import BuiltModel, build_model, chunk_ctx, count_parameters, precision
 from loss import LOGITS, Counts, loss_fn
+from options import Options
 from passes import detach_state, state_tensors
-from plan import changed, longest_row, resolve_options
+from plan import longest_row, resolve_options
 
 META = torch.device("meta")
 
@@ -33,13 +35,13 @@ class MemoryEstimate(NamedTuple):
         return sum(self.parts.values())
 
 
-def ranks(options: Any) -> int:
+def ranks(options: Options) -> int:
     """Return how many ranks there are, or will be."""
     return max(devices.size(), options.devices * options.num_nodes)
 
 
 def expected_memory(
-    options: Any, device: torch.device, longest: int | None = None
+    options: Options, device: torch.device, longest: int | None = None
 ) -> MemoryEstimate:
     """Return what training takes by resolved options, on rows of `longest` tokens.
 
@@ -74,7 +76,7 @@ def expected_memory(
 
 
 def parts_of(
-    options: Any, device: torch.device, tokens: int, *, in_chunks: bool
+    options: Options, device: torch.device, tokens: int, *, in_chunks: bool
 ) -> dict[str, float]:
     """Return what a step on rows of so many tokens takes, {part: bytes}: it runs without data.
 
@@ -110,7 +112,7 @@ def parts_of(
     )
 
 
-def check_memory(options: Any, device: torch.device) -> BuiltModel:
+def check_memory(options: Options, device: torch.device) -> BuiltModel:
     """Look whether a run fits into memory; return its model on the meta device.
 
     Prints what it takes with --dry_run, or where it does not fit: then that is a ValueError.
@@ -131,7 +133,7 @@ def check_memory(options: Any, device: torch.device) -> BuiltModel:
 
 
 def print_estimate(
-    options: Any, estimate: MemoryEstimate, *, device: torch.device, free: float
+    options: Options, estimate: MemoryEstimate, *, device: torch.device, free: float
 ) -> None:
     """Print what is trained and frozen, the parts of the peak, and what is free."""
     model = estimate.built.model
@@ -154,14 +156,14 @@ def print_estimate(
         print(f"{part:<26}{part_size / 1e9:8.2f} GB")
 
 
-def advice(options: Any, need: float, device: torch.device) -> str:
+def advice(options: Options, need: float, device: torch.device) -> str:
     """Say which flag saves the most memory of a run that takes `need` bytes."""
     longest = longest_row(options)
     least, best_flag = need, ""
     for flag, value in suggestions(options).items():
         length = value if flag == "ctx_len" else longest
         with contextlib.suppress(ValueError):  # of a flag that this run cannot take
-            other = resolve_options(changed(options, **{flag: value}))
+            other = resolve_options(dataclasses.replace(options, **{flag: value}))
             with_it = expected_memory(other, device, length).total
             if with_it < least:
                 least, best_flag = with_it, f"--{flag} {value}"
@@ -170,7 +172,7 @@ def advice(options: Any, need: float, device: torch.device) -> str:
     return f"what helps most is {best_flag}, with which it would take {least / 1e9:.2f} GB"
 
 
-def suggestions(options: Any) -> dict[str, Any]:
+def suggestions(options: Options) -> dict[str, Any]:
     """Return flags that may save memory, each with a value."""
     flags: dict[str, Any] = {"grad_cp": 1, "micro_bsz": 1}
     shorter = "chunk_ctx" if chunk_ctx(options) else "ctx_len"

@@ -4,7 +4,6 @@ One need not read this to understand Bone. The options pass through `resolve_opt
 through `plan_run`. Nothing changes an option after the first of them.
 """
 
-import copy
 import dataclasses
 import math
 import os
@@ -23,27 +22,19 @@ import tokenizer
 from archive import fingerprint, read_checkpoint, trained_quant
 from build import BuiltModel
 from loss import Batch, Counts, count_tokens
-from options import per_machine as per_machine_flags
+from options import Options, per_machine
 
 # ---- options ------------------------------------------------------------------------------------
 
 
-def changed(options: Any, **changes: Any) -> Any:
-    """Return a copy of the options with some other values."""
-    options = copy.copy(options)
-    for name, value in changes.items():
-        setattr(options, name, value)
-    return options
-
-
-def resolve_options(options: Any) -> Any:
+def resolve_options(options: Options) -> Options:
     """Return the options with what base model, Bone checkpoint and data say in place of None.
 
     ValueError where a flag that was given says otherwise.
     """
     quant = trained_quant(options.bone_load, options.quant)
     if not options.load_model:
-        return changed(options, quant=quant, vocab_size=new_vocab_size(options))
+        return dataclasses.replace(options, quant=quant, vocab_size=new_vocab_size(options))
     if options.bone_load:
         tensors = read_checkpoint(options.bone_load, verify=False)
         r, mode = checkpoint.rank_and_mode(tensors, options.bone_load)
@@ -51,8 +42,8 @@ def resolve_options(options: Any) -> Any:
         r, mode = options.bone_r or 64, options.bone_mode or "bat"
     base = read_checkpoint(options.load_model, verify=False)
     config = checkpoint.read_config(base, options.load_model)
-    of_bone = {"bone_r": r, "bone_mode": mode}
-    of_base = {
+    of_bone: dict[str, Any] = {"bone_r": r, "bone_mode": mode}
+    of_base: dict[str, Any] = {
         "n_layer": config.n_layer,
         "n_embd": config.n_embd,
         "vocab_size": config.vocab_size,
@@ -63,10 +54,10 @@ def resolve_options(options: Any) -> Any:
     for path, found in ((options.bone_load, of_bone), (options.load_model, of_base)):
         for flag, value in found.items():
             check_flag(options, flag, value, path=path)
-    return changed(options, quant=quant, **of_bone, **of_base)
+    return dataclasses.replace(options, quant=quant, **of_bone, **of_base)
 
 
-def check_flag(options: Any, flag: str, value: Any, *, path: str) -> None:
+def check_flag(options: Options, flag: str, value: Any, *, path: str) -> None:
     """Raise ValueError where a flag was given, and not as the file at `path` has it."""
     given = getattr(options, flag)
     if given is None or (flag == "vocab_size" and given == 0):
@@ -77,7 +68,7 @@ def check_flag(options: Any, flag: str, value: Any, *, path: str) -> None:
         )
 
 
-def new_vocab_size(options: Any) -> int:
+def new_vocab_size(options: Options) -> int:
     """Return the vocabulary of a new model: as given, or of its characters; else 0."""
     kind = options.data_type or corpus.guess_data_type(options.data_file)
     if options.vocab_size or kind in ("binidx", "jsonl"):
@@ -85,13 +76,13 @@ def new_vocab_size(options: Any) -> int:
     return open_documents(options)[0].vocab_size()
 
 
-def flags_of_all_ranks(options: Any) -> dict[str, Any]:
+def flags_of_all_ranks(options: Options) -> dict[str, Any]:
     """Return the flags that need to be the same on all ranks, {--name: value}."""
-    per_machine = per_machine_flags()
-    return {f"--{name}": value for name, value in vars(options).items() if name not in per_machine}
+    left_out = per_machine()
+    return {f"--{name}": value for name, value in vars(options).items() if name not in left_out}
 
 
-def starts_ranks(options: Any) -> bool:
+def starts_ranks(options: Options) -> bool:
     """Return whether this process is to start others, one for each device.
 
     ValueError where WORLD_SIZE, which torchrun sets, contradicts the options.
@@ -116,7 +107,7 @@ def starts_ranks(options: Any) -> bool:
 # ---- data ---------------------------------------------------------------------------------------
 
 
-def read_vocabulary(options: Any) -> Any:
+def read_vocabulary(options: Options) -> Any:
     """Return the characters that vocab.json lists, beside the base or in proj_dir; None: neither.
 
     ValueError where a base has none, or where the two differ.
@@ -139,7 +130,7 @@ def read_vocabulary(options: Any) -> Any:
     return found[0]
 
 
-def open_documents(options: Any, vocab_size: int | None = None) -> tuple[Any, Any]:
+def open_documents(options: Options, vocab_size: int | None = None) -> tuple[Any, Any]:
     """Open the training data and the held-out data, which is None without --val_file."""
     kind = options.data_type or corpus.guess_data_type(options.data_file)
     is_text = kind in tokenizer.CHARACTERS
@@ -167,7 +158,7 @@ def open_documents(options: Any, vocab_size: int | None = None) -> tuple[Any, An
     return documents, held_out
 
 
-def longest_row(options: Any, documents: Any = None) -> int:
+def longest_row(options: Options, documents: Any = None) -> int:
     """Return how many tokens the longest row has that the model will see.
 
     With infctx the data says it, since no document is cut.
@@ -199,10 +190,10 @@ class TrainingData:
     epoch_steps: int  # steps in an epoch; 0: as many as it takes to see the data once
 
     @classmethod
-    def open(cls, options: Any, vocab_size: int) -> "TrainingData":
+    def open(cls, options: Options, vocab_size: int) -> "TrainingData":
         """Open the files. ValueError where they cannot be trained on as the options say."""
         documents, held_out = open_documents(options, vocab_size)
-        loss_mask = options.loss_mask
+        loss_mask: data.LossMask = options.loss_mask
         if loss_mask == "se":
             loss_mask = options.mask_id["mask1"], options.mask_id["mask0"]
         batches = data.BatchConfig(
@@ -266,7 +257,7 @@ class TrainingData:
 class RunPlan:
     """What a run will do, known before its weights are loaded."""
 
-    options: Any  # resolved, see `resolve_options`
+    options: Options  # resolved, see `resolve_options`
     data: TrainingData
     state: run_state.State | None  # saved by an earlier run, to go on from
     micro_batches_per_step: int  # of all ranks together
@@ -323,7 +314,7 @@ class RunPlan:
         return data.describe_bad_rows(self.data.documents, losses, first, config=self.data.batches)
 
 
-def plan_run(options: Any, built: BuiltModel) -> RunPlan:
+def plan_run(options: Options, built: BuiltModel) -> RunPlan:
     """Return the plan of a run, the same on all ranks. ValueError for what is in its way.
 
     built: the model on the meta device.
@@ -344,7 +335,7 @@ def plan_run(options: Any, built: BuiltModel) -> RunPlan:
     return dataclasses.replace(plan, complete=bool(complete), checkpoint_is_missing=bool(missing))
 
 
-def plan_of_one_rank(options: Any, built: BuiltModel) -> RunPlan:
+def plan_of_one_rank(options: Options, built: BuiltModel) -> RunPlan:
     """Return the plan as this rank sees it. What is in proj_dir is looked at by rank 0 alone."""
     training_data = TrainingData.open(options, built.model.config.vocab_size)
     state, micro_batches, steps = run_state.load(
@@ -413,7 +404,7 @@ def look_at_checkpoints(plan: RunPlan, built: BuiltModel) -> RunPlan:
     return dataclasses.replace(plan, complete=complete, checkpoint_is_missing=missing)
 
 
-def checkpoint_paths(options: Any, steps_per_epoch: int) -> dict[int, str]:
+def checkpoint_paths(options: Options, steps_per_epoch: int) -> dict[int, str]:
     """Return {number of steps: path} of the checkpoints that a run will write."""
     paths = {}
     interval = options.epoch_save or options.epoch_count

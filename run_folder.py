@@ -53,7 +53,7 @@ def check_folder(
     checkpoint_paths: dict[int, str],
     first: int,
     *,
-    quant: str,
+    quant: str | None,
     resumed_from: int | None,
     unchanged: bool,
 ) -> None:

@@ -3,7 +3,6 @@
 One need not read this to understand Bone.
 """
 
-import argparse
 import contextlib
 import csv
 import json
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 import devices
 from archive import atomic_path
+from options import Options
 from run_state import Progress
 
 COLUMNS = ("step", "loss", "lr", "val_loss")  # of loss.csv
@@ -29,7 +29,7 @@ class Log:
     """
 
     def __init__(
-        self, args: argparse.Namespace, vocabulary: list[str] | None, wandb_id: str | None = None
+        self, args: Options, vocabulary: list[str] | None, wandb_id: str | None = None
     ) -> None:
         """Write nothing yet, but start wandb: where it fails, it does before the base is loaded.
 
@@ -144,7 +144,7 @@ class Log:
         return draw(self.args.proj_dir)
 
 
-def _start_wandb(args: argparse.Namespace, wandb_id: str | None) -> Any:
+def _start_wandb(args: Options, wandb_id: str | None) -> Any:
     """Start a run of wandb, or go on with one.
 
     It is told arguments and losses, but no code, no git remote, no output.

@@ -43,6 +43,7 @@ from build import build_for_training, make_passes
 from checkpointer import Checkpointer
 from estimate import check_memory
 from loss import count_tokens, loss_fn  # noqa: F401 (loss_fn: for those who import it from here)
+from options import Options
 from passes import Passes, accumulate_gradients, chunk_losses
 from plan import RunPlan, flags_of_all_ranks, plan_run, resolve_options, starts_ranks
 from report import describe, describe_resumed, final_report, report_complete
@@ -258,7 +259,7 @@ def set_up(plan: RunPlan, log: Log, device: torch.device) -> Run:
         model,
         options.lr_init,
         weight_decay=options.weight_decay,
-        layerwise_lr=options.layerwise_lr,
+        layerwise_lr=bool(options.layerwise_lr),
         strategy=options.strategy,
         betas=(options.beta1, options.beta2),
         eps=options.adam_eps,
@@ -298,7 +299,7 @@ def begin(run: Run) -> None:
         run.checkpointer.save_checkpoint(plan.checkpoint_paths[run.progress.step], run.save_dtype)
 
 
-def train(options: Any) -> None:
+def train(options: Options) -> None:
     """Train as the options say: plan the run, set it up, go through the loop, and report."""
     if starts_ranks(options):
         # They do what follows, and this process ends as they end.
