@@ -8,7 +8,7 @@ import importlib.util
 import itertools
 import math
 from collections.abc import Collection, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
