@@ -318,4 +318,6 @@ def check_memory(args, device):
         raise ValueError(
             f"training would take {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; {advice}"
         )
+    if device.type == "cpu" and need > free / 2:
+        memory.give_back_freed()
     return built

@@ -290,7 +290,7 @@ def run(args, device, built):
         plan.paths,
     )
     shares = devices.shares(args.strategy)
-    if device.type == "cpu":
+    if device.type == "cpu" and shares[2]:
         memory.give_back_freed()
     model, saved_names, save_dtype = (
         build_shares(args, device) if shares[1] else build_model(args, device)
