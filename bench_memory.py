@@ -165,7 +165,7 @@ def memory(only: Sequence[str] = ()) -> None:
 
     print(
         "\nGB at the peak of `python train.py`, 2 steps, ctx_len 1024, micro_bsz 1, "
-        f"bat r {R}, on the CPU, beyond importing PyTorch"
+        f"bat r {R}, on the CPU, freed memory given back, beyond importing PyTorch"
     )
     print(f"{'':<12}{'measured':>9}{'expected':>9}{'tutorial':>9}{'aim':>9}")
     with tempfile.TemporaryDirectory() as folder:
