@@ -47,7 +47,7 @@ class BuiltModel(NamedTuple):
 def build_for_training(options: Any, device: torch.device) -> BuiltModel:
     """Build the model of resolved options, shared out among the ranks if --strategy says so."""
     shares = sharding.Sharding.of(options.strategy)
-    if device.type == "cpu":
+    if device.type == "cpu" and shares.frozen:
         memory.give_back_freed()
     if shares.trained:
         return build_sharded_model(options, device)

@@ -129,6 +129,8 @@ def check_memory(options: Options, device: torch.device) -> BuiltModel:
             f"training would take {estimate.total / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; "
             f"{advice(options, estimate.total, device)}"
         )
+    if device.type == "cpu" and estimate.total > free / 2:
+        memory.give_back_freed()
     return estimate.built
 
 
