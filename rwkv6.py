@@ -5,8 +5,7 @@ A block adds two residual branches to x (B, T, C):
     x = x + att(ln1(x))    time mix: mixes a token with the one before it, then WKV-6 (wkv6.py)
     x = x + ffn(ln2(x))    channel mix: the same mixing, then a gated network with squared ReLU
 
-In RWKV-6 the mixing and the decay of WKV-6 depend on the token; in RWKV-5 both are learned
-constants of each channel.
+In RWKV-6 the mixing and the decay depend on the token; in RWKV-5 they are constants per channel.
 
 Parallel and recurrent mode are one function. The state of a block is a tuple of the last token
 that the time mix saw (B, C), the state of WKV-6 (B, H, N, N) in float32, and the last token that
@@ -15,8 +14,7 @@ with gradients through both. T = 1 generates; a longer T reads a prompt.
 
 Names, shapes and arithmetic are those of the published checkpoints. Matrices are kept in the
 dtype asked for; everything else (time_*, ln*) in float32: it is small and needs the precision.
-Source: Peng et al., "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence"
-(arXiv 2404.05892).
+Source: Peng et al., "Eagle and Finch" (arXiv 2404.05892).
 """
 
 from __future__ import annotations
@@ -39,7 +37,6 @@ from wkv6 import wkv6
 BlockState = tuple[Any, Any, Any]
 State = list[Any]
 
-
 # ---- pieces of both mixes ----------------------------------------------------------------------
 
 
@@ -48,6 +45,9 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        pass  # the numbers come from a checkpoint, or from initialize.py
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight)
@@ -250,7 +250,8 @@ class RWKV(nn.Module):
         self.config = config
         self.grad_cp = False
         self.keep_products = False
-        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        emb = torch.empty(config.vocab_size, config.n_embd)
+        self.emb = nn.Embedding.from_pretrained(emb, freeze=False)
         self.blocks = nn.ModuleList(Block(config, first=i == 0) for i in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = Linear(config.n_embd, config.vocab_size)

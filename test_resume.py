@@ -349,8 +349,8 @@ def signalling(name, number, at, times=1, pause=0.0):
 @pytest.mark.parametrize(
     "call, step",
     [
-        (("step", 2), 2),
-        (("step", 3), 3),
+        (("accumulate_gradients", 2), 2),
+        (("accumulate_gradients", 3), 3),
         (("val_loss", 2), 3),
         (("save_stream", 1), 2),
         (("save_stream", 2), 3),
