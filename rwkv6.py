@@ -47,7 +47,8 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def reset_parameters(self) -> None:
-        pass  # the numbers come from a checkpoint, or from initialize.py
+        if not self.weight.is_meta:  # there it would import torch._dynamo, which takes a second
+            super().reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight)
@@ -251,6 +252,8 @@ class RWKV(nn.Module):
         self.grad_cp = False
         self.keep_products = False
         emb = torch.empty(config.vocab_size, config.n_embd)
+        if not emb.is_meta:  # as above
+            emb.normal_()
         self.emb = nn.Embedding.from_pretrained(emb, freeze=False)
         self.blocks = nn.ModuleList(Block(config, first=i == 0) for i in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
@@ -338,12 +341,9 @@ def init_model(
     *,
     head_size: int = 64,
     device: torch.device | str = "cpu",
-    **options: Any,
+    **options: Any,  # those of `sizes`
 ) -> RWKV:
-    """Return a new float32 model, initialized as in RWKV-LM. options: those of `sizes`.
-
-    ValueError for sizes that do not fit.
-    """
+    """Return a new float32 model, initialized as in RWKV-LM. ValueError: sizes do not fit."""
     config = sizes(n_layer, n_embd, vocab_size, head_size=head_size, **options)
     model = RWKV(config)
     initialize(model, config)
