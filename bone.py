@@ -4,7 +4,8 @@ A frozen layer y = W x, W of shape (out, in), is cut into r x r blocks W_ab (a: 
 column). There are two modes.
 
 `bat`, block affine, is the default. It has one trainable tensor `bone` of shape (in/r, r, r), zero
-at the start. Its block B_b belongs to block column b and is shared by all block rows:
+at the start. Its block B_b belongs to block column b and is shared by all block rows (blocks are
+square, since W_ab B_b and B_b are added up):
 
     W'_ab = W_ab + W_ab B_b + B_b              what merging writes
 
@@ -57,7 +58,7 @@ def tile(s: Tensor, out_features: int) -> Tensor:
     return s.repeat(1, out_features // s.shape[1])
 
 
-def merged_matmul(x: Tensor, x_b: Tensor, weight: Tensor | Quantized, *, B: Tensor) -> Tensor:
+def block_affine_matmul(x: Tensor, x_b: Tensor, weight: Tensor | Quantized, *, B: Tensor) -> Tensor:
     """Compute y = W' x of mode `bat` without W': (tokens, in) -> (tokens, out).
 
     x_b: the segments of x, (in/r, tokens, r). B: the blocks, (in/r, r, r). Both have the dtype to
@@ -94,7 +95,7 @@ class BlockAffine(torch.autograd.Function):
         ctx.save_for_backward(x_b, B)
         ctx.weight = weight
         ctx.x_dtype = x.dtype
-        return cached_matmul(merged_matmul, x, x_b, weight, B=B)
+        return cached_matmul(block_affine_matmul, x, x_b, weight, B=B)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, None, Tensor]:
@@ -213,7 +214,8 @@ def merge_weight(weight: Tensor, bone: Tensor) -> Tensor:
     if bone.ndim == 3:
         r = bone.shape[1]
         for row, merged_row in zip(weight.split(r), merged.split(r), strict=True):
-            # W'_ab = W_ab + W_ab B_b + B_b for all b of one block row a: (in/r, r, r).
+            # W'_ab = W_ab + W_ab B_b + B_b for all b of one block row a: (in/r, r, r). (The r rows
+            # of W stand where `segments` says tokens.)
             W = segments(row.to(dtype), r)
             segments(merged_row, r).copy_(torch.baddbmm(W + bone, W, bone))
         return merged

@@ -136,7 +136,7 @@ def collate(
             counts[:n] = 1
         else:
             # Look at some tokens more, to find a marker that begins before token n and ends after.
-            margin = len(markers[0].encode())
+            margin = max(len(marker.encode()) for marker in markers)
             counts[:n] = torch.from_numpy(qa_mask(document[: n + margin], *markers)[:n])
     return rows[:, :-1].clamp(min=0), rows[:, 1:].contiguous(), mask[:, 1:].contiguous()
 

@@ -1,7 +1,7 @@
 """Merge a Bone checkpoint into its base model: `python merge.py base.pth out/rwkv-0.pth tuned.pth`.
 
-Adapted weights W become W' = W + W B + B (see bone.py), computed in float32 and rounded once. Other
-trained tensors replace the base's. Where the base was quantized in training, W is what the training
+Adapted weights W become W' (see bone.py), computed in float32 and rounded once. Other trained
+tensors replace the base's. Where the base was quantized in training, W is what the training
 saw: quantized and dequantized. An output named .st is a model for Ai00 (safetensors, float16).
 """
 

@@ -117,7 +117,7 @@ def backward(
 ) -> Tensor:
     """Run forward and backward over a micro batch, chunk by chunk; return its loss, a tensor ().
 
-    Gradients are added to those of the parameters; those of all ranks, where it is the step's last.
+    Gradients are added to those of the parameters. With is_last, those of all ranks are summed.
     Nothing here waits for the device.
     """
     chunks = split_chunks(batch, passes)

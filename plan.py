@@ -275,7 +275,7 @@ class RunPlan:
 
     @property
     def last_step(self) -> int:
-        """The number of steps from epoch 0 to the run's end."""
+        """The number of the first step after the run, counted from epoch 0."""
         return self.first_step + self.options.epoch_count * self.steps_per_epoch
 
     @property

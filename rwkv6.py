@@ -47,7 +47,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def reset_parameters(self) -> None:
-        if not self.weight.is_meta:  # there it would import torch._dynamo, which takes a second
+        if not self.weight.is_meta:  # on the meta device it would import torch._dynamo
             super().reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -252,7 +252,7 @@ class RWKV(nn.Module):
         self.grad_cp = False
         self.keep_products = False
         emb = torch.empty(config.vocab_size, config.n_embd)
-        if not emb.is_meta:  # as above
+        if not emb.is_meta:  # as in Linear.reset_parameters
             emb.normal_()
         self.emb = nn.Embedding.from_pretrained(emb, freeze=False)
         self.blocks = nn.ModuleList(Block(config, first=i == 0) for i in range(config.n_layer))

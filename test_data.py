@@ -541,6 +541,14 @@ def test_the_dummy_text_is_that_of_rwkv_lm():
     assert list(data_set.vocabulary) == sorted("0123456789.+=")
 
 
+def test_a_long_second_marker_that_the_cut_goes_through_is_seen_too():
+    tokens = [*encode("A:yes\n\nQuestion: why\n\nA:no"), 0]
+    whole = qa_mask(tokens, "A:", "Question:")
+    for ctx_len in range(1, len(tokens)):
+        _, _, mask = collate([np.array(tokens)], ctx_len, ("A:", "Question:"))
+        assert mask[0].tolist() == whole[1 : ctx_len + 1].tolist(), ctx_len
+
+
 def test_without_shuffling_documents_come_in_the_order_of_the_file():
     documents = make(*([i, i + 1, 0] for i in range(1, 13)))
     for step in range(20):
