@@ -542,10 +542,10 @@ def test_the_dummy_text_is_that_of_rwkv_lm():
 
 
 def test_a_long_second_marker_that_the_cut_goes_through_is_seen_too():
-    tokens = [*encode("A:yes\n\nQuestion: why\n\nA:no"), 0]
-    whole = qa_mask(tokens, "A:", "Question:")
+    tokens = [*encode("A:yes\n\n请问这是什么呢why\n\nA:no"), 0]
+    whole = qa_mask(tokens, "A:", "请问这是什么呢")
     for ctx_len in range(1, len(tokens)):
-        _, _, mask = collate([np.array(tokens)], ctx_len, ("A:", "Question:"))
+        _, _, mask = collate([np.array(tokens)], ctx_len, ("A:", "请问这是什么呢"))
         assert mask[0].tolist() == whole[1 : ctx_len + 1].tolist(), ctx_len
 
 
