@@ -29,16 +29,25 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The oldest PyTorch that requirements.txt admits, to the newest: tests, libraries, fake GPU tensors.
+# The oldest PyTorch that requirements.txt admits, to the newest: tests, libraries, fake GPU
+# tensors.
 test-versions:
 	$(PYTHON) versions.py
 
-# The programs that read what is written here: web-rwkv (Ai00) on a GPU that Mesa plays, the rwkv package (RWKV Runner), RWKV-PEFT's format.
+# The programs that read what is written here: web-rwkv (the engine of Ai00) on Mesa's software GPU
+# driver, the rwkv package (that of RWKV Runner), RWKV-PEFT's format.
+DRIVER = /usr/share/vulkan/icd.d/lvp_icd.*
+
 interop: $(VENV)/ready
 	$(BIN)/python -m pip install -q --disable-pip-version-check web-rwkv-py -c constraints.txt
-	ls /usr/share/vulkan/icd.d/lvp_icd.* >/dev/null 2>&1 || { sudo=$$(command -v sudo || true); $$sudo apt-get update -q && $$sudo apt-get install -q -y mesa-vulkan-drivers; }
-	LP_NUM_THREADS=0 XDG_RUNTIME_DIR=$${XDG_RUNTIME_DIR:-/tmp} VK_ICD_FILENAMES=$$(echo /usr/share/vulkan/icd.d/lvp_icd.*) $(BIN)/python -m pytest -q -rP test_interop.py -k web_rwkv
-	$(BIN)/python -m pytest -q test_interop.py test_rwkv6.py -k "rwkv_package or go_both_ways or st_file"
+	ls $(DRIVER) >/dev/null 2>&1 || { \
+	    sudo=$$(command -v sudo || true); \
+	    $$sudo apt-get update -q && $$sudo apt-get install -q -y mesa-vulkan-drivers; }
+	LP_NUM_THREADS=0 XDG_RUNTIME_DIR=$${XDG_RUNTIME_DIR:-/tmp} \
+	    VK_ICD_FILENAMES=$$(echo $(DRIVER)) \
+	    $(BIN)/python -m pytest -q -rP test_interop.py -k web_rwkv
+	$(BIN)/python -m pytest -q test_interop.py test_rwkv6.py \
+	    -k "rwkv_package or go_both_ways or st_file"
 
 bench: $(VENV)/ready
 	$(BIN)/python bench.py
@@ -49,7 +58,8 @@ torture: $(VENV)/ready
 
 $(VENV)/ready: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check \
+	    -r requirements-dev.txt -c constraints.txt
 	touch $@
 
 clean:

@@ -36,5 +36,5 @@ for prompt in $'User: What is your favorite food?\n\nAssistant:' $'User: 你是�
     ask demo/tuned.pth "$prompt"
 done
 
-echo; echo "--- held-out loss: before fine-tuning, and after each epoch (picture: demo/out/loss.png)"
+echo; echo "--- held-out loss: before fine-tuning, after each epoch (picture: demo/out/loss.png)"
 awk -F, 'NR > 1 && $4 != "" { printf "step %5d   %.4f\n", $1, $4 }' demo/out/loss.csv
