@@ -22,11 +22,13 @@ test-all: lint
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
+	$(BIN)/clang-format --dry-run -Werror $(wildcard *.cpp *.cu *.h)
 	$(BIN)/mypy $(filter-out test_%.py,$(wildcard *.py))
 	$(BIN)/python -m pytest -q test_house.py
 
 format: $(VENV)/ready
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard *.cpp *.cu *.h)
 	$(BIN)/ruff check --fix .
 
 # The oldest PyTorch that requirements.txt admits, to the newest: tests, libraries, fake GPU

@@ -89,7 +89,7 @@ def _load_cpu() -> None:
     if sys.platform == "win32":
         raise RuntimeError("for CPUs it is not built on Windows")
     flags = {"extra_cflags": _cpu_flags()}
-    library = _cache_path("wkv6_cpu.so", CPU_SOURCES, flags)
+    library = cache_path("wkv6_cpu.so", CPU_SOURCES, flags)
     _load_library(library, CPU_SOURCES, flags)
 
 
@@ -144,7 +144,7 @@ LOADERS: dict[str, Callable[[], None]] = {"cpu": _load_cpu, "cuda": _load_gpu}
 # ---- the cache ---------------------------------------------------------------
 
 
-def _cache_path(name: str, sources: Sequence[pathlib.Path], flags: object) -> pathlib.Path:
+def cache_path(name: str, sources: Sequence[pathlib.Path], flags: object) -> pathlib.Path:
     """Return where a compiled file is kept: another path for every source, flag and version.
 
     name: that of the file, such as "wkv6_cpu.so".
@@ -160,7 +160,7 @@ def _cache_path(name: str, sources: Sequence[pathlib.Path], flags: object) -> pa
     return pathlib.Path(root) / "wkv6" / f"{stem}_{key}{suffix}"
 
 
-def _make_once(path: pathlib.Path, make: Callable[[], None]) -> None:
+def make_once(path: pathlib.Path, make: Callable[[], None]) -> None:
     """Call `make`, which writes `path`, unless that exists; in one process at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -186,7 +186,7 @@ def _capability(gpu: int | None = None) -> str:
 
 
 def _cubin_path(gpu: int | None = None) -> pathlib.Path:
-    return _cache_path("wkv6_nvrtc.cubin", [HERE / "wkv6_cuda.cu"], _capability(gpu))
+    return cache_path("wkv6_nvrtc.cubin", [HERE / "wkv6_cuda.cu"], _capability(gpu))
 
 
 def _cubin(gpu: int) -> nvrtc.Cubin:
@@ -202,12 +202,12 @@ def _cubin(gpu: int) -> nvrtc.Cubin:
         cubin.save(whole)
         os.replace(whole, path)
 
-    _make_once(path, compile_and_save)
+    make_once(path, compile_and_save)
     try:
         return nvrtc.Cubin.load(path)
     except (ValueError, KeyError, TypeError):  # damaged: compile again
         path.unlink()
-        _make_once(path, compile_and_save)
+        make_once(path, compile_and_save)
         return nvrtc.Cubin.load(path)
 
 
@@ -249,12 +249,12 @@ def _gpu_flags() -> Flags:
 
 
 def _gpu_library_path() -> pathlib.Path:
-    return _cache_path("wkv6_cuda.so", GPU_SOURCES, _gpu_flags())
+    return cache_path("wkv6_cuda.so", GPU_SOURCES, _gpu_flags())
 
 
 def _load_library(library: pathlib.Path, sources: Sequence[pathlib.Path], flags: Flags) -> None:
     """Load a library of operators, built from its sources now or at an earlier start."""
-    _make_once(library, lambda: _build(library, sources, flags))
+    make_once(library, lambda: _build(library, sources, flags))
     torch.ops.load_library(library)
 
 

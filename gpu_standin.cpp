@@ -5,8 +5,6 @@
 // PyTorch's own lists of operators. It counts what costs time on a GPU: launches, copies,
 // synchronizations.
 
-#include <torch/extension.h>
-
 #include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
@@ -18,6 +16,7 @@
 #include <ATen/ops/view_native.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/extension.h>
 
 #include <atomic>
 #include <map>
@@ -272,7 +271,7 @@ void check_device(const Tensor& x, const std::string& name) {
 // Whether the host has to know numbers of the device to make the result: its size depends on them.
 bool waits(const std::string& name, const torch::jit::Stack* stack, size_t arguments) {
   static const std::set<std::string> always = {
-      "aten::nonzero",    "aten::masked_select", "aten::_unique",           "aten::_unique2",
+      "aten::nonzero",    "aten::masked_select",      "aten::_unique",          "aten::_unique2",
       "aten::unique_dim", "aten::unique_consecutive", "aten::repeat_interleave"};
   if (always.count(name)) return true;
   if (name != "aten::_index_put_impl_") return false;  // aten::index calls nonzero
@@ -338,16 +337,11 @@ using namespace at::autocast;
 #define WITH_FLOAT32_DTYPE(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, fp32_set_opt_dtype)
 #define TO_WIDEST(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, promote)
 
-TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) {
-  m.fallback(torch::CppFunction::makeFallthrough());
-}
+TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
 
-TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
-  AT_FORALL_LOWER_PRECISION_FP(TO_LOWER_PRECISION)
-  AT_FORALL_FP32(TO_FLOAT32)
-  AT_FORALL_FP32_SET_OPT_DTYPE(WITH_FLOAT32_DTYPE)
-  AT_FORALL_PROMOTE(TO_WIDEST)
-}
+TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m){
+    AT_FORALL_LOWER_PRECISION_FP(TO_LOWER_PRECISION) AT_FORALL_FP32(TO_FLOAT32)
+        AT_FORALL_FP32_SET_OPT_DTYPE(WITH_FLOAT32_DTYPE) AT_FORALL_PROMOTE(TO_WIDEST)}
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   at::RegisterPrivateUse1HooksInterface(&hooks);

@@ -5,21 +5,35 @@ and kept. After the import the device is what torch.accelerator names, so whoeve
 the same process must say so. One need not read this to understand Bone.
 """
 
+import importlib.util
 import os
 import pathlib
-import re
 import shutil
+import tempfile
 import types
 
 import ninja
 import torch
 from torch.utils import cpp_extension
 
-HERE = pathlib.Path(__file__).parent
+from compiled import cache_path, make_once
+
+NAME = "gpu_standin_library"
+SOURCE = pathlib.Path(__file__).with_name("gpu_standin.cpp")
+FLAGS = {"extra_cflags": ["-O1"]}
 BUSY = ("to the device", "from the device", "synchronizations")  # what the host waits for
 
 
 def _load():
+    library = cache_path(f"{NAME}.so", [SOURCE], FLAGS)
+    make_once(library, lambda: _build(library))
+    spec = importlib.util.spec_from_file_location(NAME, library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _build(library):
     compiler = os.environ.get("CXX", "c++")
     if not shutil.which(compiler):
         raise ValueError(
@@ -27,8 +41,11 @@ def _load():
             "install one, or run this where a GPU is"
         )
     os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{ninja.BIN_DIR}"
-    name = "gpu_standin_" + re.sub(r"\W", "_", torch.__version__)  # each release needs its own
-    return cpp_extension.load(name, [str(HERE / "gpu_standin.cpp")], extra_cflags=["-O1"])
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        cpp_extension.load(
+            NAME, [str(SOURCE)], **FLAGS, build_directory=folder, is_python_module=False
+        )
+        os.replace(pathlib.Path(folder, f"{NAME}.so"), library)
 
 
 def _device_module():

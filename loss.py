@@ -11,19 +11,18 @@ The L2 wrap keeps logits small: the gradient of the largest logit at each positi
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rwkv6 import RWKV
+from rwkv6 import RWKV, State
 
 # The head makes at most so many logits at once.
 LOGITS = 1 << 24
 
 Batch = tuple[Tensor, Tensor, Tensor]  # idx, targets and mask, each (B, T)
-State = Any  # of a model, see rwkv6.py: tensors in lists and tuples; None: no state is wanted
 
 
 # ---- the head -----------------------------------------------------------------------------------
@@ -140,8 +139,8 @@ def loss_fn(
     mask: Tensor,
     *,
     counts: Counts | None = None,
-    state: State = None,
-) -> tuple[Tensor, State]:
+    state: State | None = None,
+) -> tuple[Tensor, State | None]:
     """Return the mean cross-entropy over the masked tokens, and the model's state after them.
 
     idx, targets: (B, T) int64; a negative target is padding, and not a position.
@@ -171,10 +170,13 @@ def loss_fn(
     dtype = model.head.weight.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
+    head = model.head.weight
+    if not torch.is_grad_enabled():
+        head = head.detach()  # or HeadLoss would make its gradient
     # The sum is divided by `tokens` only below, so that fp16 can hold its gradient.
     l2 = is_position.to(x.dtype) * (1e-4 * tokens / positions)
     # HeadLoss chooses its dtypes itself.
     with torch.autocast(device, enabled=False):
         x, weight = x.flatten(0, 1), mask.to(x.dtype)
-        loss = HeadLoss.apply(x, model.head.weight, targets, weight, l2, dtype) / tokens
+        loss = HeadLoss.apply(x, head, targets, weight, l2, dtype) / tokens
     return loss, None if state is None else new_state

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from loss import Batch, Counts, State, count_tokens, loss_fn
-from rwkv6 import RWKV
+from loss import Batch, Counts, count_tokens, loss_fn
+from rwkv6 import RWKV, State
 
 
 def no_scaler() -> torch.amp.GradScaler:
@@ -55,12 +55,12 @@ class Passes:
     # and a context without that.
     ranks: int = 1
     max_over_ranks: Callable[[int], int] = int  # of one rank: the number
-    engine: Callable[..., tuple[Tensor, State]] | None = None
+    engine: Callable[..., tuple[Tensor, State | None]] | None = None
     no_gradient_sync: Callable[[], AbstractContextManager] = contextlib.nullcontext
 
     def forward(
-        self, model: RWKV, chunk: Batch, *, counts: Counts, state: State = None
-    ) -> tuple[Tensor, State]:
+        self, model: RWKV, chunk: Batch, *, counts: Counts, state: State | None = None
+    ) -> tuple[Tensor, State | None]:
         """Return loss_fn of a chunk, with a graph."""
         with self.autocast:
             if self.engine is not None:
@@ -89,12 +89,12 @@ def split_chunks(batch: Batch, passes: Passes) -> list[Batch]:
     return chunks
 
 
-def state_tensors(state: State) -> list[Tensor]:
+def state_tensors(state: State | None) -> list[Tensor]:
     """Return the tensors of a state, in a fixed order."""
     return [x for x in tree_leaves(state) if x is not None]
 
 
-def detach_state(state: State, requires_grad: bool = False) -> State:
+def detach_state(state: State | None, requires_grad: bool = False) -> State | None:
     """Return the same state, detached from the graph that it came from."""
 
     def detached(x: Tensor | None) -> Tensor | None:
@@ -103,7 +103,9 @@ def detach_state(state: State, requires_grad: bool = False) -> State:
     return tree_map(detached, state)
 
 
-def states_before(model: RWKV, chunks: list[Batch], state: State, *, passes: Passes) -> list[State]:
+def states_before(
+    model: RWKV, chunks: list[Batch], state: State | None, *, passes: Passes
+) -> list[State | None]:
     """Return the states before each of some successive chunks, without a graph."""
     states = [state]
     for idx, _, _ in chunks[:-1]:
@@ -128,7 +130,7 @@ def backward(
         return loss.detach()
 
     losses: list[Tensor] = []
-    state: State = model.empty_state()
+    state: State | None = model.empty_state()
     bptt = passes.bptt or len(chunks)
     groups = [chunks[i : i + bptt] for i in range(0, len(chunks), bptt)]
     for number, group in enumerate(groups, 1):
@@ -142,9 +144,10 @@ def backward(
                 loss, state_after = passes.forward(model, chunk, counts=counts, state=state_before)
                 if chunk is group[-1] and number < len(groups):
                     state = detach_state(state_after)
-                # Some do not require a gradient: where neither ln nor emb is trained, the shift of
+                # `gradients` is empty at the last chunk: nothing uses the state after it. Some of
+                # the state requires no gradient: where neither ln nor emb is trained, the shift of
                 # the first block depends on nothing that is.
-                pairs = zip(state_tensors(state_after), gradients, strict=bool(gradients))
+                pairs = zip(state_tensors(state_after), gradients, strict=len(gradients) > 0)
                 ends = [(x, gradient) for x, gradient in pairs if x.requires_grad]
                 # What is not needed, here and below, would be in memory at the peak.
                 del state_after, pairs

@@ -259,7 +259,7 @@ class RunPlan:
 
     options: Options  # resolved, see `resolve_options`
     data: TrainingData
-    state: run_state.State | None  # saved by an earlier run, to go on from
+    state: run_state.SavedState | None  # saved by an earlier run, to go on from
     micro_batches_per_step: int  # of all ranks together
     steps_per_epoch: int
     checkpoint_paths: dict[int, str]  # by the number of steps after which each is written
@@ -274,7 +274,7 @@ class RunPlan:
         return self.options.epoch_begin * self.steps_per_epoch
 
     @property
-    def last_step(self) -> int:
+    def end_step(self) -> int:
         """The number of the first step after the run, counted from epoch 0."""
         return self.first_step + self.options.epoch_count * self.steps_per_epoch
 
@@ -389,8 +389,8 @@ def look_at_checkpoints(plan: RunPlan, built: BuiltModel) -> RunPlan:
     if plan.state:
         step = plan.state.progress.step
         written = {number for number, path in paths.items() if os.path.exists(path)}
-        at_end = step == plan.last_step and step in written
-        complete = at_end or step > plan.last_step
+        at_end = step == plan.end_step and step in written
+        complete = at_end or step > plan.end_step
         missing = step in paths.keys() - written and not plan.state.progress.losses
     if not complete:
         run_folder.check_room(

@@ -61,7 +61,7 @@ def report_complete(plan: RunPlan) -> None:
         run_folder.delete_old_states(options.proj_dir, options.keep, plan.first_step)
         if not os.path.exists(os.path.join(options.proj_dir, "loss.png")):
             draw(options.proj_dir)
-    step = plan.state.progress.step if plan.state else plan.last_step
+    step = plan.state.progress.step if plan.state else plan.end_step
     epochs = step // plan.steps_per_epoch - options.epoch_begin
     print(
         f"{options.proj_dir}: this run is complete, {step - plan.first_step} steps; "
@@ -69,9 +69,9 @@ def report_complete(plan: RunPlan) -> None:
     )
 
 
-def describe_resumed(plan: RunPlan, state: run_state.State) -> str:
+def describe_resumed(plan: RunPlan, state: run_state.SavedState) -> str:
     """Say from where a run goes on, and with which other options."""
-    line = f"going on from {state.path}: step {state.progress.step} of {plan.last_step}"
+    line = f"going on from {state.path}: step {state.progress.step} of {plan.end_step}"
     if plan.changed_flags:
         line += f", with other {', '.join(plan.changed_flags)}"
     if plan.options.accumulate_grad_batches * devices.size() != plan.micro_batches_per_step:
@@ -84,7 +84,7 @@ def describe_resumed(plan: RunPlan, state: run_state.State) -> str:
 
 def final_report(plan: RunPlan, failed_checkpoints: list[str], remarks: str) -> None:
     """Say what was written, and what is next. ValueError if the last checkpoint is not there."""
-    options, path = plan.options, plan.checkpoint_paths[plan.last_step]
+    options, path = plan.options, plan.checkpoint_paths[plan.end_step]
     if not os.path.exists(path):
         advice = "neither could any state"
         if run_folder.states(options.proj_dir, plan.first_step):

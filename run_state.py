@@ -154,7 +154,7 @@ def _check_metadata(metadata: dict[str, Any], progress: Progress, path: str) -> 
     )
 
 
-class State:
+class SavedState:
     """A state that was saved: its path, metadata, progress and tensors (mapped)."""
 
     def __init__(self, path: str) -> None:
@@ -261,7 +261,7 @@ def load(
     *,
     steps_per_epoch: Callable[[int], int],
     micro_batches: int,
-) -> tuple[State | None, int, int]:
+) -> tuple[SavedState | None, int, int]:
     """Return the last state in a folder, the micro batches in a step, and the steps in an epoch.
 
     wanted: --resume, `last`, `auto` or None; begin: the run's first epoch, whose earlier states
@@ -273,7 +273,7 @@ def load(
     """
     found = states(folder) if wanted else {}
     if found:
-        state = State(found[max(found)])
+        state = SavedState(found[max(found)])
         counted = state.metadata["micro_batches"]
         if state.progress.step > begin * steps_per_epoch(counted):
             return state, counted, steps_per_epoch(counted)
@@ -300,7 +300,7 @@ def _means_the_same(flag: str, now: dict[str, Any], then: dict[str, Any]) -> boo
     return now[flag] == then.get(flag)
 
 
-def check_same_run(state: State, flags: dict[str, Any], metadata: dict[str, Any]) -> list[str]:
+def check_same_run(state: SavedState, flags: dict[str, Any], metadata: dict[str, Any]) -> list[str]:
     """Refuse a state of another run. Return, as text, the changed flags that may change.
 
     flags: those of the command line; metadata: what this run would write into its states.

@@ -296,7 +296,7 @@ class RWKV(nn.Module):
         x = self.emb(idx).to(self.ln_out.weight.dtype)
         block_states = state
         if block_states is None:
-            empty = (None, self.empty_wkv_state(x), None)  # one for all blocks
+            empty = (None, self.empty_wkv_state(x), None)  # made once; no block writes to it
             block_states = [empty] * self.config.n_layer
         new_state: State = []
         for block, block_state in zip(self.blocks, block_states, strict=False):

@@ -449,7 +449,7 @@ def test_all_ranks_leave_out_a_step_that_overflows_on_one(on_two, on_one, strate
     proj_dir = on_two[0] / f"half_{strategy}"
     log = (proj_dir / "train_log.txt").read_text()
     assert ", 1 steps so far left out, whose gradient fp16 could not hold" in log
-    metadata = run_state.State(f"{proj_dir}/resume-3.pth").metadata
+    metadata = run_state.SavedState(f"{proj_dir}/resume-3.pth").metadata
     assert metadata["scaler"]["scale"] == 2.0**15 and metadata["progress"]["overflows"] == 1
     losses = column("loss", proj_dir)
     assert losses[:2] == pytest.approx(column("loss", on_one / "half")[:2], rel=2e-3)

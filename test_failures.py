@@ -215,7 +215,7 @@ def test_a_folder_that_is_read_only_for_a_while_ends_no_training(monkeypatch, ca
 
 def test_room_is_looked_for_before_anything_is_loaded(monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5_000_000))
-    monkeypatch.setattr(run_state, "State", None)
+    monkeypatch.setattr(run_state, "SavedState", None)
     assert re.search(
         r"out: the run will write 17 MB, but the disk has 5 MB free; make room",
         refused(capsys, lambda: run("--epoch_count 90")),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import build
 import checkpoint
@@ -56,6 +57,25 @@ def test_a_frozen_head_gets_no_gradient_and_no_token_that_counts_is_no_loss():
     loss.backward()
     assert loss.item() == 0 and model.head.weight.grad is None
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_held_out_loss_makes_no_gradient_of_a_trained_head():
+    model = checkpoint.load_model("base.pth", torch.float32)
+    ones = torch.ones(2, 5, dtype=torch.int64)
+    batch = (ones, ones, torch.ones(2, 5))
+
+    def products_with_the_logits() -> int:
+        with FlopCounterMode(display=False) as counter:
+            loss_fn(model, *batch)
+        model_alone = FlopCounterMode(display=False)
+        with model_alone:
+            model.hidden(ones)
+        flops = counter.get_total_flops() - model_alone.get_total_flops()
+        return flops // (2 * ones.numel() * model.head.weight.numel())
+
+    assert products_with_the_logits() == 3  # logits, and the gradients of x and of the head
+    with torch.no_grad():
+        assert products_with_the_logits() == 1
 
 
 @pytest.mark.parametrize("loss_mask", ["pad", "none"])

@@ -210,7 +210,7 @@ def train_epoch(run: Run, epoch: int, stop: StopSignals) -> None:
 def end_epoch(run: Run, epoch: int, stop: StopSignals) -> list[str]:
     """Measure the held-out loss, save. Return the checkpoint, if it could not be saved."""
     plan, progress = run.plan, run.progress
-    summary = f"epoch {epoch}: {progress.summary(plan.last_step - plan.first_step)}"
+    summary = f"epoch {epoch}: {progress.summary(plan.end_step - plan.first_step)}"
     if plan.data.held_out:
         held_out_loss = val_loss(run, check=stop.check)
         run.log.point(progress.step, val_loss=held_out_loss)
@@ -226,7 +226,7 @@ def end_epoch(run: Run, epoch: int, stop: StopSignals) -> list[str]:
         progress.losses.clear()
     if path is not None or plan.saves_state_after(progress.step):
         run.checkpointer.save_state()
-    if progress.step < plan.last_step:
+    if progress.step < plan.end_step:
         progress.losses.clear()
     return failed_checkpoints
 
