@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
+import memory
 import rwkv6
 import train
 from bone import BoneLinear, add_bone
@@ -419,8 +420,8 @@ def speed(only: Sequence[str]) -> None:
         if name not in SPEED:
             known = ", ".join([*SPEED, "launches", "gpu", "memory"])
             raise ValueError(f"{name} is not a part of the benchmark; its parts are {known}")
-    capability = torch.backends.cpu.get_cpu_capability()
-    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {capability}")
+    print(f"PyTorch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}")
+    print(f"{torch.get_num_threads()} threads, memory from {memory.allocator()}")
     for name in only or SPEED:
         SPEED[name]()
 

@@ -236,6 +236,16 @@ def peak(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def allocator() -> str:
+    """Name what gives PyTorch its memory on a CPU."""
+    maps = pathlib.Path("/proc/self/maps")
+    loaded = maps.read_text() if maps.exists() else ""
+    for name in ("tcmalloc", "jemalloc"):
+        if name in loaded:
+            return name
+    return "the system's allocator (docs/memory.md has a faster one)"
+
+
 def give_back_freed() -> None:
     """Have glibc return the memory of every freed tensor to the system at once.
 
