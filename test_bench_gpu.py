@@ -64,6 +64,7 @@ def tables(report):
     return found
 
 
+@pytest.mark.exhaustive
 @compiler
 def test_every_part_has_its_figures_and_one_that_fails_leaves_the_others(
     folder, scripts, monkeypatch

@@ -39,6 +39,7 @@ import passes
 import run_state
 import sharding
 import train
+from conftest import exhaustive
 from loss import Counts, count_tokens
 from passes import Passes
 from plan import resolve_options
@@ -393,9 +394,7 @@ def check_run(proj_dir, whole):
     assert {*os.listdir(proj_dir)} == {*os.listdir(whole)}
 
 
-@pytest.mark.parametrize(
-    "ranks", ["on_two", pytest.param("on_three", marks=pytest.mark.exhaustive)]
-)
+@pytest.mark.parametrize("ranks", ["on_two", exhaustive("on_three")])
 def test_the_gradient_is_that_of_one_process_with_all_micro_batches(ranks, request):
     _, differences = request.getfixturevalue(ranks)
     assert len(differences) == (12 if sharding.shares_out_integers() else 10)
@@ -480,6 +479,7 @@ def start_machine(node, port, flags=""):
     )
 
 
+@pytest.mark.exhaustive
 def test_two_machines_train_as_one(inputs):
     port = free_port()
     machines = [start_machine(node, port, "--strategy deepspeed_stage_3") for node in (1, 0)]
@@ -528,11 +528,12 @@ reads_proc = pytest.mark.skipif(
 )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "flags, says",
     [
         ("", "wrote out/rwkv-0.pth"),
-        pytest.param("--dry_run", "each of 2 ranks, by DDP:", marks=pytest.mark.exhaustive),
+        ("--dry_run", "each of 2 ranks, by DDP:"),
     ],
 )
 def test_what_torchrun_starts_says_things_once(inputs, flags, says):
@@ -574,10 +575,11 @@ def begin(strategy, program=train.__file__):
     return process, [int(pid) for pid in children.split()]
 
 
+@pytest.mark.exhaustive
 @reads_proc
 @pytest.mark.parametrize(
     "strategy, which",
-    [("ddp", 1), pytest.param("deepspeed_stage_3", 0, marks=pytest.mark.exhaustive)],
+    [("ddp", 1), ("deepspeed_stage_3", 0)],
 )
 def test_the_death_of_a_rank_ends_all_and_is_said(inputs, strategy, which):
     process, ranks = begin(strategy)
@@ -624,7 +626,7 @@ def test_an_error_of_one_rank_ends_all_and_is_said_once(inputs):
     "strategy, how, code",
     [
         ("deepspeed_stage_2", signal.SIGINT, 130),
-        pytest.param("ddp", signal.SIGTERM, 143, marks=pytest.mark.exhaustive),
+        exhaustive("ddp", signal.SIGTERM, 143),
     ],
 )
 def test_ctrl_c_saves_once_on_all_ranks_at_the_same_step(inputs, strategy, how, code):

@@ -13,6 +13,7 @@ import memory
 import quant
 import rwkv6
 import train
+from conftest import exhaustive
 from passes import Passes, detach_state, state_tensors
 from test_train import (  # noqa: F401 (three are fixtures)
     arguments,
@@ -192,9 +193,9 @@ def test_memory_does_not_grow_with_the_row_but_by_the_states_and_all_of_it_is_fr
     [
         "",
         "--train_parts",
-        "--quant nf4 --bptt 2",
-        "--grad_cp 0 --precision fp32",
-        "--bone_mode bone --train_parts emb",
+        exhaustive("--quant nf4 --bptt 2"),
+        exhaustive("--grad_cp 0 --precision fp32"),
+        exhaustive("--bone_mode bone --train_parts emb"),
     ],
 )
 @pytest.mark.usefixtures("true_memory")

@@ -23,6 +23,7 @@ import loss
 import memory
 import rwkv6
 import train
+from conftest import exhaustive
 from plan import resolve_options
 
 CPU = torch.device("cpu")
@@ -83,7 +84,7 @@ def test_the_expected_peak_is_what_the_tensors_of_a_real_step_take(flags):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--grad_cp 0 --micro_bsz 1", "--accumulate_grad_batches 2 --bone_r 64"]
+    "flags", ["--grad_cp 0 --micro_bsz 1", exhaustive("--accumulate_grad_batches 2 --bone_r 64")]
 )
 def test_of_long_rows_two_lengths_are_run_and_say_what_the_longer_one_takes(monkeypatch, flags):
     args = arguments(f"{flags} --ctx_len 9000")
@@ -194,7 +195,9 @@ def test_releasing_a_tensor_that_is_not_mapped_leaves_it_alone():
 
 @linux
 @pytest.mark.parametrize("quant", ["none", "nf4"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [exhaustive(torch.float32), exhaustive(torch.float16), torch.bfloat16]
+)
 def test_loading_takes_the_model_and_one_tensor_of_the_file(dtype, quant):
     bench_memory.random_checkpoint(rwkv6.sizes(2, 512, 65536), "base.pth")
     base = archive.read_checkpoint("base.pth")
@@ -240,7 +243,7 @@ def records(path):
         return [(i.filename.partition("/")[2], i.CRC) for i in archive.infolist()][:-1]
 
 
-@pytest.mark.parametrize("quant", ["none", "nf4"])
+@pytest.mark.parametrize("quant", [exhaustive("none"), "nf4"])
 def test_the_peak_of_a_whole_run_is_the_expected_one(tmp_path, quant):
     config = rwkv6.sizes(4, 1024, 4096)
     measured, parts = bench_memory.measure(tmp_path, config, 512, flags=f"--quant {quant}")

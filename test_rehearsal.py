@@ -416,6 +416,7 @@ def mutate(folder, monkeypatch):
     return change
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "module, old, new, error",
     [
@@ -435,6 +436,7 @@ def test_what_only_a_gpu_would_refuse_is_found(folder, mutate, module, old, new,
             executor.submit(train_here, folder, f"{line} gpu").result(timeout=300)
 
 
+@pytest.mark.exhaustive
 def test_a_wait_too_many_is_found(folder, mutate):
     mutate("train", ("(optimizer, loss + norm)", "(optimizer, loss + norm + loss.item())"))
     write_base()

@@ -182,6 +182,7 @@ def die_everywhere():
     return 0
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_dies_before_any_operation_on_a_file_leaves_no_wrong_file_and_goes_on():
     # In a fresh process. Where PyTorch has once had threads for a GPU's gradients, as after other
     # tests with a build for CUDA, a forked child cannot train.

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import wkv6
+from conftest import exhaustive
 from wkv6 import CPU_HEAD_SIZES, kernel_problem
 
 NAMES = ("y", "state", "gr", "gk", "gv", "gw", "gu", "gstate")
@@ -69,7 +70,7 @@ def float64_loop(T, decay):
 
 
 @pytest.mark.parametrize("decay", [None, 1e-8, 0.5, 0.99, 1 - 1e-8])
-@pytest.mark.parametrize("T", [1, 2, 31, 65, 1000, 3000])
+@pytest.mark.parametrize("T", [1, 2, 31, 65, 1000, exhaustive(3000)])
 @pytest.mark.parametrize("impl", ["reference", "chunked", "compiled"])
 def test_all_forms_agree_with_the_float64_loop(impl, T, decay):
     check(inputs(1, T, 1, 64, decay), impl, torch.float32, 1e-5, float64_loop(T, decay))
@@ -260,6 +261,7 @@ def test_missing_ninja_says_so(tmp_path):
     assert process.returncode == 0 and "pip install ninja" in err
 
 
+@pytest.mark.exhaustive
 def test_a_second_process_waits_and_a_killed_build_leaves_nothing_to_wait_for(tmp_path):
     if kernel_problem():
         pytest.skip(kernel_problem())

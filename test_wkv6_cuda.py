@@ -24,6 +24,7 @@ import compiled
 import nvrtc
 import wkv6
 import wkv6_gpu
+from conftest import exhaustive
 from test_wkv6 import NAMES, inputs, run
 
 HERE = pathlib.Path(__file__).parent
@@ -167,7 +168,7 @@ def check(kernels, shape, decay, dtype, bound):
 
 
 @pytest.mark.parametrize("decay", [None, 1e-8, 0.5, 0.99, 1 - 1e-8])
-@pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 64, 65, 300, 3000])
+@pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 64, 65, 300, exhaustive(3000)])
 def test_every_output_is_that_of_the_float64_loop(kernels, T, decay):
     check(kernels, (1, T, 1, 64), decay, torch.float32, 1e-5)
 
@@ -207,6 +208,7 @@ def test_any_chunk_size_will_do(emulator, T, chunk):
     check(kernels, (1, T, 2, 64), 0.9, torch.float32, 1e-5)
 
 
+@pytest.mark.exhaustive
 def test_thousands_of_decays_near_1_do_not_drift(emulator):
     """exp of a chunk's log decay is off by up to 3e-8, always the same way if chunks are alike.
 
@@ -304,7 +306,9 @@ def nvrtc_launch(emulator, monkeypatch):
     return nvrtc.Launcher(emulator.library, lambda gpu: cubin(86)[0])
 
 
-@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "capability", [arch if arch == 90 else exhaustive(arch) for arch in ARCHITECTURES]
+)
 def test_nvrtc_compiles_every_kernel_without_a_warning_or_a_header_file(capability):
     (code, symbols), words = cubin(capability)
     assert words == ""
@@ -431,6 +435,7 @@ def test_float16_under_nvrtc_is_converted_by_the_gpu_s_own_instructions():
 # ---- what the head comment says ------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("heads, model", [(32, "1.6B"), (64, "7B")])
 def test_the_counts_of_the_head_comment(emulator, heads, model):
     emulator.set()
@@ -500,6 +505,7 @@ def kernels_of_report(report):
         yield kernel.search(part).groups(), numbers
 
 
+@pytest.mark.exhaustive
 def test_ptxas_keeps_everything_in_registers(ptxas):
     for (arch, (kernel, dtype, N)), (registers, stack, spills) in ptxas.items():
         print(
