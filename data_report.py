@@ -165,17 +165,17 @@ def data_lines(plan: RunPlan) -> list[tuple[str, str]]:
     # Windows of --dataload get go through all tokens. Held-out documents are cut even there.
     cut = Cut(0, 0) if batches.dataload == "get" else count_cut(documents, batches)
     if cut.documents:
-        ways = ["--dataload get", "--train_type infctx"]
         lines += [
             ("cut", f"at --ctx_len {options.ctx_len}: {describe_cut(documents, cut)}"),
-            ("", f"what keeps them: {', '.join([lengths_as_flags(documents), *ways])}"),
+            ("", f"what keeps them: {', '.join(ways_to_keep(options, documents))}"),
         ]
     if held_out:
         kind = options.data_type or corpus.guess_data_type(options.val_file)
         text = describe_documents(held_out, kind)
         cut = count_cut(held_out, batches)
         if cut.documents:
-            text += f"; cut: {describe_cut(held_out, cut)} ({lengths_as_flags(held_out)} keeps all)"
+            everything, _ = lengths_that_keep(held_out)
+            text += f"; cut: {describe_cut(held_out, cut)} (--ctx_len {everything} keeps all)"
         lines.append(("held out", text))
     lines.append(("loss", describe_share(options, plan.data)))
     lines.append(("steps", describe_steps(plan)))
@@ -188,13 +188,19 @@ def describe_cut(documents: Documents, cut: Cut) -> str:
     return f"{counted(cut.documents, 'document')}, {share} of all tokens are never seen"
 
 
-def lengths_as_flags(documents: Documents) -> str:
-    """Name the --ctx_len that keeps all; if that is for a few long ones, what keeps the rest."""
+def ways_to_keep(options: Options, documents: Documents) -> list[str]:
+    """Return the flags with which nothing is cut, the --ctx_len first.
+
+    Where that is for a few long documents, it says what is enough for nearly all.
+    """
     everything, most = lengths_that_keep(documents)
-    text = f"--ctx_len {everything}"
-    if 2 * most <= everything:
-        text += f" (99 %: {most})"
-    return text
+    length = f"--ctx_len {everything}"
+    if options.ctx_len < most <= everything / 2:
+        length += f" ({most} keeps 99 %)"
+    ways = [length, "--dataload get"]
+    if not options.head_qk:
+        ways.append("--train_type infctx")
+    return ways
 
 
 def describe_share(options: Options, training: TrainingData) -> str:

@@ -128,6 +128,12 @@ def test_held_out_documents_are_cut_even_where_windows_of_the_others_are_read(ca
     assert "cut" not in dry_run(capsys, "--ctx_len 39 --val_file x")["held out"]
 
 
+def test_what_a_model_cannot_take_is_not_advised(capsys):
+    """No state stands for the earlier tokens that head_qk looks at."""
+    said = dry_run(capsys, f"{NEW} --head_qk 8 --vocab_size 300")
+    assert said["cut"].endswith("what keeps them: --ctx_len 39, --dataload get")
+
+
 def test_no_token_of_a_text_is_cut_and_no_dialogue_is_looked_for_in_characters(capsys):
     pathlib.Path("t.txt").write_text("User: a\n\nAssistant: b\n" * 20)
     said = dry_run(capsys, f"{NEW} --data_file t.txt --val_file t.txt --ctx_len 20")
@@ -204,8 +210,9 @@ def test_a_length_for_a_few_long_documents_is_not_the_only_advice(capsys):
     corpus.write_binidx("y", [[1] * 49 + [0]] * 500 + [[1] * 200 + [0]])
     advice = dry_run(capsys, "--data_file y")["cut"].splitlines()[1]
     assert advice == (
-        "what keeps them: --ctx_len 200 (99 %: 49), --dataload get, --train_type infctx"
+        "what keeps them: --ctx_len 200 (49 keeps 99 %), --dataload get, --train_type infctx"
     )
+    assert "--ctx_len 200, --dataload" in dry_run(capsys, "--data_file y --ctx_len 49")["cut"]
     corpus.write_binidx("z", [[1] * 49 + [0]])
     assert "--ctx_len 49, --dataload" in dry_run(capsys, "--data_file z")["cut"]
     said = dry_run(capsys, f"--data_file y --ctx_len {2**62}")  # beyond the sizes' int32
