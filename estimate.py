@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import devices
 import memory
 import sharding
 from build import BuiltModel, build_model, chunk_ctx, count_parameters, precision
 from loss import LOGITS, Counts, loss_fn
 from options import Options
 from passes import detach_state, state_tensors
-from plan import longest_row, resolve_options
+from plan import longest_row, ranks, resolve_options
 
 META = torch.device("meta")
 
@@ -35,9 +34,16 @@ class MemoryEstimate(NamedTuple):
         return sum(self.parts.values())
 
 
-def ranks(options: Options) -> int:
-    """Return how many ranks there are, or will be."""
-    return max(devices.size(), options.devices * options.num_nodes)
+class MemoryCheck(NamedTuple):
+    """What a run takes at its peak, on one rank, and what is free for it."""
+
+    estimate: MemoryEstimate
+    free: float  # bytes; infinity where nobody knows
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run fits."""
+        return self.estimate.total <= self.free
 
 
 def expected_memory(
@@ -112,34 +118,29 @@ def parts_of(
     )
 
 
-def check_memory(options: Options, device: torch.device) -> BuiltModel:
-    """Look whether a run fits into memory; return its model on the meta device.
-
-    Prints what it takes with --dry_run, or where it does not fit: then that is a ValueError.
-    """
+def check_memory(options: Options, device: torch.device) -> MemoryCheck:
+    """Look whether a run fits into memory. Where not, print what it takes, and raise ValueError."""
     estimate = expected_memory(options, device)
     free = memory.available(device)
     if device.type == "cpu":
         free /= int(os.environ.get("LOCAL_WORLD_SIZE", options.devices))
-    fits = estimate.total <= free
-    if options.dry_run or not fits:
-        print_estimate(options, estimate, device=device, free=free)
-    if not fits:
+    check = MemoryCheck(estimate, free)
+    if not check.fits:
+        print(estimate.built.model.config)
+        print_parts(options, check, device)
         raise ValueError(
             f"training would take {estimate.total / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; "
             f"{advice(options, estimate.total, device)}"
         )
     if device.type == "cpu" and estimate.total > free / 2:
         memory.give_back_freed()
-    return estimate.built
+    return check
 
 
-def print_estimate(
-    options: Options, estimate: MemoryEstimate, *, device: torch.device, free: float
-) -> None:
+def print_parts(options: Options, check: MemoryCheck, device: torch.device) -> None:
     """Print what is trained and frozen, the parts of the peak, and what is free."""
+    estimate, free = check
     model = estimate.built.model
-    print(model.config)
     if ranks(options) > 1:
         print(f"each of {ranks(options)} ranks, by {sharding.describe(options.strategy)}:")
     numbers = {}
@@ -149,7 +150,7 @@ def print_estimate(
         tensors = [t for t in memory.tensors(model) if t.requires_grad == (what == "trained")]
         size = sum(t.nbytes for t in tensors)
         print(f"{what:<26}{size / 1e9:8.2f} GB   {number:,} parameters")
-    verdict = "it fits" if estimate.total <= free else "too little"
+    verdict = "it fits" if check.fits else "too little"
     lines = estimate.parts | {
         "expected peak": estimate.total,
         f"free on {device.type}: {verdict}": free,

@@ -339,7 +339,9 @@ class Options:
         "operator",
     )
     dry_run: bool = flag(
-        False, "only say what would be trained, and how much memory that takes; try it first"
+        False,
+        "only say what would be trained on which data, and what it takes of memory and disk; "
+        "writes nothing but the tokens of a jsonl, beside it; try it first",
     )
 
 

@@ -82,6 +82,11 @@ def flags_of_all_ranks(options: Options) -> dict[str, Any]:
     return {f"--{name}": value for name, value in vars(options).items() if name not in left_out}
 
 
+def ranks(options: Options) -> int:
+    """Return how many ranks there are, or would be if this were no dry run."""
+    return max(devices.size(), options.devices * options.num_nodes)
+
+
 def starts_ranks(options: Options) -> bool:
     """Return whether this process is to start others, one for each device.
 
@@ -232,10 +237,14 @@ class TrainingData:
         """Return how many steps an epoch has."""
         if self.epoch_steps:
             return self.epoch_steps
-        rows: float = len(self.documents)
+        return math.ceil(self.rows / (self.batches.micro_bsz * micro_batches_per_step))
+
+    @property
+    def rows(self) -> float:
+        """How many rows hold as many tokens as the data."""
         if self.batches.dataload == "get":
-            rows = len(self.documents.tokens) / self.batches.ctx_len
-        return math.ceil(rows / (self.batches.micro_bsz * micro_batches_per_step))
+            return len(self.documents.tokens) / self.batches.ctx_len
+        return len(self.documents)
 
     def held_out_batches(self) -> Iterator[Batch]:
         """Yield this rank's batches of the held-out documents, as many as on any other rank."""
@@ -308,6 +317,17 @@ class RunPlan:
         totals = devices.sum_over_ranks([*count_tokens(micro_batches), size])
         return StepData(data.to_device(micro_batches, device), Counts(*totals[:2]), totals[2])
 
+    def room(self, built: BuiltModel) -> run_folder.Room:
+        """Return what the run is going to write, and the room for it. built: see `plan_run`."""
+        return run_folder.room(
+            self.options.proj_dir,
+            built,
+            self.checkpoint_paths,
+            keep=self.options.keep,
+            first=self.first_step,
+            step=self.state.progress.step if self.state else self.first_step,
+        )
+
     def describe_bad_rows(self, step: int, losses: list[float]) -> str:
         """Name the rows of a step's micro batches whose loss is not finite."""
         first = step * self.micro_batches_per_step
@@ -343,7 +363,7 @@ def plan_of_one_rank(options: Options, built: BuiltModel) -> RunPlan:
         options.resume,
         options.epoch_begin,
         steps_per_epoch=training_data.steps_per_epoch,
-        micro_batches=options.accumulate_grad_batches * devices.size(),
+        micro_batches=options.accumulate_grad_batches * ranks(options),
     )
     metadata = {
         "base": fingerprint(options.load_model),
@@ -385,22 +405,14 @@ def look_at_checkpoints(plan: RunPlan, built: BuiltModel) -> RunPlan:
     ValueError if the disk has too little room for those to come.
     """
     complete = missing = False
-    paths, step = plan.checkpoint_paths, plan.first_step
     if plan.state:
-        step = plan.state.progress.step
+        paths, step = plan.checkpoint_paths, plan.state.progress.step
         written = {number for number, path in paths.items() if os.path.exists(path)}
         at_end = step == plan.end_step and step in written
         complete = at_end or step > plan.end_step
         missing = step in paths.keys() - written and not plan.state.progress.losses
     if not complete:
-        run_folder.check_room(
-            plan.options.proj_dir,
-            built,
-            paths,
-            keep=plan.options.keep,
-            first=plan.first_step,
-            step=step,
-        )
+        run_folder.check_room(plan.options.proj_dir, plan.room(built))
     return dataclasses.replace(plan, complete=complete, checkpoint_is_missing=missing)
 
 

@@ -4,12 +4,14 @@ One need not read this to understand Bone.
 """
 
 import contextlib
+import errno
 import glob
 import os
 import pathlib
 import re
 import shutil
 from collections.abc import Container, Iterator
+from typing import NamedTuple
 
 import filelock
 import torch
@@ -83,7 +85,23 @@ def check_folder(
         trained_quant(path, quant)
 
 
-def check_room(
+class Room(NamedTuple):
+    """What a run is going to write, and the room that the disk has for it; sizes in bytes."""
+
+    checkpoints: int
+    checkpoint_size: int
+    # States that are going to be there at once, beside those that are there now.
+    states: int
+    state_size: int
+    free: int
+
+    @property
+    def need(self) -> int:
+        """All that will be there at once."""
+        return self.checkpoints * self.checkpoint_size + self.states * self.state_size
+
+
+def room(
     folder: str,
     built: tuple[nn.Module, Container[str], torch.dtype],
     checkpoint_paths: dict[int, str],
@@ -91,11 +109,11 @@ def check_room(
     keep: int,
     first: int,
     step: int,
-) -> None:
-    """Refuse a run whose checkpoints and states after `step` the disk has no room for.
+) -> Room:
+    """Return what a run writes after `step`, and the room for it.
 
     built: the model, the names of its parameters that a checkpoint holds, and their dtype there;
-    checkpoint_paths and first: see check_folder. Raises ValueError.
+    checkpoint_paths and first: see check_folder.
     """
     model, names, dtype = built
     numbers = sum(p.numel() for name, p in model.named_parameters() if name in names)
@@ -103,17 +121,50 @@ def check_room(
     for at, path in checkpoint_paths.items():
         if at >= step and not os.path.exists(path):
             checkpoints += 1
-    # A new state is there before an old one goes.
-    new_states = max(0, keep + 1 - len(states(folder, first)))
-    # A state holds weights and Adam's two moments, in float32.
-    need = numbers * (dtype.itemsize * checkpoints + 12 * new_states)
-    free = shutil.disk_usage(folder).free
-    if need > free:
+    return Room(
+        checkpoints=checkpoints,
+        checkpoint_size=numbers * dtype.itemsize,
+        # A new state is there before an old one goes.
+        states=max(0, keep + 1 - len(states(folder, first))),
+        # Weights and Adam's two moments, in float32.
+        state_size=12 * numbers,
+        free=shutil.disk_usage(existing_part(folder)).free,
+    )
+
+
+def check_room(folder: str, found: Room) -> None:
+    """Refuse a run whose checkpoints and states the disk has no room for. Raises ValueError."""
+    if found.need > found.free:
         raise ValueError(
-            f"{folder}: the run will write {need / 1e6:,.0f} MB, but the disk has "
-            f"{free / 1e6:,.0f} MB free; make room, give another --proj_dir, or save less "
+            f"{folder}: the run will write {found.need / 1e6:,.0f} MB, but the disk has "
+            f"{found.free / 1e6:,.0f} MB free; make room, give another --proj_dir, or save less "
             "by --epoch_save"
         )
+
+
+def existing_part(folder: str) -> pathlib.Path:
+    """Return a folder, or the nearest one above it that is there."""
+    path = pathlib.Path(folder).absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def check_place(folder: str) -> None:
+    """Refuse a folder that a run could not make or write into; make and write nothing.
+
+    Raises ValueError.
+    """
+    _check_names(folder)
+    path = existing_part(folder)
+    if not path.is_dir():
+        raise _cannot_be_written(folder, os.strerror(errno.ENOTDIR))
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise _cannot_be_written(folder, os.strerror(errno.EACCES))
+
+
+def _cannot_be_written(folder: str, why: str | None) -> ValueError:
+    return ValueError(f"--proj_dir {folder} cannot be written ({why}); give another")
 
 
 # ---- the lock ---------------------------------------------------------------------------------
@@ -152,9 +203,7 @@ def _acquire(folder: str) -> filelock.BaseFileLock:
             "wait for its end, or give another --proj_dir"
         ) from error
     except OSError as error:
-        raise ValueError(
-            f"--proj_dir {folder} cannot be written ({error.strerror}); give another"
-        ) from error
+        raise _cannot_be_written(folder, error.strerror) from error
     return held
 
 

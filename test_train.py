@@ -304,12 +304,6 @@ def test_data_that_is_not_there_is_found_out_before_the_base_is_loaded(monkeypat
     assert {*devices} == {"meta"}
 
 
-def test_a_dry_run_beside_checkpoints_is_no_danger_to_them(capsys):
-    run()
-    run("--dry_run")
-    assert "expected peak" in capsys.readouterr().out
-
-
 def test_what_a_loaded_checkpoint_trained_is_in_the_next_checkpoint():
     run("--proj_dir first --train_parts time ln emb")
     run("--proj_dir second --bone_load first/rwkv-0.pth --train_parts ln --lr_init 0 --lr_final 0")

@@ -46,7 +46,7 @@ from loss import count_tokens, loss_fn  # noqa: F401 (loss_fn: for those who imp
 from options import Options
 from passes import Passes, accumulate_gradients, chunk_losses
 from plan import RunPlan, flags_of_all_ranks, plan_run, resolve_options, starts_ranks
-from report import describe, describe_resumed, final_report, report_complete
+from report import describe, describe_resumed, dry_run, final_report, report_complete
 from run_log import Log, progress_bar
 from run_state import Progress
 from rwkv6 import RWKV
@@ -309,20 +309,20 @@ def train(options: Options) -> None:
         devices.check_same(flags_of_all_ranks(options))
         with devices.rank0_first():
             options = resolve_options(options)
-            built = check_memory(options, device)
+            memory_check = check_memory(options, device)
             if devices.rank() == 0 and not options.dry_run:
                 held.enter_context(run_folder.lock(options.proj_dir))
         if options.dry_run:
-            return None
-        plan = plan_run(options, built)
+            return dry_run(options, memory_check, device)
+        plan = plan_run(options, memory_check.estimate.built)
         if plan.complete:
             report_complete(plan)
             return None
+        describe(plan, memory_check, device)
         with devices.rank0_first():
             wandb_id = plan.state.metadata["wandb"] if plan.state else None
             log = Log(options, plan.data.documents.vocabulary, wandb_id)
         run = set_up(plan, log, device)
-        describe(plan, built, device)
         begin(run)
         failed_checkpoints = train_epochs(run)
         picture_note = log.close()
