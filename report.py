@@ -12,7 +12,8 @@ import devices
 import run_folder
 import run_state
 import sharding
-from build import BuiltModel, count_parameters, emulates_bf16
+from build import BuiltModel, count_parameters, emulates_bf16, why_no_fla
+from cli import path_of
 from plan import RunPlan, longest_row
 from run_log import draw
 
@@ -45,6 +46,11 @@ def describe(plan: RunPlan, built: BuiltModel, device: torch.device) -> None:
         lines.append(
             "note: this GPU has no bfloat16 of its own, and computes it in float32: "
             "--precision fp16 is faster here"
+        )
+    if options.fla and why_no_fla(options):
+        lines.append(
+            "note: --fla is for the operator of flash-linear-attention, which "
+            f"{why_no_fla(options)}; the WKV-6 kernel of this project is used"
         )
     if "deepspeed" in options.strategy and devices.size() == 1:
         lines.append(
@@ -95,4 +101,5 @@ def final_report(plan: RunPlan, failed_checkpoints: list[str], remarks: str) -> 
     print(f"wrote {path}{remarks}")
     if options.load_model:
         tuned = os.path.join(options.proj_dir, "tuned.pth")
-        print(f"next: python {shlex.join(['merge.py', options.load_model, path, tuned])}")
+        arguments = [path_of("merge.py"), options.load_model, path, tuned]
+        print(f"next: python {shlex.join(arguments)}")

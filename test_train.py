@@ -144,7 +144,8 @@ def test_training_lowers_the_loss_and_writes_its_files(monkeypatch, capsys, mode
         r"wrote out/rwkv-0.pth%s; peak memory \d+\.\d\d GB" % (" and out/loss.png" * matplotlib),
         wrote,
     )
-    assert follow == "next: python merge.py base.pth out/rwkv-0.pth out/tuned.pth"
+    merge_py = pathlib.Path(train.__file__).with_name("merge.py")
+    assert follow == f"next: python {merge_py} base.pth out/rwkv-0.pth out/tuned.pth"
 
 
 @pytest.mark.parametrize(

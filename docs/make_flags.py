@@ -40,7 +40,7 @@ CHINESE_HELP = {
     "dataload": "`pad`：每行一篇文档；`only`：同样，但不填充，`micro_bsz` 为 1；`get`：随机窗口，适合长文本",
     "data_shuffle": "0：保持文件中的顺序，适合由浅入深排好的数据",
     "loss_mask": "哪些 token 计入 loss。`pad`：文档的；`none`：填充也计入；`qa`：只有 `Assistant:` 之后、`User:` 之前的内容；`se`：同样，但用 `mask_id` 的标记",
-    "mask_id": "`se` 的标记，可为任意文本：`mask1` 之后、`mask0` 之前的内容计入",
+    "mask_id": "`se` 的标记，用 `se` 时必须给出，可为任意文本：`mask1` 之后、`mask0` 之前的内容计入",
     "proj_dir": "存放检查点和日志的文件夹，每次训练一个；检查点从不被覆盖",
     "epoch_count": "epoch 数；只要留出集 loss 还在下降就可以增加",
     "epoch_begin": "第一个 epoch 的编号，与 `bone_load` 合用，接着编号；学习率沿曲线继续，曲线在 `epoch_count` 个 epoch 处结束",
@@ -71,7 +71,7 @@ CHINESE_HELP = {
     "precision": "矩阵乘法的精度，被训练的参数始终是 float32；没有 bf16 的 GPU 用 `fp16`（带梯度缩放）；`tf32` 是 GPU 上乘法更快的 fp32",
     "quant": "底模的大矩阵用 8 位或 4 位保存，内存/显存不够时用。不给时为 `none`，或与 `bone_load` 训练时相同",
     "grad_cp": "1：反向传播时逐个 block 重算激活，以节省内存/显存；0：保留激活，更快",
-    "fla": "WKV-6 的分块形式；GPU 上装有 flash-linear-attention 时用它的 Triton 算子",
+    "fla": "在装有 flash-linear-attention 的 GPU 上用它的 Triton 算子计算 WKV-6；用不了时给出提示，并使用默认的 kernel",
     "dry_run": "只显示会训练哪些参数、需要多少内存/显存；每次正式训练前都值得先看",
 }
 # fmt: on
