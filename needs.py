@@ -51,11 +51,11 @@ def check() -> None:
     if not what:
         return
     main_file = getattr(sys.modules["__main__"], "__file__", None) or ""
-    here = os.path.dirname(os.path.abspath(__file__))
-    if os.path.dirname(os.path.abspath(main_file)) != here:
+    folder, program = os.path.split(os.path.abspath(main_file))
+    if folder != os.path.dirname(os.path.abspath(__file__)):
         raise ImportError(what)
-    # --help of train.py is answered all the same.
-    only_asks = {"-h", "--help", "--version"} & set(sys.argv)
+    # train.py answers this before it imports anything.
+    only_asks = program == "train.py" and {"-h", "--help", "--version"} & set(sys.argv)
     if not only_asks or sys.version_info[:2] < PYTHON:
         print(f"error: {what}", file=sys.stderr)
         sys.exit(2)
