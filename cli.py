@@ -101,9 +101,11 @@ def no_such_file(path: str) -> str:
         names = os.listdir(folder or ".")
     except OSError:
         return text
-    # All endings look alike: the stems are compared.
+    # All endings look alike: the stems are compared. Of one stem, the same ending is meant.
+    stem, ending = os.path.splitext(name)
+    names.sort(key=lambda other: (other.endswith(ending), other))
     stems = {os.path.splitext(other)[0]: other for other in names}
-    similar = difflib.get_close_matches(os.path.splitext(name)[0], stems, 1, cutoff=0.8)
+    similar = difflib.get_close_matches(stem, stems, 1, cutoff=0.8)
     if similar:
         return f"{text}; did you mean {os.path.join(folder, stems[similar[0]])}?"
     return text

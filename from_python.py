@@ -33,7 +33,7 @@ class Result:
 def by_keywords(run: Callable[[Options], None]) -> Callable[..., Result]:
     """Let a function of Options be called with the flags as keywords, too, and return a Result."""
 
-    @functools.wraps(run)
+    @functools.wraps(run, assigned=("__module__", "__name__", "__qualname__"))
     def train(options: Options | None = None, **flags: Any) -> Result:
         if options is not None:
             if flags:
@@ -46,6 +46,13 @@ def by_keywords(run: Callable[[Options], None]) -> Callable[..., Result]:
             run(options)
         return result_of(options)
 
+    # What help(train) shows.
+    del train.__wrapped__
+    train.__doc__ = (
+        f"{run.__doc__}\n    options: or the flags as keywords, as in "
+        'train(load_model="base.pth", data_file="data.jsonl"),\n    see docs/python.md. '
+        "Returns a Result. ValueError, in one line, for what cannot be done.\n    "
+    )
     return train
 
 

@@ -676,7 +676,7 @@ def test_wandb_and_the_log_carry_no_secret(monkeypatch):
 @pytest.mark.parametrize("script", ["scripts/run_bone.sh", "scripts/merge_bone.sh", "demo.sh"])
 @pytest.mark.parametrize("shell", ["sh", "bash"])
 def test_a_script_with_windows_line_ends_says_so_in_one_line(script, shell):
-    lines = pathlib.Path(train.__file__).with_name(script).read_text().splitlines()
+    lines = (pathlib.Path(train.__file__).parent / script).read_text().splitlines()
     pathlib.Path("script.sh").write_bytes("\r\n".join(lines).encode())
     end = subprocess.run([shell, "script.sh"], capture_output=True, text=True)
     mend = "sed -i 's/\\r$//' script.sh"

@@ -327,8 +327,8 @@ def test_each_quantization_with_each_set_of_parts_trains_saves_resumes_and_merge
         ("--bone_load no/b.pth", "--bone_load no/b.pth: No such file or directory; there is no"),
         ("--val_file held", "--val_file held: No such file or directory"),
         (
-            "--data_file tt.txt",
-            "--data_file tt.txt: No such file or directory; did you mean t.txt?",
+            "--data_file lattin.txt",
+            "--data_file lattin.txt: No such file or directory; did you mean latin.txt?",
         ),
         ("--n_layer 2 --vocab_size 3000000000 --n_embd 64 --load_model ''", "2^31"),
         (

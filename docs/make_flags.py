@@ -107,8 +107,8 @@ ENGLISH = Language(
 This page is written by `make docs` from [options.py](../options.py).
 
 An empty default is taken from the model, checkpoint or data, or means off. Tokens without documents
-(a text's characters, `numpy`, `uint16`) are cut into pieces of `ctx_len` tokens. A mistyped flag is
-an error that names the closest one. merge.py, generate.py and data.py have few flags: see their
+(a text's characters, `numpy`, `uint16`) are cut into pieces of `ctx_len` tokens. A flag that is
+mistyped, or another tool's (`--lr`, `--batch_size`), is an error that names the right one. merge.py, generate.py and data.py have few flags: see their
 `--help`.
 
 The last column is for [a run that is resumed](resume.md). **same**: another value is refused.
@@ -142,7 +142,7 @@ CHINESE = Language(
 本页由 `make docs` 根据 [options.py](../../options.py) 生成。
 
 默认值留空：自动从模型、检查点或数据中读取，或默认关闭。没有文档划分的 token（文本的字符、`numpy`、`uint16`）按 `ctx_len` 个一段切开。
-写错的参数会报错，并给出最接近的参数名。merge.py、generate.py 和 data.py 的参数不多，见各自的 `--help`。
+写错的参数和其他工具的参数名（如 `--lr`、`--batch_size`）会报错，并给出正确的参数名。merge.py、generate.py 和 data.py 的参数不多，见各自的 `--help`。
 
 最后一列说的是[续训](resume.md)。**相同**：值不同则拒绝。**可改**：可以改，日志会注明。留空：不比较（`load_model` 和 `data_file` 比较的是内容）。
 
