@@ -16,7 +16,7 @@ from torch import Tensor
 import devices
 import sharding
 from archive import ABOUT, all_finite, save_stream
-from cli import command_again, silence_broken_pipes
+from cli import command_to_resume, silence_broken_pipes
 from run_folder import delete_old_states, lock, states
 from run_log import Log
 from run_state import ADAM_KEYS, Progress, own_optimizer
@@ -144,7 +144,7 @@ class Checkpointer:
         if not found:
             advice = "nothing was saved"
         elif devices.started_here():
-            advice = f"to go on from step {max(found)}: {command_again('--resume')}"
+            advice = f"to go on from step {max(found)}: {command_to_resume()}"
         else:
             advice = (
                 f"to go on from step {max(found)}: the same command, on each machine, with --resume"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import needs  # noqa: F401 (importing it is the check, before what an old Python cannot run)
-from words import advice
+from words import DASHES, advice
 
 # As in pyproject.toml; a test compares them.
 VERSION = "0.2.0"
@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         found = {}
         for word in self._given:
             flag = word.partition("=")[0]
-            if re.match("--?[A-Za-z]", flag) and flag not in self._option_string_actions:
+            if re.match(f"[{DASHES}]+[A-Za-z]", flag) and flag not in self._option_string_actions:
                 found[flag] = self.advice(flag)
         if not any(found.values()):
             return f"python {shlex.quote(path_of(self.prog))} --help lists all flags"
@@ -80,14 +80,13 @@ def path_of(program: str) -> str:
     return path if os.path.exists(path) else program
 
 
-def command_again(flag: str) -> str:
-    """Return the command that starts this program again, with one more flag."""
+def command_to_resume() -> str:
+    """Return what continues this run: its command with --resume, or its call from Python."""
     if os.path.basename(sys.argv[0]) != "train.py":
-        name, _, value = flag.removeprefix("--").partition("=")
-        return f"the same call of train(), with {name}={value or True!r}"
+        return "the same call of train(), with resume=True"
     arguments = list(sys.argv)
-    if flag not in arguments:
-        arguments.append(flag)
+    if "--resume" not in arguments:
+        arguments.append("--resume")
     return f"python {shlex.join(arguments)}"
 
 

@@ -102,7 +102,7 @@ def read_column(folder: str, column: str) -> list[tuple[int, float]]:
     """Return (step, value) of a column of loss.csv, as long as its steps go up to the end."""
     points: list[tuple[int, float]] = []
     with (
-        contextlib.suppress(OSError),
+        contextlib.suppress(OSError, ValueError, KeyError, csv.Error),
         open(os.path.join(folder, "loss.csv"), encoding="utf-8") as f,
     ):
         for row in csv.DictReader(f):

@@ -120,6 +120,14 @@ def test_rows_of_an_earlier_run_in_the_folder_are_not_this_one_s():
     pathlib.Path("loss.csv").write_text("step,loss,lr,val_loss\n0,9,1,\n1,8,1,\n0,7,1,\n1,6,1,\n")
     assert from_python.read_column(".", "loss") == [(0, 7.0), (1, 6.0)]
     assert from_python.read_column("nowhere", "loss") == []
+    # A finished run does not fail for a file that somebody has spoilt.
+    for spoilt in (
+        b"step,loss\n0,7\n?,9\n",
+        b"step,loss\n0,7\n,5,,,\n",
+        b"step,loss\n0,7\n\xff,\0",
+    ):
+        pathlib.Path("loss.csv").write_bytes(spoilt)
+        assert from_python.read_column(".", "loss") in ([(0, 7.0)], [])
 
 
 def test_options_are_taken_as_before():
@@ -159,7 +167,7 @@ def test_what_ends_a_thread_s_run_saves_its_state(monkeypatch):
 
 def test_from_a_notebook_it_says_how_to_call_it_again(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
-    assert cli.command_again("--resume") == "the same call of train(), with resume=True"
+    assert cli.command_to_resume() == "the same call of train(), with resume=True"
 
 
 def test_output_that_no_encoding_of_the_terminal_has_is_replaced(monkeypatch):

@@ -113,6 +113,7 @@ def test_every_flag_of_rwkv_peft_is_taken_or_answered(name):
         ("train.py --lr-init 1", "did you mean --lr_init?"),
         ("train.py --Bone_R 1", "did you mean --bone_r?"),
         ("train.py --LR-Init=1", "did you mean --lr_init?"),
+        ("train.py \u2014lr_init 1", "did you mean --lr_init?"),
         ("train.py --lr 1 --epochs 2", "--lr: did you mean --lr_init?, --epochs: did you mean"),
         ("train.py --xyzzy 3", "train.py --help lists all flags"),
         ("train.py extra", "unrecognized arguments: extra; "),

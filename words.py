@@ -92,6 +92,9 @@ MEANS = {
     "prefix": "output output_prefix out output_dir",
 }
 
+# Hyphens, and what an editor makes of two of them.
+DASHES = "-\u2013\u2014\u2212\uff0d"
+
 DROP = "is not needed here, leave it out"
 READ_FROM_BASE = f"{DROP}: the base model says it"
 NO_DROPOUT = "is not there, as Bone has no dropout; leave it out"
@@ -155,7 +158,7 @@ def advice(word: str, flags: Collection[str], without_flag: Collection[str] = ()
 
     flags: the names that the program has; without_flag: of what it takes without one.
     """
-    name = word.lstrip("-").replace("-", "_").lower()
+    name = word.lstrip(DASHES).replace("-", "_").lower()
     for flag in flags:
         if flag.lower() == name:
             return f"did you mean --{flag}?"
