@@ -24,6 +24,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from cli import utf8_name
+
 StrPath = str | os.PathLike[str]
 
 # A .pth with a tensor of this name is the state of a training run (run_state.py). Its bytes are
@@ -60,8 +62,8 @@ def read_tensors(path: StrPath, verify: bool = True) -> dict[str, Tensor]:
     try:
         record_sizes = _check_archive(path, verify)
         # Warnings are about the pickle protocol. What matters is whether the file loads.
-        with warnings.catch_warnings(action="ignore"):
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings(action="ignore"), utf8_name(path) as name:
+            loaded = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file can fail anywhere in the unpickler
         raise ValueError(f"{path}: {_why_unreadable(error, size)}") from error
     _check_is_dict_of_tensors(loaded, path)
@@ -137,9 +139,8 @@ def _check_is_zip(path: StrPath) -> None:
     if not os.path.isfile(path):
         raise ValueError(f"{path}: is not a file; a .pth is needed")
     with open(path, "rb") as f:
-        magic = f.read(4)
-    if magic == b"PK\x03\x04":
-        return
+        if f.read(4) == b"PK\x03\x04":
+            return
     hint = ""
     if str(path).endswith(".st"):
         hint = " (a .st is for Ai00)"

@@ -69,12 +69,20 @@ def build_model(options: Any, device: torch.device) -> BuiltModel:
             "--train_type infctx: head_qk looks at every earlier token, so that no state can stand "
             "for them; leave infctx out"
         )
-    if options.fla:
-        on_gpu = device.type != "cpu" and importlib.util.find_spec("fla")
+    if options.fla and not why_no_fla(options):
         for module in model.modules():
             if isinstance(module, rwkv6.TimeMix):
-                module.impl = "fla" if on_gpu else "chunked"
+                module.impl = "fla"
     return built
+
+
+def why_no_fla(options: Any) -> str:
+    """Return why flash-linear-attention's operator cannot run here; "" if it can."""
+    if devices.find(options.accelerator).type == "cpu":
+        return "runs on GPUs alone"
+    if importlib.util.find_spec("fla") is None:
+        return "is not installed (pip install flash-linear-attention)"
+    return ""
 
 
 def from_scratch(options: Any, device: torch.device) -> BuiltModel:

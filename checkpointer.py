@@ -7,8 +7,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shlex
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +16,7 @@ from torch import Tensor
 import devices
 import sharding
 from archive import ABOUT, all_finite, save_stream
-from cli import silence_broken_pipes
+from cli import command_to_resume, silence_broken_pipes
 from run_folder import delete_old_states, lock, states
 from run_log import Log
 from run_state import ADAM_KEYS, Progress, own_optimizer
@@ -143,13 +141,10 @@ class Checkpointer:
 
     def _say_how_to_go_on(self) -> None:
         found = states(self.folder, self.first)
-        arguments = list(sys.argv)
-        if "--resume" not in arguments:
-            arguments.append("--resume")
         if not found:
             advice = "nothing was saved"
         elif devices.started_here():
-            advice = f"to go on from step {max(found)}: python {shlex.join(arguments)}"
+            advice = f"to go on from step {max(found)}: {command_to_resume()}"
         else:
             advice = (
                 f"to go on from step {max(found)}: the same command, on each machine, with --resume"

@@ -5,13 +5,19 @@ and a mistyped flag answer at once.
 """
 
 import argparse
+import contextlib
 import difflib
 import os
 import re
+import shlex
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
+
+import needs  # noqa: F401 (importing it is the check, before what an old Python cannot run)
+from words import DASHES, advice
 
 # As in pyproject.toml; a test compares them.
 VERSION = "0.2.0"
@@ -28,20 +34,99 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
         self.add_argument("--version", action="version", version=f"rwkv-bone {VERSION}")
+        self._given: list[str] = []  # the command line that is read
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("argument "):
             # A known flag with a wrong value: the message says which, and what is wrong with it.
             raise ValueError(message.removeprefix("argument "))
-        raise ValueError(f"{message}; {self._advice(message)}")
+        raise ValueError(f"{message}; {self._advice()}")
 
-    def _advice(self, message: str) -> str:
-        """Name the flag that was probably meant, or where to find all flags."""
-        for word in re.findall(r"--[\w-]+", message):
-            similar = difflib.get_close_matches(word, self._option_string_actions, 1)
-            if similar:
-                return f"did you mean {similar[0]}?"
-        return f"python {self.prog} --help lists all flags"
+    def advice(self, word: str) -> str:
+        """Say what an unknown flag probably means; "" where nothing is near."""
+        flags = [flag.removeprefix("--") for flag in self._option_string_actions]
+        without_flag = [action.dest for action in self._actions if not action.option_strings]
+        return advice(word, flags, without_flag)
+
+    def _advice(self) -> str:
+        """Say what the unknown flags probably mean, or where to find all flags."""
+        found = {}
+        for word in self._given:
+            flag = word.partition("=")[0]
+            if re.match(f"[{DASHES}]+[A-Za-z]", flag) and flag not in self._option_string_actions:
+                found[flag] = self.advice(flag)
+        if not any(found.values()):
+            return f"python {shlex.quote(path_of(self.prog))} --help lists all flags"
+        if len(found) == 1:
+            return "".join(found.values())
+        return ", ".join(f"{flag}: {what}" for flag, what in found.items() if what)
+
+
+def path_of(program: str) -> str:
+    """Return how to call a program of this folder from where the user is.
+
+    As this one was called: `python train.py` goes on with merge.py, `python bone/train.py` with
+    bone/merge.py. From another program or a notebook it is the whole path.
+    """
+    here = os.path.dirname(os.path.abspath(__file__))
+    folder = os.path.dirname(sys.argv[0])
+    if os.path.abspath(folder) != here or not os.path.isfile(sys.argv[0]):
+        folder = here
+    path = os.path.join(folder, program)
+    return path if os.path.exists(path) else program
+
+
+def command_to_resume() -> str:
+    """Return what continues this run: its command with --resume, or its call from Python."""
+    if os.path.basename(sys.argv[0]) != "train.py":
+        return "the same call of train(), with resume=True"
+    arguments = list(sys.argv)
+    if "--resume" not in arguments:
+        arguments.append("--resume")
+    return f"python {shlex.join(arguments)}"
+
+
+def no_such_file(path: str) -> str:
+    """Say of a path that is not there what may be wrong with it."""
+    folder, name = os.path.split(path)
+    text = "No such file or directory"
+    if folder and not os.path.isdir(folder):
+        return f"{text}; there is no folder {folder}"
+    try:
+        names = os.listdir(folder or ".")
+    except OSError:
+        return text
+    # All endings look alike: the stems are compared. Of one stem, the same ending is meant.
+    stem, ending = os.path.splitext(name)
+    names.sort(key=lambda other: (other.endswith(ending), other))
+    stems = {os.path.splitext(other)[0]: other for other in names}
+    similar = difflib.get_close_matches(stem, stems, 1, cutoff=0.8)
+    if similar:
+        return f"{text}; did you mean {os.path.join(folder, stems[similar[0]])}?"
+    return text
+
+
+@contextlib.contextmanager
+def utf8_name(path: str | os.PathLike[str]) -> Iterator[str | os.PathLike[str]]:
+    """Give a name of a file that PyTorch can open: it takes UTF-8 alone, Linux takes any bytes."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        with open(path, "rb") as f:
+            yield f"/proc/self/fd/{f.fileno()}"
+    else:
+        yield path
+
+
+def settable_signals() -> list[signal.Signals]:
+    """Return the stop signals, which only the main thread may handle: none in another one."""
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    return STOP_SIGNALS
 
 
 def one_line(error: BaseException) -> str:
@@ -49,6 +134,8 @@ def one_line(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.filename:
         text = f"{error.filename}: {error.strerror}"
+        if isinstance(error, FileNotFoundError):
+            text = f"{error.filename}: {no_such_file(os.fsdecode(error.filename))}"
     if isinstance(error, _out_of_memory_errors()):
         # The first line says it; what follows is statistics of the allocator.
         text = text.partition("\n")[0]
@@ -83,6 +170,13 @@ def silence_broken_pipes() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def replace_unprintable() -> None:
+    """Have stdout replace what its encoding cannot say. (stderr writes \\u4f60 by itself.)"""
+    # A stream that somebody put there may be no TextIOWrapper.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def run_cli(main: Callable[[], object]) -> None:
     """Run a program's main(), and end with an exit code instead of a traceback.
 
@@ -94,7 +188,8 @@ def run_cli(main: Callable[[], object]) -> None:
     def end(number: int, _frame: object) -> NoReturn:
         raise SystemExit(128 + number)
 
-    for number in STOP_SIGNALS:
+    replace_unprintable()
+    for number in settable_signals():
         # Python turns SIGINT into KeyboardInterrupt itself. nohup has SIGHUP ignored: keep it so.
         if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, end)

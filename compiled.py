@@ -67,8 +67,14 @@ def _try_to_load(device_type: str) -> str:
             kernel = _kernel(gpu=device_type != "cpu")
             problem = f"the compiled {kernel} is unavailable: {_reason(error)}"
     if problem:
-        print(f"note: {problem}. Using the chunked form, which is slower.", file=sys.stderr)
+        _say(f"note: {problem}. Using the chunked form, which is slower.")
     return problem
+
+
+def _say(note: str) -> None:
+    """Print a note on stderr, once on each machine: by the first of its ranks."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(note, file=sys.stderr)
 
 
 def _kernel(*, gpu: bool) -> str:
@@ -119,7 +125,7 @@ def _find_launch() -> wkv6_gpu.Launch:
         both = f"{nvcc_problem}; and NVRTC fails, too: {_reason(error)}"
         raise RuntimeError(both) from error
     if _find_nvcc():
-        print(f"note: {nvcc_problem}. Using NVRTC instead.", file=sys.stderr)
+        _say(f"note: {nvcc_problem}. Using NVRTC instead.")
     return launch
 
 

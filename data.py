@@ -23,12 +23,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cli import Parser, run_cli  # isort: skip
+
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from cli import Parser, run_cli
 from corpus import Documents, jsonl_to_binidx, without_ending
 from tokenizer import token_bytes
 

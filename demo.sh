@@ -1,6 +1,11 @@
 #!/usr/bin/env bash
 # The whole job, from nothing, with the real programs: make texts, pretrain a small base model,
 # fine-tune it with Bone, merge, and compare the answers of both models.
+# If an editor or git gave this file Windows line ends, say so. (The # hide them from these lines.)
+if grep -q "$(printf '\r')" "$0"; then #
+    printf '%s\n' "error: $0 has Windows line ends; mend it: sed -i 's/\r\$//' $0" >&2 #
+    exit 2 #
+fi #
 set -euo pipefail
 python=${1:-python}
 

@@ -25,7 +25,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cli import STOP_SIGNALS, one_line
+from cli import one_line, settable_signals
+
+if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    # PyTorch reads this when a GPU's first tensor is made. Without it, rows of changing lengths
+    # leave holes in the GPU's memory, in which the next ones find no room.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 # Of one rank for another: the first one may have much text to tokenize while the others wait.
 LONGEST_WAIT = datetime.timedelta(hours=2)
@@ -178,7 +183,7 @@ def ended_by_signals() -> Iterator[None]:
 
     A handler in Python would be called only when the wait is over.
     """
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in settable_signals()}
     ours = {number: handler for number, handler in handlers.items() if callable(handler)}
     for number in ours:
         signal.signal(number, signal.SIG_DFL)
@@ -203,7 +208,7 @@ def world(device: torch.device) -> Iterator[None]:
     try:
         with contextlib.ExitStack() as silence:
             if rank() > 0:
-                nowhere = silence.enter_context(open(os.devnull, "w"))
+                nowhere = silence.enter_context(open(os.devnull, "w", errors="replace"))
                 silence.enter_context(contextlib.redirect_stdout(nowhere))
             yield
         dist.destroy_process_group()

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from cli import Parser, run_cli  # isort: skip
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,6 @@ import checkpoint
 import devices
 import tokenizer
 from archive import trained_quant
-from cli import Parser, run_cli
 from quant import FORMATS
 from rwkv6 import RWKV
 

@@ -8,6 +8,8 @@ saw: quantized and dequantized. An output named .st is a model for Ai00 (safeten
 import argparse
 import os
 
+from cli import Parser, run_cli  # isort: skip
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -16,7 +18,6 @@ from ai00 import save_for_ai00
 from archive import all_finite, drop_mapped_pages, read_checkpoint, save_stream, trained_quant
 from bone import merge_weight
 from checkpoint import check_fits
-from cli import Parser, run_cli
 from quant import FORMATS, quantize
 
 

@@ -143,7 +143,7 @@ class Options:
     )
     mask_id: dict = flag(
         {"mask0": "0", "mask1": "1"},
-        "markers for se, any texts: what follows mask1 counts, up to mask0",
+        "markers for se, which needs them, any texts: what follows mask1 counts, up to mask0",
         parse=json_object("mask0", "mask1"),
         resume=FIXED,
     )
@@ -335,8 +335,8 @@ class Options:
     )
     fla: bool = flag(
         False,
-        "the chunked form of WKV-6; on a GPU with flash-linear-attention installed, its Triton "
-        "operator",
+        "on a GPU with flash-linear-attention installed, its Triton operator for WKV-6; elsewhere "
+        "a note, and the kernel that is used without this flag",
     )
     dry_run: bool = flag(
         False,

@@ -5,14 +5,17 @@ One need not read this to understand Bone. PyTorch is imported only where a chec
 """
 
 import argparse
+import glob
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
-from cli import Parser
-from flags import add_flag
-from options import Options, flags
+from cli import Parser, no_such_file
+from flags import Flag, add_flag
+from options import SWITCH, Options, flags
 
 PARTS = ("time", "ln", "emb", "head")
 
@@ -47,10 +50,50 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
             parser.parse_args([f"--{name}={value}"], given)
     values = vars(given)
     values.pop("bone_config", None)
+    require(
+        values.get("loss_mask") != "se" or "mask_id" in values,
+        "--loss_mask se needs --mask_id: what follows mask1 counts, up to mask0, as in "
+        """--mask_id '{"mask0":"User:","mask1":"Assistant:"}'""",
+    )
     options = Options(**values)
     options.train_parts = split_words(options.train_parts)
     check(options)
     return options
+
+
+def parse_keywords(keywords: dict[str, Any]) -> Options:
+    """Return the options that keywords ask for: the flags by name, with values of Python's.
+
+    None stands for a flag that is not given. ValueError, in one line, as by a command line.
+    """
+    known = flags()
+    argv = []
+    for name, value in keywords.items():
+        if name not in known:
+            advice = make_parser().advice(name).replace("--", "")
+            text = advice or "python train.py --help lists all flags"
+            raise ValueError(f"train() takes no {name}; {text}")
+        if value is not None:
+            argv += _as_arguments(name, value, known[name])
+    return parse_args(argv)
+
+
+def _as_arguments(name: str, value: Any, about: Flag) -> list[str]:
+    """Return a flag and its value as one would type them."""
+    flag = f"--{name}"
+    if isinstance(about.default, list):
+        parts = [value] if isinstance(value, str) else value
+        return [flag, *map(str, parts)]
+    if isinstance(value, bool):
+        if about.default is False or about.bare is not None:
+            return [flag] if value else []
+        if about.choices == SWITCH:
+            value = int(value)
+    if isinstance(value, dict):
+        value = json.dumps(value)
+    if isinstance(value, (bytes, os.PathLike)):
+        value = os.fsdecode(value)
+    return [f"{flag}={value}"]
 
 
 def split_words(parts: list[str]) -> list[str]:
@@ -160,3 +203,15 @@ def check_gpus(options: Options) -> None:
             f"--accelerator gpu, but PyTorch {torch.__version__} sees no GPU here ({reason}); "
             "use --accelerator cpu or leave it out",
         )
+
+
+def check_files(options: Options) -> None:
+    """Raise ValueError, naming the flag, where a file is not there on this machine."""
+    for flag in ("load_model", "bone_load", "data_file", "val_file"):
+        path = getattr(options, flag)
+        found = os.path.exists(path)
+        if flag in ("data_file", "val_file"):
+            # x may stand for x.bin and x.idx, x.bin for x.jsonl.
+            prefix = re.sub(r"\.(bin|idx)$", "", path)
+            found = found or bool(glob.glob(glob.escape(prefix) + ".*"))
+        require(not path or found, f"--{flag} {path}: {no_such_file(path)}")

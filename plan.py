@@ -23,6 +23,7 @@ from archive import fingerprint, read_checkpoint, trained_quant
 from build import BuiltModel
 from loss import Batch, Counts, count_tokens
 from options import Options, per_machine
+from parse_options import check_files
 
 # ---- options ------------------------------------------------------------------------------------
 
@@ -30,8 +31,9 @@ from options import Options, per_machine
 def resolve_options(options: Options) -> Options:
     """Return the options with what base model, Bone checkpoint and data say in place of None.
 
-    ValueError where a flag that was given says otherwise.
+    ValueError where a flag that was given says otherwise, or names a file that is not there.
     """
+    check_files(options)
     quant = trained_quant(options.bone_load, options.quant)
     if not options.load_model:
         return dataclasses.replace(options, quant=quant, vocab_size=new_vocab_size(options))
@@ -48,7 +50,7 @@ def resolve_options(options: Options) -> Options:
         "n_embd": config.n_embd,
         "vocab_size": config.vocab_size,
         "my_testing": config.version,
-        "pre_ffn": config.pre_ffn,
+        "pre_ffn": int(config.pre_ffn),
         "head_qk": config.head_qk,
     }
     for path, found in ((options.bone_load, of_bone), (options.load_model, of_base)):

@@ -13,7 +13,8 @@ import devices
 import run_folder
 import run_state
 import sharding
-from build import count_parameters, emulates_bf16
+from build import count_parameters, emulates_bf16, why_no_fla
+from cli import path_of
 from data_report import are_dialogues, counted, data_lines, percent
 from estimate import MemoryCheck, print_parts
 from options import Options
@@ -138,6 +139,11 @@ def notes(plan: RunPlan, device: torch.device) -> list[str]:
             "this GPU has no bfloat16 of its own, and computes it in float32: --precision fp16 is "
             "faster here"
         )
+    if options.fla and why_no_fla(options):
+        lines.append(
+            "--fla is for the operator of flash-linear-attention, which "
+            f"{why_no_fla(options)}; the WKV-6 kernel of this project is used"
+        )
     if "deepspeed" in options.strategy and ranks(options) == 1:
         lines.append(
             f"{options.strategy} shares out what several devices hold; on one, plain PyTorch "
@@ -195,4 +201,5 @@ def final_report(plan: RunPlan, failed_checkpoints: list[str], remarks: str) -> 
     print(f"wrote {path}{remarks}")
     if options.load_model:
         tuned = os.path.join(options.proj_dir, "tuned.pth")
-        print(f"next: python {shlex.join(['merge.py', options.load_model, path, tuned])}")
+        arguments = [path_of("merge.py"), options.load_model, path, tuned]
+        print(f"next: python {shlex.join(arguments)}")

@@ -53,7 +53,8 @@ class Log:
         for name, content in contents.items():
             with (
                 atomic_path(os.path.join(self.args.proj_dir, name)) as path,
-                open(path, "w", encoding="utf-8") as f,
+                # (Of a name that is no UTF-8, JSON's own \\udce9 stands for the byte e9.)
+                open(path, "w", encoding="utf-8", errors="backslashreplace") as f,
             ):
                 json.dump(content, f, indent=1, ensure_ascii=False)
 
@@ -102,7 +103,7 @@ class Log:
             content = self.unwritten[path]
             if path == self.curve_path and end == 0:
                 content = ",".join(COLUMNS) + "\n" + content
-            in_bytes = content.encode()
+            in_bytes = content.encode(errors="backslashreplace")
             if f.write(in_bytes) == len(in_bytes):
                 self.unwritten[path] = ""
             else:

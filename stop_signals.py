@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 import devices
-from cli import STOP_SIGNALS
+from cli import settable_signals
 
 
 class StopNow(KeyboardInterrupt):
@@ -35,9 +35,12 @@ class StopSignals:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let signals end the block only where `check` is called in it."""
+        """Let signals end the block only where `check` is called in it.
+
+        In a thread other than the main one they do what they did: Python has it so.
+        """
         before = {}
-        for number in STOP_SIGNALS:
+        for number in settable_signals():
             # One that is ignored stays so: nohup has SIGHUP ignored.
             if callable(signal.getsignal(number)):
                 before[number] = signal.signal(number, self._handle)
@@ -95,7 +98,7 @@ class StopSignals:
 def only_ctrl_c() -> Iterator[None]:
     """Let Ctrl-C alone break the block off. (Supervisors send several requests to end.)"""
     before = {}
-    for number in STOP_SIGNALS:
+    for number in settable_signals():
         if number != signal.SIGINT:
             before[number] = signal.signal(number, signal.SIG_IGN)
     try:

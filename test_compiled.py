@@ -133,6 +133,9 @@ def test_without_nvcc_and_nvrtc_the_chunked_form_takes_over(machine, monkeypatch
     assert said == COMPILING
     assert note == f"note: {problem}. Using the chunked form, which is slower."
     assert machine == []
+    # Of several ranks on a machine, one says it.
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert start(capsys)[1] == [COMPILING]
 
 
 def test_where_nvcc_is_it_compiles(machine, tmp_path, monkeypatch, capsys):

@@ -289,7 +289,7 @@ DIFFERENCES = [
         "--lr_init 2",
         "--lr_init differs: [12].0 on rank [01], [12].0 on rank [01]; all need the same",
     ),
-    ("", "--load_model nowhere.pth", "rank 1: nowhere.pth: No such file or directory"),
+    ("", "--load_model nowhere.pth", "rank 1: --load_model nowhere.pth: No such file or directory"),
     ("", "--load_model other.pth", "the content of --load_model differs"),
     ("", "--data_file held", "the content of --data_file differs"),
     (

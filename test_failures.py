@@ -668,3 +668,17 @@ def test_wandb_and_the_log_carry_no_secret(monkeypatch):
     assert any(path.suffix == ".wandb" for path in written) and not [
         path for path in written if re.search(b"5ec2e7|example.org", path.read_bytes())
     ]
+
+
+# ---- scripts ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["scripts/run_bone.sh", "scripts/merge_bone.sh", "demo.sh"])
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_a_script_with_windows_line_ends_says_so_in_one_line(script, shell):
+    lines = (pathlib.Path(train.__file__).parent / script).read_text().splitlines()
+    pathlib.Path("script.sh").write_bytes("\r\n".join(lines).encode())
+    end = subprocess.run([shell, "script.sh"], capture_output=True, text=True)
+    mend = "sed -i 's/\\r$//' script.sh"
+    assert end.stderr == f"error: script.sh has Windows line ends; mend it: {mend}\n"
+    assert (end.returncode, end.stdout) == (2, "")

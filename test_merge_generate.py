@@ -590,7 +590,10 @@ def test_from_text_to_a_tuned_model_that_writes():
 @pytest.mark.parametrize(
     "line, says",
     [
-        ("train.py --load_model gone.pth --data_file x", "gone.pth: No such file or directory"),
+        (
+            "train.py --load_model gone.pth --data_file x",
+            "--load_model gone.pth: No such file or directory",
+        ),
         (
             "merge.py code.pth ckpt.pth out.pth",
             "code.pth: not a PyTorch checkpoint; nothing was executed, "

@@ -299,7 +299,7 @@ def test_each_quantization_with_each_set_of_parts_trains_saves_resumes_and_merge
         ("--quant fp4", "nf4"),
         ("--vocab_size 500", "base.pth: has vocab_size 300, but --vocab_size is 500"),
         ("--head_qk 8", "has head_qk 0, but --head_qk is 8"),
-        ("--pre_ffn 1", "has pre_ffn False, but --pre_ffn is 1"),
+        ("--pre_ffn 1", "has pre_ffn 0, but --pre_ffn is 1; drop --pre_ffn to use 0"),
         ("--num_nodes 2", "--num_nodes 2 needs to know where the first machine is"),
         ("--num_nodes 9000000000000000000", "needs to know where the first machine is"),
         ("--lora_config '{}'", "did you mean --bone_config?"),
@@ -318,10 +318,18 @@ def test_each_quantization_with_each_set_of_parts_trains_saves_resumes_and_merge
             '{"lora_r":8} is not, in single quotes and without spaces, '
             """'{"bone_load":...,"bone_r":...,"bone_mode":...}'""",
         ),
+        ("--loss_mask se", "--loss_mask se needs --mask_id: what follows mask1 counts"),
         ('--loss_mask se --mask_id \'{"mask0":"a"}\'', "--mask_id needs two texts"),
         ('--loss_mask se --mask_id \'{"mask0":1,"mask1":2}\'', "--mask_id needs two texts"),
         ("--ctx_len 1.5", "--ctx_len: 1.5 must be a whole number of at least 1, and below 2^63"),
         ("--beta1 1", "--beta1: 1 must be a number of at least 0, and below 1"),
+        ("--load_model bas.pth", "--load_model bas.pth: No such file or directory; did you mean"),
+        ("--bone_load no/b.pth", "--bone_load no/b.pth: No such file or directory; there is no"),
+        ("--val_file held", "--val_file held: No such file or directory"),
+        (
+            "--data_file lattin.txt",
+            "--data_file lattin.txt: No such file or directory; did you mean latin.txt?",
+        ),
         ("--n_layer 2 --vocab_size 3000000000 --n_embd 64 --load_model ''", "2^31"),
         (
             "--data_file t.txt",
@@ -700,12 +708,31 @@ def test_a_flag_of_its_own_wins_over_bone_config():
         assert (args.bone_r, args.bone_load) == (None, expected)
 
 
-def test_fla_is_the_chunked_form_where_there_is_no_gpu():
-    model, *_ = build.build_model(arguments("--fla"), torch.device("cpu"))
-    assert {block.att.impl for block in model.blocks} == {"chunked"}
-    assert {
-        block.att.impl for block in build.build_model(arguments(), torch.device("cpu"))[0].blocks
-    } == {"auto"}
+def impls(flags, device="cpu"):
+    model, *_ = build.build_model(arguments(flags), torch.device(device))
+    return {block.att.impl for block in model.blocks}
+
+
+def test_fla_is_taken_on_a_gpu_where_it_is_installed_alone(monkeypatch):
+    """Elsewhere the run takes the same kernel as without the flag, not a slower one."""
+    fla = {"fla": object()}
+    monkeypatch.setattr(importlib.util, "find_spec", fla.get)
+    assert impls("--fla") == impls("") == {"auto"}
+    # On the meta device stands what the memory is estimated of.
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(build.devices, "find", lambda accelerator: gpu)
+    assert impls("--fla", "meta") == {"fla"}
+    fla.clear()
+    assert impls("--fla", "meta") == {"auto"}
+    assert "pip install flash-linear-attention" in build.why_no_fla(arguments())
+
+
+def test_a_run_with_fla_but_without_a_gpu_says_so_once_and_is_the_same(capsys):
+    run("--epoch_steps 1 --proj_dir plain")
+    assert "--fla" not in capsys.readouterr().out
+    run("--epoch_steps 1 --fla")
+    assert capsys.readouterr().out.count("note: --fla is for the operator of") == 1
+    assert column("loss") == column("loss", "plain")
 
 
 def test_wandb_gets_losses_and_learning_rate(monkeypatch, capsys):

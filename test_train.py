@@ -144,7 +144,8 @@ def test_training_lowers_the_loss_and_writes_its_files(monkeypatch, capsys, mode
         r"wrote out/rwkv-0.pth%s; peak memory \d+\.\d\d GB" % (" and out/loss.png" * matplotlib),
         wrote,
     )
-    assert follow == "next: python merge.py base.pth out/rwkv-0.pth out/tuned.pth"
+    merge_py = pathlib.Path(train.__file__).with_name("merge.py")
+    assert follow == f"next: python {merge_py} base.pth out/rwkv-0.pth out/tuned.pth"
 
 
 @pytest.mark.parametrize(
@@ -299,9 +300,9 @@ def test_data_that_is_not_there_is_found_out_before_the_base_is_loaded(monkeypat
         ),
     )
     for flags in ("--data_file gone", "--val_file gone"):
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(ValueError, match=f"{flags}: No such file"):
             run(flags)
-    assert {*devices} == {"meta"}
+    assert not devices
 
 
 def test_what_a_loaded_checkpoint_trained_is_in_the_next_checkpoint():

@@ -13,8 +13,6 @@ Read from top to bottom: the optimizer, the loop, then how a run is set up and h
 import contextlib
 import dataclasses
 import math
-import os
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,11 +23,6 @@ from parse_options import parse_args
 if __name__ == "__main__":
     # Answer --help, and refuse wrong flags, before the seconds that importing PyTorch takes.
     run_cli(parse_args)
-
-if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-    # PyTorch reads this when a GPU's first tensor is made. Without it, rows of changing lengths
-    # leave holes in the GPU's memory, in which the next ones find no room.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +35,7 @@ import sharding
 from build import build_for_training, make_passes
 from checkpointer import Checkpointer
 from estimate import check_memory
+from from_python import by_keywords
 from loss import count_tokens, loss_fn  # noqa: F401 (loss_fn: for those who import it from here)
 from options import Options
 from passes import Passes, accumulate_gradients, chunk_losses
@@ -299,6 +293,7 @@ def begin(run: Run) -> None:
         run.checkpointer.save_checkpoint(plan.checkpoint_paths[run.progress.step], run.save_dtype)
 
 
+@by_keywords
 def train(options: Options) -> None:
     """Train as the options say: plan the run, set it up, go through the loop, and report."""
     if starts_ranks(options):

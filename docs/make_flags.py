@@ -40,7 +40,7 @@ CHINESE_HELP = {
     "dataload": "`pad`：每行一篇文档；`only`：同样，但不填充，`micro_bsz` 为 1；`get`：随机窗口，适合长文本",
     "data_shuffle": "0：保持文件中的顺序，适合由浅入深排好的数据",
     "loss_mask": "哪些 token 计入 loss。`pad`：文档的；`none`：填充也计入；`qa`：只有 `Assistant:` 之后、`User:` 之前的内容；`se`：同样，但用 `mask_id` 的标记",
-    "mask_id": "`se` 的标记，可为任意文本：`mask1` 之后、`mask0` 之前的内容计入",
+    "mask_id": "`se` 的标记，用 `se` 时必须给出，可为任意文本：`mask1` 之后、`mask0` 之前的内容计入",
     "proj_dir": "存放检查点和日志的文件夹，每次训练一个；检查点从不被覆盖",
     "epoch_count": "epoch 数；只要留出集 loss 还在下降就可以增加",
     "epoch_begin": "第一个 epoch 的编号，与 `bone_load` 合用，接着编号；学习率沿曲线继续，曲线在 `epoch_count` 个 epoch 处结束",
@@ -71,7 +71,7 @@ CHINESE_HELP = {
     "precision": "矩阵乘法的精度，被训练的参数始终是 float32；没有 bf16 的 GPU 用 `fp16`（带梯度缩放）；`tf32` 是 GPU 上乘法更快的 fp32",
     "quant": "底模的大矩阵用 8 位或 4 位保存，内存/显存不够时用。不给时为 `none`，或与 `bone_load` 训练时相同",
     "grad_cp": "1：反向传播时逐个 block 重算激活，以节省内存/显存；0：保留激活，更快",
-    "fla": "WKV-6 的分块形式；GPU 上装有 flash-linear-attention 时用它的 Triton 算子",
+    "fla": "在装有 flash-linear-attention 的 GPU 上用它的 Triton 算子计算 WKV-6；用不了时给出提示，并使用默认的 kernel",
     "dry_run": "只显示数据概况、会训练哪些参数、需要多少内存/显存和磁盘空间；除了把 jsonl 的分词结果存在它旁边，不写任何文件；每次正式训练前都值得先看",
 }
 # fmt: on
@@ -107,8 +107,8 @@ ENGLISH = Language(
 This page is written by `make docs` from [options.py](../options.py).
 
 An empty default is taken from the model, checkpoint or data, or means off. Tokens without documents
-(a text's characters, `numpy`, `uint16`) are cut into pieces of `ctx_len` tokens. A mistyped flag is
-an error that names the closest one. merge.py, generate.py and data.py have few flags: see their
+(a text's characters, `numpy`, `uint16`) are cut into pieces of `ctx_len` tokens. A flag that is
+mistyped, or another tool's (`--lr`, `--batch_size`), is an error that names the right one. merge.py, generate.py and data.py have few flags: see their
 `--help`.
 
 The last column is for [a run that is resumed](resume.md). **same**: another value is refused.
@@ -142,7 +142,7 @@ CHINESE = Language(
 本页由 `make docs` 根据 [options.py](../../options.py) 生成。
 
 默认值留空：自动从模型、检查点或数据中读取，或默认关闭。没有文档划分的 token（文本的字符、`numpy`、`uint16`）按 `ctx_len` 个一段切开。
-写错的参数会报错，并给出最接近的参数名。merge.py、generate.py 和 data.py 的参数不多，见各自的 `--help`。
+写错的参数和其他工具的参数名（如 `--lr`、`--batch_size`）会报错，并给出正确的参数名。merge.py、generate.py 和 data.py 的参数不多，见各自的 `--help`。
 
 最后一列说的是[续训](resume.md)。**相同**：值不同则拒绝。**可改**：可以改，日志会注明。留空：不比较（`load_model` 和 `data_file` 比较的是内容）。
 

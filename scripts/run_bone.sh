@@ -1,5 +1,10 @@
 # Fine-tune with Bone, by the flags of RWKV-PEFT. Edit the paths and sizes, then: sh scripts/run_bone.sh
 # Flags written after that win, as in: sh scripts/run_bone.sh --accelerator cpu --quant nf4
+# If an editor or git gave this file Windows line ends, say so. (The # hide them from these lines.)
+if grep -q "$(printf '\r')" "$0"; then #
+    printf '%s\n' "error: $0 has Windows line ends; mend it: sed -i 's/\r\$//' $0" >&2 #
+    exit 2 #
+fi #
 
 load_model='base.pth'
 proj_dir='out'
