@@ -27,11 +27,6 @@ import torch.distributed as dist
 
 from cli import one_line, settable_signals
 
-if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-    # PyTorch reads this when a GPU's first tensor is made. Without it, rows of changing lengths
-    # leave holes in the GPU's memory, in which the next ones find no room.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-
 # Of one rank for another: the first one may have much text to tokenize while the others wait.
 LONGEST_WAIT = datetime.timedelta(hours=2)
 # What ranks that `launch` starts find in TORCHELASTIC_RUN_ID.

@@ -1,6 +1,6 @@
-"""Say in one line what is missing: a newer Python, or packages.
+"""Say in one line what is missing, Python or packages; set what PyTorch reads when it starts.
 
-One need not read this to understand Bone. Importing it is the check. cli.py does that, and every
+One need not read this to understand Bone. Importing it does that. cli.py does that, and every
 program imports cli.py before PyTorch. So Pythons since 3.8 must be able to read this file, and all
 of every program up to that import.
 """
@@ -62,3 +62,8 @@ def check() -> None:
 
 
 check()
+
+if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    # Without it, rows of changing lengths leave holes in a GPU's memory, in which the next ones
+    # find no room.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
