@@ -18,7 +18,6 @@ The model reads idx and predicts targets, the next tokens; mask says which targe
 
 import functools
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,8 +27,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from cli import Parser, run_cli
-from corpus import Documents, jsonl_to_binidx, without_ending
+from binidx import Documents
+from cli import run_cli
+from convert import main
 from tokenizer import token_bytes
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -220,30 +220,6 @@ def describe_bad_rows(
         rows += rows_of(documents, first + n, config)
     what = "rows that begin at tokens" if config.dataload == "get" else "documents"
     return f"{what} {' '.join(map(str, rows))}, counted from 0"
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="data.py", description="Tokenize a .jsonl: RWKV World, binidx of uint16.")
-    parser.add_argument("jsonl", help='{"text": "..."} on each line, UTF-8; train.py takes it, too')
-    parser.add_argument("prefix", nargs="?", help="of .bin and .idx (default: that of the .jsonl)")
-    help_of_ctx_len = "also count the documents that training with this --ctx_len would cut"
-    parser.add_argument("--ctx_len", type=int, metavar="INT", help=help_of_ctx_len)
-    args = parser.parse_args(argv)
-    if args.ctx_len is not None and args.ctx_len < 1:
-        raise ValueError(f"--ctx_len {args.ctx_len} must be at least 1")
-    prefix = without_ending(args.prefix or os.path.splitext(args.jsonl)[0])
-    paths = [prefix + ".bin", prefix + ".idx"]
-    for path in paths:
-        if os.path.exists(path):
-            raise ValueError(f"{path}: already there; delete it, or give another prefix")
-    summary = jsonl_to_binidx(args.jsonl, prefix, args.ctx_len)
-    too_long = summary.pop("too_long")
-    if too_long is not None:
-        summary[f"too long, cut at --ctx_len {args.ctx_len}"] = too_long
-    for path in paths:
-        summary[f"bytes in {path}"] = os.path.getsize(path)
-    for name, count in summary.items():
-        print(f"{count:>15,}  {name}")
 
 
 if __name__ == "__main__":
