@@ -19,6 +19,7 @@ each ended by token 0, and nothing else. x.idx (little-endian) says where each d
 """
 
 import contextlib
+import copy
 import os
 import re
 import struct
@@ -58,6 +59,8 @@ class Documents:
     data.sizes    the size of each document, (documents) ints
     data.tokens   the tokens of all documents, (tokens) of any integer type
     data.prefix   the name for messages
+    data.notes    lines to be said of it when a run begins
+    data.numbers  of a part of a data set: the number of each document in the whole; else None
 
     This class itself makes documents of one long text: pieces of ctx_len + 1 tokens, each of which
     begins with the last token of the piece before. So every token but the first is a target once.
@@ -65,6 +68,8 @@ class Documents:
 
     # The Vocabulary, where tokens are characters.
     vocabulary: Vocabulary | None = None
+    notes: Sequence[str] = ()
+    numbers: np.ndarray | None = None
 
     def __init__(self, name: str, tokens: np.ndarray, ctx_len: int) -> None:
         if len(tokens) < 2:
@@ -86,6 +91,20 @@ class Documents:
         """Copy tokens `start` and the next ones of the data, whatever document they belong to."""
         return self.tokens[start : start + size].astype(np.int64)
 
+    def part(self, numbers: np.ndarray) -> "Documents":
+        """Return the documents of these numbers as a data set. No token is copied."""
+        part = copy.copy(self)
+        part.numbers = numbers
+        part.sizes = self.sizes[numbers]
+        part.pointers = self.pointers[numbers]
+        return part
+
+    def token_count(self) -> int:
+        """Return how many tokens the documents have; those of a part are fewer than data.tokens."""
+        if self.numbers is None:
+            return len(self.tokens)
+        return int(self.sizes.sum(dtype=np.int64))
+
     def fingerprint(self) -> int:
         """Compute a number that tells apart different data.
 
@@ -93,6 +112,8 @@ class Documents:
         """
         length = 1 << 14
         checksum = zlib.crc32(np.ascontiguousarray(self.sizes).data)
+        if self.numbers is not None:
+            checksum = zlib.crc32(self.numbers.data, checksum)
         last = max(0, len(self.tokens) - length)
         for start in np.linspace(0, last, 64).astype(np.int64):
             piece = np.ascontiguousarray(self.tokens[start : start + length])

@@ -9,8 +9,8 @@ import pathlib
 
 import numpy as np
 
-from binidx import Binidx, Documents, without_ending, write_binidx  # noqa: F401
-from convert import convert_beside_itself, jsonl_to_binidx, missing_files  # noqa: F401
+from binidx import Binidx, Documents, without_ending, write_binidx  # noqa: F401 (write_binidx: kept here too)
+from convert import find_source, has_ending, missing_files, open_converted
 from tokenizer import CHARACTERS, Vocabulary
 
 # ---- opening ---------------------------------------------------------------------------------
@@ -26,8 +26,8 @@ def open_data(
 ) -> Documents:
     """Open a file as Documents. data_type: a --data_type; None: guess it from the file.
 
-    binidx, jsonl      a prefix of binidx files; or a .jsonl, which is converted beside itself, to
-                       x.jsonl.bin and x.jsonl.idx, when it is new or changed
+    binidx, jsonl      a prefix of binidx files; or a .jsonl or .json, which is converted beside
+                       itself, to x.jsonl.bin and x.jsonl.idx, when it is new or changed
     utf-8, utf-16le    a text, whose tokens are its characters, in pieces of ctx_len + 1
     dummy              a text of sums, without a file
     numpy, uint16      the tokens in a .npy file, or bare little-endian numbers, in such pieces
@@ -45,6 +45,26 @@ def open_data(
     if vocab_size is not None:
         _check_tokens(data, vocab_size)
     return data
+
+
+def hold_out(documents: Documents, share: float, seed: int) -> tuple[Documents, Documents]:
+    """Split documents into those to train on and those held out, at least one of each.
+
+    Which they are is a function of the arguments alone, so that a resumed run holds out the same.
+    """
+    n = len(documents)
+    if n < 2:
+        raise ValueError(f"{documents.prefix}: holds {n} documents, but --val_split needs two")
+    # The 2 sets this generator apart from those of the batches.
+    shuffled = np.random.default_rng([seed, 0, 2]).permutation(n)
+    count = min(n - 1, max(1, round(share * n)))
+    held_out = documents.part(np.sort(shuffled[:count]))
+    training = documents.part(np.sort(shuffled[count:]))
+    note = f"{documents.prefix}: {count:,} of {n:,} documents are held out (--val_split {share})"
+    training.notes = [*documents.notes, note]
+    held_out.notes = ()
+    held_out.prefix = f"{documents.prefix}, the held-out part"
+    return training, held_out
 
 
 def guess_data_type(path: str) -> str:
@@ -82,16 +102,17 @@ def _check_tokens(data: Documents, vocab_size: int) -> None:
 
 def _open_binidx(path: str) -> Binidx:
     prefix = without_ending(path)
-    jsonl = prefix
-    if not prefix.endswith(".jsonl"):
-        jsonl = prefix + ".jsonl"
-    if os.path.exists(jsonl) and (prefix == jsonl or missing_files(prefix)):
-        prefix = jsonl
-        convert_beside_itself(jsonl)
+    source = find_source(prefix)
+    if source:
+        return open_converted(source)
     missing = missing_files(prefix)
     if missing:
+        if os.path.isdir(path):
+            example = os.path.join(path, "data.jsonl")
+            raise ValueError(f"{path}: a folder; give a file in it, as in --data_file {example}")
+        source = prefix if has_ending(prefix) else prefix + ".jsonl"
         raise FileNotFoundError(
-            f"{path}: no {' and '.join(missing)}, and no {jsonl}; "
+            f"{path}: no {' and '.join(missing)}, and no {source}; "
             "give a .jsonl, or the prefix of a .bin and .idx "
             "(a text: --data_type utf-8; bare tokens: uint16)"
         )
