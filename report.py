@@ -36,7 +36,7 @@ def describe(plan: RunPlan, built: BuiltModel, device: torch.device) -> None:
     lines = [
         str(built.model.config),
         f"{method}: {trained:,} of {total:,} parameters trained, {options.precision} on {where}",
-        f"{len(documents):,} documents, {len(documents.tokens):,} tokens; "
+        f"{len(documents):,} documents, {documents.token_count():,} tokens; "
         f"{options.epoch_count} x {plan.steps_per_epoch} steps of {rows}",
     ]
     if options.train_type == "none" and (options.chunk_ctx, options.bptt) != (512, 0):
