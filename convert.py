@@ -102,6 +102,11 @@ class _Reader:
                 if tokens:
                     found = True
                     yield [*tokens, 0]
+        if not found and self.texts.form not in ((), TEXT):
+            raise ValueError(
+                f"{self.path}: holds no conversation with an answer, but "
+                f"{self.texts.empty} without; look at {name_of(self.texts.form)}"
+            )
         if not found:
             raise ValueError(f"{self.path}: holds no document; {LINE_OF_A_JSONL}")
 

@@ -212,10 +212,17 @@ def test_any_number_of_unknown_keys_is_said_in_one_short_line(capsys):
     assert len(run(["a.jsonl", "b"], capsys)) < 1000
 
 
-@pytest.mark.parametrize("content", ["[]", " [ ] ", '[{"text": ""}]', '[{"messages": []}]'])
+@pytest.mark.parametrize("content", ["[]", " [ ] ", '[{"text": ""}]'])
 def test_an_array_without_a_document_is_refused(content, capsys):
     pathlib.Path("a.json").write_text(content)
     assert run(["a.json"], capsys).startswith("error: a.json: holds no document; ")
+
+
+def test_conversations_without_any_answer_are_refused(capsys):
+    write("a.jsonl", {"messages": []}, {"messages": turns("a")})
+    assert run(["a.jsonl"], capsys) == (
+        "error: a.jsonl: holds no conversation with an answer, but 2 without; look at messages\n"
+    )
 
 
 @pytest.mark.parametrize(
