@@ -217,14 +217,14 @@ def _open_tokens_of(path: str, prefix: str) -> Binidx | None:
 
 
 def _convert_beside_itself(path: str, prefix: str) -> None:
-    if not missing_files(prefix):
-        print(f"{path}: tokenizing it again, as the tokens beside it may be of another content")
     folder = os.path.dirname(path) or "."
     if not os.access(folder, os.W_OK):
         raise ValueError(
             f"{path}: its tokens are kept beside it, but {folder} is read-only; write them "
             f"elsewhere, by python data.py {path} PREFIX, and use --data_file PREFIX"
         )
+    if not missing_files(prefix):
+        print(f"{path}: tokenizing it again, as the tokens beside it may be of another content")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(prefix + RECORD)
     conversion = jsonl_to_binidx(path, prefix)
