@@ -1,4 +1,7 @@
-"""What all tests share: threads, and the mark of the cases that `make test` leaves out."""
+"""What all tests share: threads, and the mark of the cases that `make test` leaves out.
+
+One need not read this to understand Bone.
+"""
 
 import functools
 import os

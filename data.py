@@ -17,20 +17,19 @@ The model reads idx and predicts targets, the next tokens; mask says which targe
 """
 
 import functools
-import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cli import Parser, run_cli  # isort: skip
+from cli import run_cli  # isort: skip
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from corpus import Documents, jsonl_to_binidx, without_ending
+from binidx import Documents
+from convert import main
 from tokenizer import token_bytes
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -96,18 +95,24 @@ def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 def batch(documents: Documents, i: int, config: BatchConfig) -> Batch:
     """Make micro batch i, of the rows that `rows_of` chooses; see `collate`."""
     rows = rows_of(documents, i, config)
+    loss_mask, ctx_len = config.loss_mask, config.ctx_len
     if config.dataload == "get":
-        chosen = [documents.window(start, config.ctx_len + 1) for start in rows]
-    else:
-        chosen = [documents[row] for row in rows]
-    loss_mask = config.loss_mask
+        size = ctx_len + 1 + margin_of(loss_mask)
+        windows = [documents.window(start, size) for start in rows]
+        mid_line = [not begins_line(documents, start) for start in rows]
+        return collate(windows, ctx_len, loss_mask, mid_line=mid_line)
     if config.dataload == "only" and loss_mask == "none":
         loss_mask = "pad"  # a single document has no padding that could count
-    return collate(chosen, config.ctx_len, loss_mask, cut=config.cut)
+    return collate([documents[row] for row in rows], ctx_len, loss_mask, cut=config.cut)
 
 
 def collate(
-    documents: Sequence[np.ndarray], ctx_len: int, loss_mask: LossMask = "pad", *, cut: bool = True
+    documents: Sequence[np.ndarray],
+    ctx_len: int,
+    loss_mask: LossMask = "pad",
+    *,
+    cut: bool = True,
+    mid_line: Sequence[bool] | None = None,
 ) -> Batch:
     """Make a batch of B documents, which are arrays of token ids.
 
@@ -116,8 +121,10 @@ def collate(
 
     "pad"   the tokens of the documents
     "none"  all: rows are padded with token 0 up to ctx_len, and the padding counts, too
-    "qa"    the answers: what follows "Assistant:", up to "User:"
+    "qa"    the answers: what follows "Assistant:", up to "User:"; see `qa_mask`
     a pair  the same with two other markers
+
+    mid_line: whether each document begins in the middle of a line, as windows do; None: none does.
     """
     # A row has at least 2 tokens, so that the model reads a single token, though nothing follows.
     longest = max(2, *map(len, documents))
@@ -129,16 +136,16 @@ def collate(
         # Padding is left out where all rows have it: no token before it can see it.
         rows = torch.full((len(documents), min(limit, longest)), -100)
         mask = torch.zeros(rows.shape)
-    markers = markers_of(loss_mask)
-    for row, counts, document in zip(rows, mask, documents, strict=True):
-        n = min(len(row), len(document))
-        row[:n] = torch.from_numpy(document[:n])
+    markers, margin = markers_of(loss_mask), margin_of(loss_mask)
+    for i, document in enumerate(documents):
+        n = min(rows.shape[1], len(document))
+        rows[i, :n] = torch.from_numpy(document[:n])
         if markers is None:
-            counts[:n] = 1
+            mask[i, :n] = 1
         else:
-            # Look at some tokens more, to find a marker that begins before token n and ends after.
-            margin = max(len(marker.encode()) for marker in markers)
-            counts[:n] = torch.from_numpy(qa_mask(document[: n + margin], *markers)[:n])
+            begins_inside = mid_line is not None and mid_line[i]
+            answers = qa_mask(document[: n + margin], *markers, mid_line=begins_inside)
+            mask[i, :n] = torch.from_numpy(answers[:n])
     return rows[:, :-1].clamp(min=0), rows[:, 1:].contiguous(), mask[:, 1:].contiguous()
 
 
@@ -166,85 +173,58 @@ def markers_of(loss_mask: LossMask) -> Markers | None:
     return MARKERS[loss_mask] if isinstance(loss_mask, str) else loss_mask
 
 
-def qa_mask(tokens: ArrayLike, begin: str = "Assistant:", end: str = "User:") -> np.ndarray:
+def margin_of(loss_mask: LossMask) -> int:
+    """Return how many tokens more show a marker that begins before the cut, and ends after it."""
+    markers = markers_of(loss_mask) or ()
+    # A token has at least a byte. The 5 are three spaces and ** before the marker.
+    return max((len(marker.encode()) + 5 for marker in markers), default=0)
+
+
+def pattern_of(marker: str) -> bytes:
+    """Return the regular expression of a marker.
+
+    A marker that begins with a letter or a digit counts only where a text or a line begins. Up to
+    three spaces may be before it, and ** before, or around it. Others, such as <|user|>, [/INST] or
+    one that begins with white space, count anywhere, as they are.
+    """
+    literal = re.escape(marker.encode())
+    if not marker[0].isalnum():
+        return literal
+    return rb"(?<=[\n\r\xff]) {0,3}(?:\*\*%b\*\*|(?:\*\*)?%b)" % (literal, literal)
+
+
+def begins_line(documents: Documents, start: int) -> bool:
+    """Return whether a text or a line begins at token `start`."""
+    if start == 0:
+        return True
+    before = int(documents.tokens[start - 1])
+    return before == 0 or token_bytes().get(before, b"").rstrip(b" ").endswith((b"\n", b"\r"))
+
+
+def qa_mask(
+    tokens: ArrayLike, begin: str = "Assistant:", end: str = "User:", *, mid_line: bool = False
+) -> np.ndarray:
     """Mark the tokens of answers, after `begin` and before `end`: (n) ints -> (n) float32.
 
+    A word in the middle of a line is no marker, see `pattern_of`. mid_line: tokens begin in one.
     Markers are looked for in bytes, as a token may hold part of a marker and more; it then does not
     count. Token 0, the end of a document, ends an answer and counts, so that models learn to stop.
     """
     # The byte \xff stands for token 0. No text holds it.
     table = token_bytes()
     pieces = [b"\xff" if t == 0 else table.get(t, b"?") for t in np.asarray(tokens).tolist()]
-    text = b"".join(pieces)
-    starts = np.cumsum([0, *map(len, pieces)])[:-1]
+    before = b"?" if mid_line else b"\xff"
+    text = before + b"".join(pieces)
+    starts = np.cumsum([len(before), *map(len, pieces)])[:-1]
 
     # An answer reaches through the next token 0, or to the next marker, or to the end of the text.
-    first, second = re.escape(begin.encode()), re.escape(end.encode())
+    first, second = pattern_of(begin), pattern_of(end)
     pattern = b"%b(.*?)((?<=\xff)|(?=%b|%b|\\Z))" % (first, first, second)
     in_answer = np.zeros(len(text), bool)
     for answer in re.finditer(pattern, text, re.DOTALL):
         in_answer[answer.start(1) : answer.end(1)] = True
     # A token counts if all of its bytes do.
     return np.logical_and.reduceat(in_answer, starts).astype(np.float32)
-
-
-def check_mask(documents: Documents, ctx_len: int, loss_mask: LossMask, *, cut: bool = True) -> int:
-    """Count those of the first 1000 documents that have no answer; ValueError if none has one."""
-    markers = markers_of(loss_mask)
-    if markers is None:
-        return 0
-    if documents.vocabulary:
-        raise ValueError(
-            f"{documents.prefix}: its tokens are characters, in which --loss_mask finds no marker; "
-            "use pad or none"
-        )
-    n = min(1000, len(documents))
-    masks = (collate([documents[i]], ctx_len, loss_mask, cut=cut)[2] for i in range(n))
-    without_answer = sum(not mask.any() for mask in masks)
-    if without_answer == n:
-        begin, end = markers
-        where = f" in the first {ctx_len} tokens" if cut else ""
-        raise ValueError(
-            f"{documents.prefix}: no answer in {n} documents: no {begin}{where}; "
-            f"use --loss_mask pad, or {end} ... {begin} ..."
-        )
-    return without_answer
-
-
-def describe_bad_rows(
-    documents: Documents, losses: Sequence[float], first: int, *, config: BatchConfig
-) -> str:
-    """Name the rows of micro batches `first`, ... whose loss is not finite; all, if each is."""
-    bad = [n for n, loss in enumerate(losses) if not math.isfinite(loss)]
-    rows = []
-    for n in bad or range(len(losses)):
-        rows += rows_of(documents, first + n, config)
-    what = "rows that begin at tokens" if config.dataload == "get" else "documents"
-    return f"{what} {' '.join(map(str, rows))}, counted from 0"
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="data.py", description="Tokenize a .jsonl: RWKV World, binidx of uint16.")
-    parser.add_argument("jsonl", help='{"text": "..."} on each line, UTF-8; train.py takes it, too')
-    parser.add_argument("prefix", nargs="?", help="of .bin and .idx (default: that of the .jsonl)")
-    help_of_ctx_len = "also count the documents that training with this --ctx_len would cut"
-    parser.add_argument("--ctx_len", type=int, metavar="INT", help=help_of_ctx_len)
-    args = parser.parse_args(argv)
-    if args.ctx_len is not None and args.ctx_len < 1:
-        raise ValueError(f"--ctx_len {args.ctx_len} must be at least 1")
-    prefix = without_ending(args.prefix or os.path.splitext(args.jsonl)[0])
-    paths = [prefix + ".bin", prefix + ".idx"]
-    for path in paths:
-        if os.path.exists(path):
-            raise ValueError(f"{path}: already there; delete it, or give another prefix")
-    summary = jsonl_to_binidx(args.jsonl, prefix, args.ctx_len)
-    too_long = summary.pop("too_long")
-    if too_long is not None:
-        summary[f"too long, cut at --ctx_len {args.ctx_len}"] = too_long
-    for path in paths:
-        summary[f"bytes in {path}"] = os.path.getsize(path)
-    for name, count in summary.items():
-        print(f"{count:>15,}  {name}")
 
 
 if __name__ == "__main__":

@@ -134,24 +134,16 @@ def are_dialogues(documents: Documents) -> bool:
     return 2 * with_answer > len(sample)
 
 
-def token_count(documents: Documents) -> int:
-    """Return how many tokens the documents have, those of pieces counted once."""
-    if isinstance(documents, corpus.Binidx):
-        return int(documents.sizes.sum(dtype=np.int64))
-    return len(documents.tokens)
-
-
 # ---- lines --------------------------------------------------------------------------------------
 
 
 def describe_documents(documents: Documents, kind: str) -> str:
     """Say what a file holds. kind: of a text or a row of tokens, its --data_type."""
-    tokens = counted(token_count(documents), "token")
+    tokens = counted(documents.token_count(), "token")
     if not isinstance(documents, corpus.Binidx):
         return f"{documents.prefix} ({kind}): {tokens}, in {counted(len(documents), 'piece')}"
-    kind = "jsonl" if documents.prefix.endswith(".jsonl") else "binidx"
     return (
-        f"{documents.prefix} ({kind}): {counted(len(documents), 'document')}, {tokens}, "
+        f"{documents.prefix}: {counted(len(documents), 'document')}, {tokens}, "
         f"longest {documents.sizes.max():,}"
     )
 
@@ -184,7 +176,7 @@ def data_lines(plan: RunPlan) -> list[tuple[str, str]]:
 
 def describe_cut(documents: Documents, cut: Cut) -> str:
     """Say how much is cut."""
-    share = percent(cut.tokens, token_count(documents))
+    share = percent(cut.tokens, documents.token_count())
     return f"{counted(cut.documents, 'document')}, {share} of all tokens are never seen"
 
 
@@ -221,7 +213,7 @@ def describe_share(options: Options, training: TrainingData) -> str:
     if pads(batches):
         share = percent(targets, tokens_of_rows(training) * len(documents))
         return f"on padding too {by}: {share} of what counts are tokens of the data"
-    return f"on {percent(targets, token_count(documents))} of all tokens {by}"
+    return f"on {percent(targets, documents.token_count())} of all tokens {by}"
 
 
 def describe_steps(plan: RunPlan) -> str:

@@ -97,8 +97,8 @@ class Options:
 
     data_file: str = flag(
         "",
-        'a .jsonl with a "text" per line, a binidx prefix (x for x.bin and x.idx), a .npy of '
-        "tokens, or a .txt for a model of characters",
+        "a .jsonl or .json of texts or conversations, a binidx prefix (x for x.bin and x.idx), a "
+        ".npy of tokens, or a .txt for a model of characters",
         per_machine=True,
         heading="data",
     )
@@ -117,6 +117,13 @@ class Options:
         "",
         "held-out data of the same kind; its loss, measured after every epoch, tells when to stop",
         per_machine=True,
+    )
+    val_split: float = flag(
+        0.0,
+        "in place of val_file: hold out this share of data_file's documents, 0.05 say; the same "
+        "ones for the same random_seed; 0: none",
+        parse=number(float, 0, below=1),
+        resume=FIXED,
     )
     ctx_len: int = flag(
         512,
@@ -137,13 +144,15 @@ class Options:
     loss_mask: str = flag(
         "pad",
         "which tokens count: pad: those of documents; none: the padding too; qa: only what follows "
-        "Assistant:, up to User:; se: the same with the markers of mask_id",
+        "Assistant: at the beginning of a line, up to User: at one; se: the same with the markers "
+        "of mask_id",
         choices=("pad", "none", "qa", "se"),
         resume=FIXED,
     )
     mask_id: dict = flag(
         {"mask0": "0", "mask1": "1"},
-        "markers for se, which needs them, any texts: what follows mask1 counts, up to mask0",
+        "markers for se, which needs them, any texts: what follows mask1 counts, up to mask0; one "
+        "that begins with a letter or digit counts only at the beginning of a line",
         parse=json_object("mask0", "mask1"),
         resume=FIXED,
     )

@@ -148,6 +148,13 @@ def check_model_and_data(options: Options) -> None:
         not unknown,
         f"--train_parts {' '.join(unknown)} is unknown: time, ln, emb and head can be trained",
     )
+    if options.val_split:
+        require(not options.val_file, "--val_split and --val_file: give one of them")
+        require(
+            options.dataload != "get",
+            "--val_split holds out documents, but --dataload get takes windows across them all; "
+            "use --val_file, or another --dataload",
+        )
     if options.loss_mask == "se":
         markers = [text for text in options.mask_id.values() if isinstance(text, str) and text]
         require(

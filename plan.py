@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+import check_data
 import checkpoint
 import corpus
 import data
@@ -138,7 +139,7 @@ def read_vocabulary(options: Options) -> Any:
 
 
 def open_documents(options: Options, vocab_size: int | None = None) -> tuple[Any, Any]:
-    """Open the training data and the held-out data, which is None without --val_file."""
+    """Open the training data and the held-out data, which is None where no flag asks for it."""
     kind = options.data_type or corpus.guess_data_type(options.data_file)
     is_text = kind in tokenizer.CHARACTERS
     vocabulary = read_vocabulary(options) if is_text else None
@@ -153,6 +154,8 @@ def open_documents(options: Options, vocab_size: int | None = None) -> tuple[Any
             f"{options.data_file or kind}: has {documents.vocab_size()} characters, but the "
             f"model's vocabulary is {vocab_size}; {advice}"
         )
+    if options.val_split:
+        return corpus.hold_out(documents, options.val_split, options.random_seed)
     if not options.val_file:
         return documents, None
     if is_text and (kind == "dummy" or not options.data_type):
@@ -200,6 +203,8 @@ class TrainingData:
     def open(cls, options: Options, vocab_size: int) -> "TrainingData":
         """Open the files. ValueError where they cannot be trained on as the options say."""
         documents, held_out = open_documents(options, vocab_size)
+        for note in [*documents.notes, *(held_out.notes if held_out else ())]:
+            print(note)
         loss_mask: data.LossMask = options.loss_mask
         if loss_mask == "se":
             loss_mask = options.mask_id["mask1"], options.mask_id["mask0"]
@@ -213,23 +218,20 @@ class TrainingData:
             cut=options.train_type != "infctx",
         )
         opened = cls(documents, held_out, batches, options.epoch_steps)
-        silent = opened.check_mask(documents)
+        silent, looked_at = check_data.check_mask(documents, batches)
         if held_out:
-            opened.check_mask(held_out)
+            # Held-out documents are rows, however the training data are loaded.
+            check_data.check_mask(held_out, dataclasses.replace(batches, dataload="pad"))
         if silent:
             marker, _ = data.markers_of(loss_mask) or ("", "")
+            rows = "windows" if batches.dataload == "get" else "documents"
             within = f" within {options.ctx_len} tokens" if batches.cut else ""
             print(
-                f"note: {silent} of the first {min(1000, len(documents))} documents have nothing "
+                f"note: {silent} of the first {looked_at} {rows} have nothing "
                 f"after {marker}{within} and count for nothing"
             )
         opened.micro_batch(0)  # what cannot be batched is refused here
         return opened
-
-    def check_mask(self, documents: Any) -> int:
-        """Return how many documents have no token that counts; ValueError where none has one."""
-        batches = self.batches
-        return data.check_mask(documents, batches.ctx_len, batches.loss_mask, cut=batches.cut)
 
     def micro_batch(self, number: int) -> Batch:
         """Return a micro batch, a function of its number and the options alone."""
@@ -333,7 +335,9 @@ class RunPlan:
     def describe_bad_rows(self, step: int, losses: list[float]) -> str:
         """Name the rows of a step's micro batches whose loss is not finite."""
         first = step * self.micro_batches_per_step
-        return data.describe_bad_rows(self.data.documents, losses, first, config=self.data.batches)
+        return check_data.describe_bad_rows(
+            self.data.documents, losses, first, config=self.data.batches
+        )
 
 
 def plan_run(options: Options, built: BuiltModel) -> RunPlan:
@@ -350,7 +354,7 @@ def plan_run(options: Options, built: BuiltModel) -> RunPlan:
             "the content of --load_model": plan.metadata["base"],
             "the content of --data_file": plan.metadata["data"],
             "the content of --bone_load": fingerprint(options.bone_load),
-            "the number of documents in --val_file": len(plan.data.held_out or ()),
+            "the number of held-out documents": len(plan.data.held_out or ()),
         }
     )
     complete, missing = devices.max_over_ranks([plan.complete, plan.checkpoint_is_missing])

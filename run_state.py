@@ -297,6 +297,9 @@ def _means_the_same(flag: str, now: dict[str, Any], then: dict[str, Any]) -> boo
         return True
     if flag == "train_parts":
         return sorted(now[flag]) == sorted(then.get(flag) or [])
+    # A state that was saved before this flag came has none.
+    if flag == "val_split":
+        return now[flag] == then.get(flag, 0)
     return now[flag] == then.get(flag)
 
 

@@ -1,14 +1,17 @@
 """corpus.py: binidx files as the reference tool writes them, damaged ones, missing ones."""
 
+import itertools
 import json
 import os
 import pathlib
+import shutil
 import struct
 
 import numpy as np
 import pytest
 
-from corpus import Binidx, jsonl_to_binidx, open_data, write_binidx
+from convert import RECORD, jsonl_to_binidx
+from corpus import Binidx, hold_out, open_data, write_binidx
 from test_data import in_tmp_path, make, write_jsonl  # noqa: F401  (a fixture, used by all)
 from tokenizer import decode_bytes, encode
 
@@ -194,25 +197,172 @@ def test_a_pair_without_a_token_is_refused():
 # ---- opening ---------------------------------------------------------------------------------
 
 
-def test_a_jsonl_is_converted_beside_itself_once_and_again_when_it_changes():
+FILES = ["a.jsonl", "a.jsonl.bin", "a.jsonl.idx", "a.jsonl.source.json"]
+AGAIN = "a.jsonl: tokenizing it again, as the tokens beside it may be of another content\n"
+
+
+def read(path="a.jsonl"):
+    return [decode_bytes(document).decode() for document in open_data(path)]
+
+
+def set_times(paths, time):
+    for path in paths:
+        os.utime(path, ns=(time, time))
+
+
+def test_a_jsonl_is_converted_beside_itself_once(capsys):
     write_jsonl("a.jsonl", "one")
-    assert [decode_bytes(document) for document in open_data("a.jsonl")] == [b"one"]
-    assert sorted(os.listdir()) == ["a.jsonl", "a.jsonl.bin", "a.jsonl.idx"]
+    assert read() == ["one"]
+    assert sorted(os.listdir()) == FILES
+    stamps = {name: os.stat(name).st_mtime_ns for name in FILES}
+    assert read() == ["one"]
+    assert {name: os.stat(name).st_mtime_ns for name in FILES} == stamps
+    assert capsys.readouterr().out == ""
 
+
+@pytest.mark.parametrize("time", [1, 10**18, 4 * 10**18])
+def test_another_content_is_converted_again_whatever_its_time(time, capsys):
+    write_jsonl("a.jsonl", "one")
+    set_times(["a.jsonl"], 10**18)
+    read()
+    set_times(FILES, 10**18)
+    write_jsonl("b.jsonl", "two")  # of the same size
+    set_times(["b.jsonl"], time)
+    os.replace("b.jsonl", "a.jsonl")
+    assert read() == ["two"]
+    assert capsys.readouterr().out == AGAIN
+    # So is what a link has pointed at.
+    write_jsonl("c.jsonl", "six")
+    set_times(["c.jsonl"], time)
+    os.unlink("a.jsonl")
+    os.symlink("c.jsonl", "a.jsonl")
+    assert read() == ["six"]
+    assert capsys.readouterr().out == AGAIN
+    os.unlink("c.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"a\.jsonl"):  # a link to nothing
+        read()
+
+
+def test_a_copied_folder_is_not_converted_again(capsys):
+    os.mkdir("d")
+    write_jsonl("d/a.jsonl", "one")
+    read("d/a.jsonl")
+    shutil.copytree("d", "e", copy_function=shutil.copyfile)  # with the time of now
+    stamp = os.stat("e/a.jsonl.bin").st_mtime_ns
+    os.chmod("e", 0o555)
+    assert [note[:9] for note in open_data("e/a.jsonl").notes] == ["e/a.jsonl"]
+    assert os.stat("e/a.jsonl.bin").st_mtime_ns == stamp
+    assert capsys.readouterr().out == ""
+    os.chmod("e", 0o755)
+
+
+@pytest.mark.parametrize("name", [".bin", ".idx", RECORD])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(b"[]"),
+        lambda path: path.write_bytes(b"{}"),
+        lambda path: path.write_bytes(b"[" * 100_000),
+        lambda path: path.write_bytes(path.read_bytes().replace(b'"reading": 1', b'"reading": 0')),
+        lambda path: shutil.copy("old" + path.suffixes[-1], path),
+    ],
+)
+def test_tokens_that_may_be_of_another_content_are_made_again(name, damage):
+    """So are those without a record, of before there were any."""
     write_jsonl("a.jsonl", "two")
-    written = os.stat("a.jsonl.idx").st_mtime_ns
-    for age, text in ((-1, b"one"), (0, b"two")):  # older than the index; as old as it
-        os.utime("a.jsonl", ns=(written + age,) * 2)
-        os.utime("a.jsonl.idx", ns=(written,) * 2)
-        assert decode_bytes(open_data("a.jsonl")[0]) == text
+    read()
+    for end in (".bin", ".idx"):  # of as many tokens
+        os.replace("a.jsonl" + end, "old" + end)
+    os.replace("a.jsonl" + RECORD, "old.json")
+    write_jsonl("a.jsonl", "one")
+    read()
+    damage(pathlib.Path("a.jsonl" + name))
+    assert read() == ["one"]
+    assert read() == ["one"]
 
-    write_jsonl("a.jsonl", "three")
-    os.utime("a.jsonl", ns=(1, 1))
-    for end in (".bin", ".idx"):
-        os.unlink("a.jsonl" + end)
-        assert decode_bytes(open_data("a.jsonl")[0]) == b"three"
-        write_jsonl("a.jsonl", "three")
-        os.utime("a.jsonl", ns=(1, 1))
+
+@pytest.mark.parametrize("step", range(1, 8))
+def test_a_conversion_that_is_killed_anywhere_passes_for_none(step, monkeypatch):
+    write_jsonl("a.jsonl", "one")
+    read()
+    write_jsonl("a.jsonl", "two")
+    steps = iter(range(1, 100))
+
+    def or_killed(call):
+        def stand_in(*args, **more):
+            if next(steps) == step:
+                raise KeyboardInterrupt
+            return call(*args, **more)
+
+        return stand_in
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "unlink"):
+            patch.setattr(os, name, or_killed(getattr(os, name)))
+        try:
+            read()
+            assert next(steps) <= step  # it has no such step
+        except KeyboardInterrupt:
+            assert next(steps) > step
+    write_jsonl("b.jsonl", "one")
+    for content, text in (("a.jsonl", "two"), ("b.jsonl", "one")):
+        os.replace(content, "c.jsonl")
+        os.replace("c.jsonl", "a.jsonl")
+        assert read() == [text]
+
+
+def test_two_processes_may_convert_at_once(monkeypatch):
+    """The other one writes its files between any two operations of this one."""
+    write_jsonl("a.jsonl", "one")
+    plain, others = os.replace, []
+
+    def replace(old, new):
+        plain(old, new)
+        if len(others) < 20 and os.getpid() != 1:
+            others.append(new)
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: 1)
+                assert read() == ["one"]
+
+    monkeypatch.setattr(os, "replace", replace)
+    assert read() == ["one"]
+    assert len(others) >= 3
+    assert sorted(os.listdir()) == FILES
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(monkeypatch):
+    write_jsonl("a.jsonl", "one")
+    plain, numbers = os.replace, itertools.count()
+
+    def replace(old, new):
+        plain(old, new)
+        write_jsonl("a.jsonl", f"{next(numbers)}")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(ValueError, match=r"^a\.jsonl: changes while it is read; wait until"):
+        read()
+
+
+def test_a_pair_beside_a_file_of_its_name_is_somebodys_own():
+    pathlib.Path("a").write_text('{"text": "file"}')
+    assert read("a") == ["file"]
+    assert sorted(os.listdir()) == ["a", "a.tokens.bin", "a.tokens.idx", "a.tokens.source.json"]
+    pathlib.Path("a").write_text('{"text": "file again"}')
+    assert read("a") == ["file again"]
+    write_binidx("a", [encode("pair")])
+    assert read("a") == ["pair"]
+
+
+def test_a_read_only_folder_says_how_to_convert_elsewhere(monkeypatch):
+    write_jsonl("a.jsonl", "one")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    message = r"by python data.py a.jsonl PREFIX, and use --data_file PREFIX$"
+    with pytest.raises(ValueError, match=message):
+        read()
+    assert os.listdir() == ["a.jsonl"]
 
 
 def test_a_name_without_ending_stands_for_the_pair_or_else_for_the_jsonl():
@@ -260,3 +410,39 @@ def test_the_last_token_of_the_vocabulary_is_accepted_and_the_next_is_not():
     message = "^x: document 0 holds token 99, but the model's vocabulary is 99$"
     with pytest.raises(ValueError, match=message):
         open_data("x", vocab_size=99)
+
+
+# ---- a held-out part -------------------------------------------------------------------------
+
+
+def test_a_part_is_held_out_by_the_seed_alone():
+    documents = make(*([i, i + 1, 0] for i in range(1, 41)))
+    training, held_out = hold_out(documents, 0.1, seed=7)
+    assert (len(training), len(held_out)) == (36, 4)
+    both = sorted([*training.numbers, *held_out.numbers])
+    assert both == list(range(40))
+    for part in (training, held_out):
+        assert [part[i].tolist() for i in range(len(part))] == [
+            documents[number].tolist() for number in part.numbers
+        ]
+        assert part.token_count() == 3 * len(part)
+    again = hold_out(open_data("x"), 0.1, seed=7)[1]
+    assert again.numbers.tolist() == held_out.numbers.tolist()
+    assert hold_out(documents, 0.1, seed=8)[1].numbers.tolist() != held_out.numbers.tolist()
+    prints = {data.fingerprint() for data in (documents, training, held_out, again)}
+    assert len(prints) == 3
+    assert documents.fingerprint() == open_data("x").fingerprint()  # that of old states
+    assert training.notes == ["x: 4 of 40 documents are held out (--val_split 0.1)"]
+
+
+@pytest.mark.parametrize(
+    "share, n, count", [(0.01, 5, 1), (0.99, 5, 4), (0.5, 2, 1), (0.05, 60, 3)]
+)
+def test_each_side_has_a_document(share, n, count):
+    training, held_out = hold_out(make(*[[1, 0]] * n), share, seed=0)
+    assert (len(training), len(held_out)) == (n - count, count)
+
+
+def test_one_document_cannot_be_split():
+    with pytest.raises(ValueError, match=r"^x: holds 1 documents, but --val_split needs two$"):
+        hold_out(make([1, 0]), 0.5, seed=0)

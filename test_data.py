@@ -16,9 +16,11 @@ import torch
 
 import corpus
 import data
+from check_data import check_mask
 from cli import run_cli
-from corpus import Binidx, jsonl_to_binidx, write_binidx
-from data import BatchConfig, check_mask, collate, qa_mask
+from convert import jsonl_to_binidx
+from corpus import Binidx, write_binidx
+from data import BatchConfig, collate, qa_mask
 from tokenizer import decode_bytes, encode, token_bytes
 
 
@@ -82,24 +84,21 @@ def test_blank_lines_and_empty_texts_are_skipped_and_counted_and_marks_of_byte_o
     lines += b'{"id": 1, "text": "Hello World, this is long"}'
     pathlib.Path("a.jsonl").write_bytes(lines)
     long = len(encode("Hello World, this is long")) + 1
-    assert jsonl_to_binidx("a.jsonl", "a") == {
-        "documents": 2,
-        "tokens": 2 + long,
-        "longest": long,
-        "skipped": 3,
-        "too_long": None,
-    }
+    made = jsonl_to_binidx("a.jsonl", "a")
+    assert (made.documents, made.tokens, made.skipped) == (2, 2 + long, 3)
+    assert made.notes() == ["2 documents (text); not used: id; 3 skipped, blank or empty"]
     assert [decode_bytes(document) for document in Binidx("a")] == [
         b"Hi",
         b"Hello World, this is long",
     ]
 
 
-def test_a_document_is_too_long_when_training_would_cut_it():
+def test_a_document_is_too_long_when_training_would_cut_it(capsys):
     write_jsonl("a.jsonl", "Hello World, this is long")
-    n = jsonl_to_binidx("a.jsonl", "a")["tokens"]
+    n = jsonl_to_binidx("a.jsonl", "a").tokens
     for ctx_len, too_long in ((n - 2, 1), (n - 1, 0)):  # ctx_len positions take ctx_len + 1 tokens
-        assert jsonl_to_binidx("a.jsonl", "a", ctx_len)["too_long"] == too_long
+        data.main(["a.jsonl", f"b{ctx_len}", "--ctx_len", f"{ctx_len}"])
+        assert f" {too_long}  too long, cut at --ctx_len {ctx_len}\n" in capsys.readouterr().out
         _, targets, _ = batch(Binidx("a"), 0, 1, ctx_len)
         assert (targets[0, -1] != 0) == too_long
 
@@ -120,13 +119,15 @@ def test_a_document_is_too_long_when_training_would_cut_it():
         (b'{"text": ' + b"9" * 5000 + b"}", "not JSON in UTF-8 (Exceeds the limit"),
         (
             b'{"prompt": "a"}',
-            'has no "text" that is a string; each line must look like {"text": "..."}',
+            "has the keys prompt; known are text; messages; conversations; instruction, output; "
+            "question, answer; query, response; prompt, completion",
         ),
-        (b'{"text": 5}', 'has no "text" that is a string'),
-        (b'{"text": null}', 'has no "text" that is a string'),
-        (b'{"text": []}', 'has no "text" that is a string'),
-        (b'["text"]', 'has no "text" that is a string'),
-        (b'"text"', 'has no "text" that is a string'),
+        (b'{"text": 5}', 'has no "text" that is a text: it is a number'),
+        (b'{"text": null}', 'has no "text" that is a text: it is null'),
+        (b'{"text": []}', 'has no "text" that is a text: it is a list'),
+        (b'["text"]', 'is a list, not an object such as {"text": "..."}'),
+        (b'"text"', 'is a text, not an object such as {"text": "..."}'),
+        (b"{}", "has no keys; known are text; messages"),
         (
             b'{"text": "caf\xe9"}',
             "not JSON in UTF-8 ('utf-8' codec can't decode byte 0xe9 in position 13: "
@@ -311,9 +312,30 @@ def test_an_unknown_way_of_loading_or_masking_is_refused(words, message):
         ("User: hi\n\nAssistant:\n\nHello", "\n\nHello"),
         ("User: hi\n\nAssistant:“你”", "你”"),  # ':“' is one token: it belongs to the marker
         ("User: hi\n\nAssistant:) yes", " yes"),
-        # ' Assistant' and ' User' are tokens, and the markers' own.
-        ("Assistant: a Assistant: b User: c", " a b"),
-        ("Assistant:User: a", ""),
+        # In the middle of a line they are words.
+        ("Assistant: a Assistant: b User: c", " a Assistant: b User: c"),
+        ("Assistant:User: a", "User: a"),
+        (
+            "User: write a class\n\nAssistant: ```python\nclass User:\n    pass\n```\nDone.",
+            " ```python\nclass User:\n    pass\n```\nDone.",
+        ),
+        (
+            "User: What does a Virtual Assistant: role do?\n\nAssistant: It helps.",
+            " It helps.",
+        ),
+        ("Assistant: see my.User: x\n\nUser: c", " see my.User: x\n\n"),
+        # Where lines begin.
+        ("User: a\r\n\r\nAssistant: b\r\nUser: c", " b\r\n"),
+        ("User: a\rAssistant: b\rUser: c", " b\r"),
+        ("User: a\nAssistant: b\nUser: c", " b\n"),
+        ("  User: a\n   Assistant: b\n  User: c", " b"),
+        ("User: a\n    Assistant: b", ""),  # four spaces begin code
+        ("Assistant: x:\n    User: y\n\tUser: z", " x:\n    User: y\n\tUser: z"),
+        ("**User:** a\n\n**Assistant:** b\n\n**User:** c", " b\n\n"),
+        ("**User: a**\n\n**Assistant: b**", " b**"),
+        ("User: a\n\nAssistant: **b** c", " **b** c"),
+        ("User: a\n\nAssistant:\n**b** c", "\n**b** c"),
+        ("User: a\n\n- Assistant: b", ""),
         ("Assistant: I", " I"),
         ("User: a\n\nAssistant:", ""),
         ("User: a question, cut in the", ""),
@@ -326,28 +348,44 @@ def test_what_follows_assistant_up_to_user_counts(text, answers):
     assert counting(text) == answers
 
 
-def test_the_mask_is_that_of_a_plain_walk_over_the_bytes():
+def size_of_marker(line, marker):
+    """The bytes that a marker takes at the beginning of a line; 0 where it is not there."""
+    for spaces in (b"", b" ", b"  ", b"   "):
+        for form in (b"**%b**", b"**%b", b"%b"):
+            whole = spaces + form % marker
+            if line.startswith(whole):
+                return len(whole)
+    return 0
+
+
+def plain_answers(text):
+    """For each byte of a text, whether it belongs to an answer: a walk from line to line."""
+    in_answer = False
+    answers = []
+    for line in text.splitlines(keepends=True):  # of bytes: ended by CR, LF or both
+        begins, ends = size_of_marker(line, b"Assistant:"), size_of_marker(line, b"User:")
+        if begins or ends:
+            in_answer = begins > 0
+        answers += [False] * (begins + ends)
+        answers += [in_answer] * (len(line) - begins - ends)
+    return answers
+
+
+def test_the_mask_is_that_of_a_plain_walk_over_the_lines():
     rng = np.random.default_rng(0)
-    pieces = ["User:", "Assistant:", "你好", " ", "\n\n", ":", "“"]
-    pieces += ["Assist", "a", "ant", "User", ")"]
-    for _ in range(200):
-        tokens = encode("".join(rng.choice(pieces, 12)))
-        rest = decode_bytes(tokens)
-        in_answer = False
-        answer = []  # for each byte, whether it belongs to an answer
-        while rest:
-            if rest.startswith((b"User:", b"Assistant:")):
-                in_answer = rest.startswith(b"Assistant:")
-                marker = rest[: rest.index(b":") + 1]
-                answer += [False] * len(marker)
-                rest = rest[len(marker) :]
-            else:
-                answer.append(in_answer)
-                rest = rest[1:]
+    pieces = ["User:", "Assistant:", "你好", " ", "   ", "\n\n", "\n", "\r", ":", "“", "**"]
+    pieces += ["Assist", "a", "ant", "User", ")", "\nUser:", "\n\nAssistant:"]
+    answered = 0
+    for _ in range(300):
+        tokens = encode("".join(rng.choice(pieces, 16)))
+        answer = plain_answers(decode_bytes(tokens))
         for token, counts in zip(tokens, qa_mask(tokens), strict=True):
             size = len(decode_bytes([token]))
             assert counts == all(answer[:size]), decode_bytes(tokens)
+            answered += counts
             del answer[:size]
+        assert not answer
+    assert answered > 500
 
 
 def test_the_end_of_a_document_counts_after_an_answer_and_ends_it():
@@ -361,6 +399,9 @@ def test_the_end_of_a_document_counts_after_an_answer_and_ends_it():
     assert qa_mask(first + question).tolist() == qa_mask(first).tolist() + [0] * len(question)
     assert qa_mask([*encode("Assistant:"), 0])[-1] == 1
     assert qa_mask([*encode("Assist"), 0, *encode("ant: b")]).sum() == 0
+    # A text begins after it.
+    assert qa_mask([*first, *encode("Assistant: c"), 0])[-3:].tolist() == [0, 1, 1]
+    assert qa_mask([*encode("an Assistant: c"), 0]).sum() == 0
     # Ids without an entry are as good as others.
     assert qa_mask([*encode("Assistant: b"), 65535, 70000, 66])[-4:].tolist() == [1, 1, 1, 1]
 
@@ -397,19 +438,71 @@ def test_check_mask_refuses_data_without_an_answer_and_counts_documents_without_
     silent = [*encode("plain"), 0]
     answered = [*encode("User: a\n\nAssistant: b"), 0]
     message = (
-        r"^x: no answer in 2 documents: no Assistant: in the first 64 tokens; "
-        r"use --loss_mask pad, or User: \.\.\. Assistant: \.\.\.$"
+        r"^x: no answer in 2 documents: no Assistant: at the beginning of a line in the first 64 "
+        r"tokens; use --loss_mask pad, or User: \.\.\. Assistant: \.\.\.$"
     )
+
+    def check(documents, loss_mask, ctx_len=64):
+        return check_mask(documents, BatchConfig(4, ctx_len, loss_mask=loss_mask))
+
     with pytest.raises(ValueError, match=message):
-        check_mask(make(silent, silent), 64, "qa")
+        check(make(silent, silent), "qa")
     with pytest.raises(ValueError, match="no answer in 1 documents"):
-        check_mask(make(answered), 3, "qa")  # the answer lies beyond ctx_len
-    assert check_mask(make(silent, answered, silent), 64, "qa") == 2
-    assert check_mask(make(silent), 64, "pad") == 0
-    assert check_mask(make(silent), 64, "none") == 0
-    assert check_mask(make(*[silent] * 999, answered, *[silent] * 50), 64, "qa") == 999
+        check(make(answered), "qa", 3)  # the answer lies beyond ctx_len
+    assert check(make(silent, answered, silent), "qa") == (2, 3)
+    assert check(make(silent), "pad") == (0, 0)
+    assert check(make(silent), "none") == (0, 0)
+    assert check(make(*[silent] * 999, answered, *[silent] * 50), "qa") == (999, 1000)
     with pytest.raises(ValueError, match="no answer in 1000 documents"):
-        check_mask(make(*[silent] * 1000, answered), 64, "qa")
+        check(make(*[silent] * 1000, answered), "qa")
+
+
+def test_check_mask_looks_at_the_windows_of_a_run_that_reads_windows():
+    config = BatchConfig(4, 40, "get", loss_mask="qa")
+    words = encode(" word") * 200
+    late = make(*[[*words, *encode("\n\nAssistant: an answer\n\nUser: b"), 0]] * 20)
+    silent, looked_at = check_mask(late, config)
+    assert looked_at == 300
+    windows = [row for i in range(75) for row in data.batch(late, i, config)[2]]
+    assert silent == sum(not row.any() for row in windows)
+    assert 200 < silent < 300
+    # This document has an answer, at its beginning, but the windows lie elsewhere.
+    early = make([*encode("Assistant: a\n\nUser: b"), *words * 450, 0])
+    message = "^x: no answer in 300 windows: no Assistant: at the beginning of a line; use --loss"
+    with pytest.raises(ValueError, match=message):
+        check_mask(early, config)
+
+
+@pytest.mark.parametrize(
+    "before, after, answer",
+    [
+        ("a", "Assistant: b\n\nUser: c", ""),
+        ("a ", "Assistant: b\n\nUser: c", ""),
+        ("", "Assistant: b\n\nUser: c", " b\n\n"),  # the data begin
+        ("a\n\n", "Assistant: b\n\nUser: c", " b\n\n"),
+        ("a\r\n", "Assistant: b\n\nUser: c", " b\n\n"),
+        ("a\n", "  **Assistant:** b\n\nUser: c", " b\n\n"),
+        ("a\n\nAssistant: a", " b\n\nUser: c\n\nAssistant: d\nUser: e", " d\n"),
+    ],
+)
+def test_a_window_knows_whether_a_line_begins_with_it(before, after, answer, monkeypatch):
+    start, tokens = len(encode(before)), [*encode(before), *encode(after), *encode(" end") * 9]
+    monkeypatch.setattr(data, "rows_of", lambda *_: [start])
+    for size in range(1, len(encode(after))):
+        config = BatchConfig(1, size, "get", loss_mask="qa")
+        _, targets, mask = data.batch(make(tokens), 0, config)
+        assert targets[0].tolist() == tokens[start + 1 : start + 1 + size]
+        counts = decode_bytes(targets[mask == 1].tolist()).decode()
+        # A marker that the window's end cuts is seen.
+        assert answer.startswith(counts)
+        assert counts == answer or size < len(encode(after)) - len(encode("User: c"))
+
+
+def test_a_window_begins_a_text_after_token_0(monkeypatch):
+    tokens = [*encode("plain"), 0, *encode("Assistant: b"), 0, 0]
+    monkeypatch.setattr(data, "rows_of", lambda *_: [len(encode("plain")) + 1])
+    _, targets, mask = data.batch(make(tokens), 0, BatchConfig(1, 4, "get", loss_mask="qa"))
+    assert targets[mask == 1].tolist() == [*encode(" b"), 0]
 
 
 # ---- command line ----------------------------------------------------------------------------
@@ -432,10 +525,9 @@ def test_the_command_line_writes_uint16_and_closes_with_a_summary(capsys):
     data.main(["a.jsonl", "out", "--ctx_len", "5"])
     assert Binidx("out").tokens.dtype == np.uint16
     assert sorted(os.listdir()) == ["a.jsonl", "out.bin", "out.idx"]
-    numbers = {
-        line.split("  ")[-1]: int(line.split()[0].replace(",", ""))
-        for line in capsys.readouterr().out.splitlines()
-    }
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "a.jsonl: 2 documents (text); 1 skipped, blank or empty"
+    numbers = {line.split("  ")[-1]: int(line.split()[0].replace(",", "")) for line in lines}
     tokens = len(encode("Hi") + encode("Hello World, this is long")) + 2
     assert numbers == {
         "documents": 2,
@@ -487,10 +579,8 @@ def test_the_program_itself_ends_without_a_traceback():
         [sys.executable, data.__file__, "a.jsonl"], capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        'error: a.jsonl, line 2: has no "text" that is a string; '
-        'each line must look like {"text": "..."}\n'
-    )
+    assert done.stderr.startswith("error: a.jsonl, line 2: has the keys prompt; known are text;")
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_parser_and_its_errors_need_no_library():
@@ -567,3 +657,29 @@ def test_se_counts_what_follows_mask1_up_to_mask0_and_qa_is_one_case_of_it():
     _, _, given = collate([np.array(tokens)], 40, ("Assistant:", "User:"))
     assert named.equal(given)
     assert 0 < named.sum() < len(tokens) - 1
+
+
+@pytest.mark.parametrize(
+    "text, begin, end, answers",
+    [
+        ("问题:你好 回答:不 \n回答:好\n\n问题:不", "回答:", "问题:", "好\n\n"),
+        ("1 one 1 two\n0 three", "1", "0", " one 1 two\n"),
+        # What begins with a sign or white space is found anywhere, as it is.
+        ("<|user|>a<|bot|>b<|user|>c", "<|bot|>", "<|user|>", "b"),
+        ("[INST] a [/INST] b [INST] c", "[/INST]", "[INST]", " b"),  # ' [' is a token
+        (
+            "User: a\n\nAssistant: b\nUser: c\n\nUser: d",
+            "\n\nAssistant:",
+            "\n\nUser:",
+            " b\nUser: c",
+        ),
+        ("Q: a A: b Q: c", " A:", " Q:", " b"),
+        ("**A:** b **Q:** c", "**A:**", "**Q:**", " b"),
+    ],
+)
+def test_a_marker_that_begins_with_a_letter_needs_a_line_and_others_do_not(
+    text, begin, end, answers
+):
+    tokens = encode(text)
+    mask = qa_mask(tokens, begin, end)
+    assert decode_bytes(np.array(tokens)[mask == 1]).decode() == answers

@@ -110,7 +110,7 @@ def alone():
 
 def all_batches(args, documents, number, cut):
     """So many micro batches of two documents."""
-    mask = args.loss_mask if args.loss_mask != "se" else ("P", "d")
+    mask = args.loss_mask if args.loss_mask != "se" else ("[", "^")
     batches = []
     for first in range(0, 2 * number, 2):
         rows = [documents[i % len(documents)] for i in (first, first + 1)]
@@ -194,7 +194,7 @@ def compare(flags, documents, passes=2, **chunks):
 GRADIENT_CASES = [
     ("--grad_cp 1 --quant nf4 --bone_load bones.pth --loss_mask pad", {}),
     ("--train_parts time ln emb head --bone_load bones.pth --loss_mask none", {}),
-    ("""--train_parts --loss_mask se --mask_id {"mask0":"d","mask1":"P"}""", {}),
+    ("""--train_parts --loss_mask se --mask_id {"mask0":"^","mask1":"["}""", {}),
     (
         "--grad_cp 1 --bone_mode bone --quant int8 --loss_mask pad",
         {"chunk_ctx": 7, "bptt": 2},

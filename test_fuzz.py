@@ -283,6 +283,88 @@ def in_a_text(path, r):
     path.write_bytes(b"\n".join(lines))
 
 
+# Of which records and turns are made; what a text may hold, and what may stand in its place.
+KEYS = ("text", "messages", "conversations", "instruction", "output", "input", "question", "answer")
+KEYS += ("query", "response", "prompt", "completion", "system", "history", "id", "", "two\nlines")
+ROLES = ("user", "assistant", "system", "human", "gpt", "User", "tool", "", "bot")
+WORDS = (
+    "a",
+    "很好",
+    "\n",
+    "\n\n",
+    "\r\n",
+    "\r",
+    " ",
+    "\t",
+    "User:",
+    "\nAssistant:",
+    "**",
+    "\0",
+    "\u2028",
+)
+FORMS = (
+    ("text",),
+    ("instruction", "output"),
+    ("question", "answer"),
+    ("query", "response"),
+    ("prompt", "completion"),
+    ("messages",),
+    ("conversations",),
+)
+
+
+def some_text(r):
+    return "".join(r.choices(WORDS, k=r.randrange(6)))
+
+
+def something_else(r):
+    parts = [{"type": "text", "text": some_text(r)}] * r.randrange(3)
+    nested = [[some_text(r), some_text(r)]]
+    return r.choice((None, 1, 1.5, True, [], {}, ["a"], [[]], parts, nested, [None], "\ud800"))
+
+
+def some_value(r, chance):
+    return something_else(r) if r.random() < chance else some_text(r)
+
+
+def some_turns(r, chance):
+    turns = []
+    for _ in range(r.randrange(5)):
+        role, content = r.choice((("role", "content"), ("role", "content"), ("from", "value")))
+        who = r.choice(ROLES) if r.random() < chance else r.choice(("user", "assistant", "gpt"))
+        turn = {role: who, content: some_value(r, chance)}
+        if r.random() < chance:
+            turn[r.choice((role, content, "name", "role"))] = something_else(r)
+        turns.append(turn)
+    return turns
+
+
+def some_record(r, form, chance):
+    record = {}
+    for key in form:
+        is_list = key in ("messages", "conversations")
+        record[key] = some_turns(r, chance) if is_list else some_value(r, chance)
+    if r.random() < 0.3:
+        record[r.choice(("input", "system", "history", "id"))] = some_value(r, 0.5)
+    if r.random() < chance:
+        key = r.choice(KEYS)
+        record.pop(key, None) if r.random() < 0.3 else record.update({key: some_value(r, 0.5)})
+    return record if r.random() > chance / 4 else something_else(r)
+
+
+def invented(path, r):
+    """Write records of a form, as lines or as an array; most are right, or nearly."""
+    form, chance = r.choice(FORMS), r.choice((0, 0, 0.02, 0.2))
+    records = [some_record(r, form, chance) for _ in range(r.randrange(1, 12))]
+    if r.random() < 0.3:
+        path.write_text(json.dumps(records, indent=r.choice((None, 1))))
+    else:
+        lines = [json.dumps(record) + r.choice(("\n", "\r\n", "\n\n")) for record in records]
+        path.write_bytes("".join(lines).encode())
+    if r.random() < 0.1:
+        in_a_file(path, r)
+
+
 ARGS = (
     "{}",
     "[]",
@@ -405,11 +487,62 @@ def reading_npy():
     assert np.load("t.npy", allow_pickle=False).tolist() == tokens.tolist()
 
 
+def plain_turn(turn):
+    role, content = (
+        ("role", "content") if "content" in turn and "role" in turn else ("from", "value")
+    )
+    text = turn[content]
+    if isinstance(text, list):
+        text = "\n".join(part["text"] for part in text)
+    who = {"s": "System", "u": "User", "h": "User", "a": "Assistant", "g": "Assistant"}
+    return who[turn[role].lower()[0]], text
+
+
+def plain_text(record):
+    """The text of a record that is accepted, by a plain reading. KeyError: it should not be."""
+    keys = {key for key, value in record.items() if value is not None} or record.keys()
+    (form, *_) = [form for form in ORDER if set(form) <= keys]
+    if form == ("text",):
+        text = record["text"]
+        if isinstance(text, list):
+            text = "\n".join(part["text"] for part in text)
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+    turns = [plain_turn({"role": "system", "content": record.get("system") or ""})]
+    if len(form) == 1:
+        turns += [plain_turn(turn) for turn in record[form[0]]]
+    else:
+        for question, answer in record.get("history") or []:
+            turns += [("User", question), ("Assistant", answer)]
+        asked, more, answer = (
+            plain_turn({"role": "user", "content": record.get(key) or ""})[1]
+            for key in (form[0], "input", form[1])
+        )
+        if more.strip():
+            asked = asked.strip() + "\n" + more.strip()
+        turns += [("User", asked), ("Assistant", answer)]
+    said = []
+    for who, text in turns:
+        lines = text.replace("\r\n", "\n").replace("\r", "\n").strip().split("\n")
+        if lines != [""]:
+            said.append((who, "\n".join(line for line in lines if line.strip())))
+    if not any(who == "Assistant" for who, _ in said):
+        return ""
+    return "\n\n".join(f"{who}: {text}" for who, text in said)
+
+
+# A record that fits several forms is of the first of them.
+ORDER = (("text",), ("messages",), ("conversations",), *FORMS[1:5])
+
+
 def converting():
     main_of(data, "data.py t.jsonl new")
-    lines = pathlib.Path("t.jsonl").read_bytes().split(b"\n")
-    lines = [line.decode("utf-8-sig").strip() for line in lines]
-    texts = [json.loads(line)["text"] for line in lines if line]
+    content = pathlib.Path("t.jsonl").read_bytes().decode("utf-8-sig")
+    if content.lstrip().startswith("["):
+        records = json.loads(content)
+    else:
+        lines = [line.encode().decode("utf-8-sig").strip() for line in content.split("\n")]
+        records = [json.loads(line) for line in lines if line]
+    texts = [plain_text(record) for record in records]
     documents = [document.tolist() for document in corpus.Binidx("new")]
     assert all(document[-1] == 0 for document in documents)
     written = [tokenizer.decode_bytes(document[:-1]).decode() for document in documents]
@@ -436,6 +569,8 @@ PROGRAMS = [
     (in_a_file, "t.npy", reading_npy),
     (in_a_text, "t.jsonl", converting),
     (in_a_text, "t.jsonl", converting),
+    (invented, "t.jsonl", converting),
+    (invented, "t.jsonl", converting),
     (in_json, "run/args.json", merging),
     (in_json, "vocab.json", speaking),
 ]

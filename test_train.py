@@ -21,12 +21,14 @@ import torch.nn.functional as F
 
 import archive
 import bone
+import check_data
 import checkpoint
 import cli
 import corpus
 import data
 import memory
 import plan
+import run_state
 import rwkv6
 import train
 from passes import Passes
@@ -234,6 +236,47 @@ def test_held_out_loss_is_the_mean_over_its_tokens_before_and_after(capsys):
         found.append(train.val_loss(a_run))
     assert found == pytest.approx(found[:1] * 3, rel=1e-5)
     assert found[0] == pytest.approx(before, rel=2e-2)
+
+
+def test_a_part_that_is_held_out_is_measured_and_never_trained_on(capsys):
+    run("--val_split 0.25 --epoch_steps 4")
+    said = capsys.readouterr().out
+    assert "x: 3 of 12 documents are held out (--val_split 0.25)\n" in said
+    sizes = corpus.Binidx("x").sizes
+    parts = plan.TrainingData.open(arguments("--val_split 0.25 --micro_bsz 1"), 300)
+    held_out = parts.held_out.numbers.tolist()
+    # Each document has a first token of its own.
+    whole = [document[0] for document in corpus.Binidx("x")]
+    trained = {parts.micro_batch(i)[0][0, 0].item() for i in range(3 * 9)}
+    assert {whole.index(token) for token in trained} == set(range(12)) - set(held_out)
+    tokens = sum(sizes) - sum(sizes[held_out])
+    assert f"9 documents, {tokens} tokens; " in said
+    measured = [idx[0, 0].item() for idx, _, _ in parts.held_out_batches()]
+    assert [whole.index(token) for token in measured] == held_out
+    assert len(column("val_loss")) == 2
+    # A loss that is not finite is named by the document's number in the file.
+    text = check_data.describe_bad_rows(parts.documents, [math.nan], 0, config=parts.batches)
+    (row,) = data.rows_of(parts.documents, 0, parts.batches)
+    assert text == f"documents {parts.documents.numbers[row]}, counted from 0"
+    with pytest.raises(ValueError, match=r"saved with --val_split 0\.25, but --val_split is 0\.5;"):
+        run("--val_split 0.5 --epoch_steps 8 --resume")
+    # A state of before it came has no such flag.
+    now, then = {"val_split": 0.0, "train_type": "none"}, {"train_type": "none"}
+    assert run_state._means_the_same("val_split", now, then)
+    assert not run_state._means_the_same("val_split", {**now, "val_split": 0.1}, then)
+
+
+def test_the_form_of_conversations_is_said_each_time(capsys):
+    record = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    save(json.dumps([record] * 3).encode(), "c.json")
+    save(json.dumps([record] * 2).encode(), "v.json")
+    flags = "--load_model '' --n_layer 1 --n_embd 64 --data_file c.json --val_file v.json "
+    for proj_dir in "ab":
+        run(f"{flags} --loss_mask qa --epoch_steps 1 --proj_dir {proj_dir}")
+        said = capsys.readouterr().out
+        assert said.count("c.json: 3 conversations (messages)\n") == 1
+        assert said.count("v.json: 2 conversations (messages)\n") == 1
+        assert 0 < column("loss", proj_dir)[0] < 20
 
 
 @pytest.mark.parametrize(
@@ -556,6 +599,9 @@ BASE, BONES, ONE = "--load_model bad.pth", "--bone_load bad.pth", torch.ones(1)
         ),
         ("--data_file gone", "gone", None),
         ("--val_file gone", "gone", None),
+        ("--val_file x --val_split 0.1", "--val_split and --val_file: give one of them", None),
+        ("--val_split 0.1 --dataload get", "--val_split holds out documents, but", None),
+        ("--val_split 1", "--val_split: 1 must be a number of at least 0, and below 1", None),
         ("--data_file ''", "--data_file is missing", None),
         ("", "x.bin: ", lambda: os.truncate("x.bin", 600)),
         ("", "x.idx: ", lambda: os.truncate("x.idx", 200)),
@@ -572,7 +618,7 @@ BASE, BONES, ONE = "--load_model bad.pth", "--bone_load bad.pth", torch.ones(1)
         ),
         (
             "--data_file t.jsonl",
-            't.jsonl, line 3: has no "text"',
+            "t.jsonl, line 3: has the keys prompt; known are text; messages; conversations;",
             lambda: save(b'{"text": "a"}\n\n{"prompt": "b"}\n', "t.jsonl"),
         ),
         ("--loss_mask qa", "x: no answer", None),
