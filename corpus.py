@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 from tqdm import tqdm
 
-from archive import atomic_path
+from atomic import atomic_path
 from tokenizer import CHARACTERS, Vocabulary, encode
 
 StrPath = str | os.PathLike[str]

@@ -498,7 +498,7 @@ BASE, BONES, ONE = "--load_model bad.pth", "--bone_load bad.pth", torch.ones(1)
         ),
         (
             BASE,
-            "bad.pth: not a PyTorch checkpoint",
+            "bad.pth: saved in the form before PyTorch 1.6; save it again",
             lambda: torch.save(tiny(), "bad.pth", _use_new_zipfile_serialization=False),
         ),
         (
