@@ -8,11 +8,12 @@ import argparse
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from cli import Parser
 from flags import add_flag
-from options import Options, flags
+from options import CONFIGS, ELSEWHERE, Options, flags
 
 PARTS = ("time", "ln", "emb", "head")
 
@@ -31,7 +32,18 @@ def make_parser() -> Parser:
         if about.heading:
             group = parser.add_argument_group(about.heading)
         add_flag(group, name, about)
+    for name, advice in ELSEWHERE.items():
+        parser.add_argument(f"--{name}", type=refuse(advice), help=argparse.SUPPRESS)
     return parser
+
+
+def refuse(advice: str) -> Callable[[str], NoReturn]:
+    """Return a parser that takes no value."""
+
+    def parse(text: str) -> NoReturn:
+        raise argparse.ArgumentTypeError(advice)
+
+    return parse
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Options:
@@ -41,12 +53,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     """
     parser = make_parser()
     given = parser.parse_args(argv)
-    for name, value in getattr(given, "bone_config", {}).items():
-        # A flag of its own wins.
-        if value is not None and not hasattr(given, name):
-            parser.parse_args([f"--{name}={value}"], given)
     values = vars(given)
-    values.pop("bone_config", None)
+    for config in CONFIGS:
+        for key, value in values.pop(config, {}).items():
+            name = f"bone_{key.removeprefix('bone_')}"
+            # A flag of its own wins.
+            if value is not None and name not in values:
+                parser.parse_args([f"--{name}={value}"], given)
     options = Options(**values)
     options.train_parts = split_words(options.train_parts)
     check(options)

@@ -9,13 +9,14 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 
 import filelock
 import torch
 from torch import nn
 
-from archive import remove_leftovers, trained_quant
+from atomic import remove_leftovers
+from bone_record import check_quant_beside
 
 # ---- states -----------------------------------------------------------------------------------
 
@@ -80,12 +81,12 @@ def check_folder(
             )
     # args.json, which the run writes again, must stay true of the checkpoints that are there.
     for path in glob.glob(os.path.join(glob.escape(folder), "rwkv-*.pth")):
-        trained_quant(path, quant)
+        check_quant_beside(path, quant)
 
 
 def check_room(
     folder: str,
-    built: tuple[nn.Module, Container[str], torch.dtype],
+    built: tuple[nn.Module, Container[str], Mapping[str, torch.dtype]],
     checkpoint_paths: dict[int, str],
     *,
     keep: int,
@@ -94,11 +95,12 @@ def check_room(
 ) -> None:
     """Refuse a run whose checkpoints and states after `step` the disk has no room for.
 
-    built: the model, the names of its parameters that a checkpoint holds, and their dtype there;
+    built: the model, the names of its parameters that a checkpoint holds, and their dtypes there;
     checkpoint_paths and first: see check_folder. Raises ValueError.
     """
     model, names, dtype = built
-    numbers = sum(p.numel() for name, p in model.named_parameters() if name in names)
+    saved = {name: p.numel() for name, p in model.named_parameters() if name in names}
+    checkpoint_size = sum(numel * dtype[name].itemsize for name, numel in saved.items())
     checkpoints = 0
     for at, path in checkpoint_paths.items():
         if at >= step and not os.path.exists(path):
@@ -106,7 +108,7 @@ def check_room(
     # A new state is there before an old one goes.
     new_states = max(0, keep + 1 - len(states(folder, first)))
     # A state holds weights and Adam's two moments, in float32.
-    need = numbers * (dtype.itemsize * checkpoints + 12 * new_states)
+    need = checkpoint_size * checkpoints + 12 * sum(saved.values()) * new_states
     free = shutil.disk_usage(folder).free
     if need > free:
         raise ValueError(

@@ -199,9 +199,9 @@ def spoil(name, tensor):
             None,
         ),
         (
-            "base.pth ckpt.pth taken",
-            "taken: cannot be written, as it is a folder;",
-            lambda: os.mkdir("taken"),
+            "base.pth ckpt.pth taken.pth",
+            "taken.pth: cannot be written, as it is a folder;",
+            lambda: os.mkdir("taken.pth"),
         ),
         (
             "ckpt.pth base.pth tuned.pth",
@@ -549,6 +549,7 @@ def test_what_training_says_comes_next_works_for_characters_too(say, capsys, mon
 def test_generating_refuses_what_cannot_work(capsys, say, flags, says):
     torch.save(read("world_ckpt.pth") | {"ln_out.bias": torch.full((64,), NAN)}, "nan.pth")
     pathlib.Path("run").mkdir()
+    shutil.copy("world_ckpt.pth", "run/ckpt.pth")
     pathlib.Path("run/args.json").write_text('{"quant": "nf4"}')
     assert says in refused(capsys, lambda: say(flags))
 
