@@ -85,8 +85,8 @@ def check_base(path: str, base_path: str, other_base: bool) -> None:
     if other_base or record is None or record.base == fingerprint(base_path):
         return
     raise ValueError(
-        f"{path}: trained on a {record.base_name} with other content than {base_path} (a merged or "
-        "converted copy is another base); give the one it was trained on, or --other_base to insist"
+        f"{path}: trained on another base ({record.base_name}): {base_path} has other content, "
+        "as a merged or converted copy has; give that one, or --other_base to insist"
     )
 
 

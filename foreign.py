@@ -20,7 +20,7 @@ BEFORE_AI00 = "the .pth that it was made from is needed"
 # What a file begins with that is none of PyTorch's.
 BEGINNINGS = {
     b"GGUF": ("a GGUF file, for llama.cpp", WHERE),
-    b"version https://git-lfs": ("a Git LFS pointer", "the file itself is got by git lfs pull"),
+    b"version https://git-lfs": ("a Git LFS pointer", "get the file itself by git lfs pull"),
     b"<": ("a web page", "download the file itself"),
 }
 
