@@ -95,7 +95,6 @@ def test_prefixes_of_names_are_left_out_which_is_said_once(prefix, capsys):
     printed = capsys.readouterr().out
     assert printed == f"note: {path}: the names' prefix {prefix} is left out\n"
     torch.save(base | {f"{prefix}emb.weight": base["emb.weight"]}, path)
-    words = "holds emb.weight twice" if prefix else ""
     assert "holds emb.weight twice" in refused(capsys, lambda: checkpoint.load_model(path))
 
 
