@@ -320,7 +320,7 @@ def _lay_out(like: Mapping[str, Tensor], path: str) -> None:
 
 
 def _add_records(records: Mapping[str, bytes], path: str) -> None:
-    """Add records to an archive, in its only folder, where alone PyTorch bears with them."""
+    """Add records to an archive, in its folder: PyTorch refuses an archive with any outside."""
     with zipfile.ZipFile(path, "a") as archive:
         folder, _, _ = archive.namelist()[0].partition("/")
         for name, content in records.items():
