@@ -294,8 +294,8 @@ def test_data_that_is_not_there_is_found_out_before_the_base_is_loaded(monkeypat
     monkeypatch.setattr(
         checkpoint,
         "load_model",
-        lambda path, dtype, device, quant: (
-            devices.append(device.type) or load(path, dtype, device, quant=quant)
+        lambda path, dtype, device, **rest: (
+            devices.append(device.type) or load(path, dtype, device, **rest)
         ),
     )
     for flags in ("--data_file gone", "--val_file gone"):
