@@ -37,8 +37,10 @@ class Parser(argparse.ArgumentParser):
 
     def _advice(self, message: str) -> str:
         """Name the flag that was probably meant, or where to find all flags."""
+        flags = self._option_string_actions.items()
+        known = [flag for flag, action in flags if action.help != argparse.SUPPRESS]
         for word in re.findall(r"--[\w-]+", message):
-            similar = difflib.get_close_matches(word, self._option_string_actions, 1)
+            similar = difflib.get_close_matches(word, known, 1)
             if similar:
                 return f"did you mean {similar[0]}?"
         return f"python {self.prog} --help lists all flags"
