@@ -1,12 +1,10 @@
-"""Read .pth files without executing anything in them, and write files whole or not at all.
+"""Read .pth files without executing anything in them, and write them tensor by tensor.
 
 One need not read this to understand Bone.
 """
 
 import contextlib
 import ctypes
-import errno
-import glob
 import json
 import mmap
 import os
@@ -20,10 +18,11 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import BinaryIO
 
-import psutil
 import torch
 from torch import Tensor
 
+import foreign
+from atomic import atomic_path
 from cli import utf8_name
 
 StrPath = str | os.PathLike[str]
@@ -39,6 +38,9 @@ NAMES_IN_A_CHECKPOINT = (
     r"|torch\._utils _rebuild_(tensor_v2|parameter)"
 )
 
+# What a further record of an archive may have, in bytes.
+MAX_RECORD_SIZE = 65536
+
 
 # ---- reading ---------------------------------------------------------------------------------
 
@@ -51,21 +53,21 @@ class MoreThanTensors(ValueError):
     """Says what a .pth file holds that is not part of a dict of tensors."""
 
 
+class OtherPickle(ValueError):
+    """Says in which form that is not read here the content of a .pth file was pickled."""
+
+
 def read_tensors(path: StrPath, verify: bool = True) -> dict[str, Tensor]:
     """Map the dict {name: tensor} of a .pth file into memory, without executing any of the file.
 
     The mapping is private: writing to a tensor does not change the file. verify: verify all
     checksums. Raises ValueError or OSError, in one line, for a file that is anything else.
     """
-    size = os.path.getsize(path)  # an OSError, if the file is missing
-    _check_is_zip(path)
-    try:
-        record_sizes = _check_archive(path, verify)
+    with _open_archive(path) as archive:
+        record_sizes = _check_archive(archive, path, verify=verify)
         # Warnings are about the pickle protocol. What matters is whether the file loads.
         with warnings.catch_warnings(action="ignore"), utf8_name(path) as name:
             loaded = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged file can fail anywhere in the unpickler
-        raise ValueError(f"{path}: {_why_unreadable(error, size)}") from error
     _check_is_dict_of_tensors(loaded, path)
     # detach() leaves attributes behind. In a hostile file they could stand in for methods.
     tensors = {name: torch.Tensor.detach(tensor) for name, tensor in loaded.items()}
@@ -74,13 +76,16 @@ def read_tensors(path: StrPath, verify: bool = True) -> dict[str, Tensor]:
         _check_lies_in_its_storage(name, tensor, path)
         # A note for drop_mapped_pages.
         tensor.is_mapped = tensor.is_contiguous()  # type: ignore[attr-defined]
-    _check_total_size(tensors, size, path)
+    _check_total_size(tensors, os.path.getsize(path), path)
     return tensors
 
 
 def read_checkpoint(path: StrPath, verify: bool = True) -> dict[str, Tensor]:
-    """Read a base model or a Bone checkpoint, as `read_tensors` does: floating tensors alone."""
-    checkpoint = read_tensors(path, verify)
+    """Read a base model or a Bone checkpoint, as `read_tensors` does: floating tensors alone.
+
+    Their names are those of RWKV and Bone, see `foreign.plain_names`.
+    """
+    checkpoint = foreign.plain_names(read_tensors(path, verify), path)
     if ABOUT in checkpoint:
         raise ValueError(
             f"{path}: the state of a training, for --resume; "
@@ -95,14 +100,29 @@ def read_checkpoint(path: StrPath, verify: bool = True) -> dict[str, Tensor]:
     return checkpoint
 
 
+def read_record(path: StrPath, name: str) -> bytes | None:
+    """Return what a .pth file holds beside its tensors under a name, verified; None: nothing."""
+    with _open_archive(path) as archive:
+        found = [r for r in archive.infolist() if r.filename.partition("/")[2] == name]
+        if not found:
+            return None
+        [record, *others] = found
+        if others or record.compress_type != zipfile.ZIP_STORED:
+            raise Damaged(f"it holds {name} twice, or compressed")
+        if record.file_size > MAX_RECORD_SIZE:
+            raise Damaged(f"its {name} has {record.file_size:,} bytes")
+        return archive.read(record)
+
+
 def fingerprint(path: StrPath) -> int:
     """Compute a number that tells apart .pth files of different content; 0 for the path "".
 
-    It is made of the checksums in the archive's directory, so the tensors are not read.
+    It is made of the checksums in the archive's directory, so the tensors are not read. A file that
+    torch.save writes again has the same number, under whatever name; in another dtype it has not.
     """
     if not path:
         return 0
-    with zipfile.ZipFile(path) as archive:
+    with _open_archive(path) as archive:
         records = archive.infolist()
     checksums = [
         (record.filename.rpartition("/")[2], record.CRC)
@@ -122,6 +142,8 @@ def check_pickle(content: bytes) -> None:
     # The numbers of what the pickle may use again: names and tensors, which have no parts.
     reusable = set()
     for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name == "PROTO" and argument not in (2, 3):
+            raise OtherPickle(f"pickle protocol {argument}")
         if opcode.name == "GLOBAL" and not re.fullmatch(NAMES_IN_A_CHECKPOINT, str(argument)):
             raise MoreThanTensors(f"{str(argument).replace(' ', '.')} is not part of a tensor")
         if opcode.name in ("BINPUT", "LONG_BINPUT", "PUT"):
@@ -135,42 +157,42 @@ def check_pickle(content: bytes) -> None:
         previous = opcode.name
 
 
-def _check_is_zip(path: StrPath) -> None:
+@contextlib.contextmanager
+def _open_archive(path: StrPath) -> Iterator[zipfile.ZipFile]:
+    """Open the archive that a .pth is. Whatever fails in the block becomes a ValueError."""
+    size = os.path.getsize(path)  # an OSError, if the file is missing
     if not os.path.isfile(path):
         raise ValueError(f"{path}: is not a file; a .pth is needed")
-    with open(path, "rb") as f:
-        if f.read(4) == b"PK\x03\x04":
-            return
-    hint = ""
-    if str(path).endswith(".st"):
-        hint = " (a .st is for Ai00)"
-    raise ValueError(
-        f"{path}: not a PyTorch checkpoint{hint}; "
-        "nothing was executed, a .pth as torch.save writes it is needed"
-    )
+    foreign.check_is_zip(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except Exception as error:  # a damaged file can fail anywhere in the unpickler
+        raise ValueError(f"{path}: {_why_unreadable(error, path, size)}") from error
 
 
-def _check_archive(path: StrPath, verify: bool) -> list[int]:
+def _check_archive(archive: zipfile.ZipFile, path: StrPath, *, verify: bool) -> list[int]:
     """Check sizes, the pickle and (verify) all checksums. Returns the sizes of the data records."""
-    with zipfile.ZipFile(path) as archive:
-        records = sorted(archive.infolist(), key=lambda record: record.header_offset)
-        compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
-        claimed = sum(record.file_size for record in records)
-        if compressed or claimed > os.path.getsize(path):
-            raise Damaged("it claims to hold more than it does")
-        pickles = [record for record in records if record.filename.endswith("data.pkl")]
-        if len(pickles) != 1:
-            raise Damaged(f"it holds {len(pickles)} files data.pkl instead of one")
-        check_pickle(archive.read(pickles[0]))
-        if verify:
-            wrong = archive.testzip()
-            if wrong is not None:
-                raise Damaged(f"the checksum of {wrong} is wrong")
+    records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+    compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+    claimed = sum(record.file_size for record in records)
+    if compressed or claimed > os.path.getsize(path):
+        raise Damaged("it claims to hold more than it does")
+    pickles = [record for record in records if record.filename.endswith("data.pkl")]
+    if len(pickles) != 1:
+        raise Damaged(f"it holds {len(pickles)} files data.pkl instead of one")
+    check_pickle(archive.read(pickles[0]))
+    if verify:
+        wrong = archive.testzip()
+        if wrong is not None:
+            raise Damaged(f"the checksum of {wrong} is wrong")
     return [record.file_size for record in records if "/data/" in record.filename]
 
 
-def _why_unreadable(error: Exception, size: int) -> str:
+def _why_unreadable(error: Exception, path: StrPath, size: int) -> str:
     """Say why a file of `size` bytes could not be loaded, and what to do."""
+    if isinstance(error, OtherPickle):
+        return f"saved with {error}; {foreign.save_again(path, executing=True)}"
     if isinstance(error, MoreThanTensors):
         advice = "nothing was executed, a .pth of tensors is needed"
         return f"holds more than tensors: {error}; {advice}"
@@ -181,7 +203,8 @@ def _why_unreadable(error: Exception, size: int) -> str:
         )
     if isinstance(error, Damaged):
         return _damaged(str(error))
-    return _damaged("it cannot be read")
+    # What a damaged file leads to can be anything, and a fault of this program, too.
+    return _damaged(f"it cannot be read: {type(error).__name__}")
 
 
 def _damaged(why: str) -> str:
@@ -222,9 +245,12 @@ def _check_lies_in_its_storage(name: str, tensor: Tensor, path: StrPath) -> None
 
 
 def _check_total_size(tensors: dict[str, Tensor], size: int, path: StrPath) -> None:
-    """Refuse tensors that share storages so that together they claim more than the file's size."""
+    """Refuse tensors that share storages so that together they claim far more than the file has.
+
+    A head that is the embedding is twice in a dict, and once in the file.
+    """
     total = sum(tensor.nbytes for tensor in tensors.values())
-    if total > size:
+    if total > 2 * size:
         raise ValueError(
             f"{path}: {len(tensors)} tensors that share their content claim {total:,} bytes, "
             f"of a file of {size:,}; save each with its own"
@@ -253,97 +279,24 @@ def drop_mapped_pages(tensor: Tensor) -> None:
 # ---- writing ---------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def atomic_path(path: StrPath) -> Iterator[str]:
-    """Give the path of a new, empty file that becomes `path` when the block ends without error.
-
-    What is guaranteed: whenever the process is killed or the power fails, `path` is either what it
-    was before or the complete new file, never a part of one. When the block has ended, the new file
-    is on the disk. If the block fails, the temporary file is removed. A symbolic link at `path` is
-    replaced, not followed. Raises ValueError where `path` cannot be written, before the block runs.
-    """
-    path = os.fspath(path)
-    # With a / at its end, so that a file does not pass for a folder.
-    folder = os.path.join(os.path.dirname(path) or ".", "")
-    _check_can_be_written(path, folder)
-    remove_leftovers(glob.escape(path))
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        # O_EXCL: create it, and never write through a link that somebody put there.
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        yield temporary
-        # First the content must be on the disk, then the name, then the folder that holds the name.
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        sync_folder(folder)
-    except OSError as error:
-        # The error of a full disk does not say which file it is about.
-        error.filename = error.filename or path
-        raise
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-
-
-def _check_can_be_written(path: str, folder: str) -> None:
-    # A link will be replaced, whatever it points at.
-    taken = os.path.exists(path) and not os.path.islink(path)
-    if taken and os.path.isdir(path):
-        why = "it is a folder"
-    elif taken and not os.path.isfile(path):  # such as /dev/null
-        why = "it is not a file"
-    elif not os.path.isdir(folder):
-        why = f"there is no folder {folder}"
-    elif not os.access(folder, os.W_OK):
-        why = f"{folder} is read-only"
-    else:
-        return
-    raise ValueError(f"{path}: cannot be written, as {why}; fix that, or write elsewhere")
-
-
-def remove_leftovers(pattern: str) -> None:
-    """Remove the temporary files of `atomic_path` whose process was killed.
-
-    pattern: of glob, for the paths that were to be written. A leftover may bear the number of this
-    process: in a container, a program often has the same number each time.
-    """
-    for path in glob.glob(f"{pattern}.*.tmp"):
-        number = path.split(".")[-2]
-        if not re.fullmatch("[0-9]{1,9}", number):
-            continue
-        pid = int(number)
-        if pid == os.getpid() or not psutil.pid_exists(pid):
-            os.unlink(path)
-
-
-def sync_folder(folder: StrPath) -> None:
-    """Put on the disk what was renamed or removed in a folder, so that a power failure keeps it.
-
-    Windows has no way to ask for that, and some network file systems have none.
-    """
-    if os.name != "posix":
-        return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-            raise
-    finally:
-        os.close(fd)
-
-
-def save_stream(like: Mapping[str, Tensor], make: Callable[[str], Tensor], path: StrPath) -> None:
+def save_stream(
+    like: Mapping[str, Tensor],
+    make: Callable[[str], Tensor],
+    path: StrPath,
+    *,
+    records: Mapping[str, bytes] | None = None,
+) -> None:
     """Write the .pth {name: make(name)}, whole or not at all, holding one tensor at a time.
 
     like: {name: tensor} of the shapes and dtypes that `make` returns; its values are not read.
-    `make` is called once for each name, in that order. What is guaranteed of `path`: see
-    `atomic_path`. If `make` raises, nothing is written.
+    `make` is called once for each name, in that order. records: {name: content} of what the archive
+    holds beside the tensors, for `read_record`. What is guaranteed of `path`: see `atomic_path`. If
+    `make` raises, nothing is written.
     """
     names = list(like)
     with atomic_path(path) as temporary:
         _lay_out(like, temporary)
+        _add_records(records or {}, temporary)
         with zipfile.ZipFile(temporary) as archive, open(temporary, "r+b") as f:
             # Where this record's entry in the directory at the archive's end begins.
             entry = archive.start_dir
@@ -365,6 +318,15 @@ def _lay_out(like: Mapping[str, Tensor], path: str) -> None:
     # Into a file object: its errors say what is wrong, those of PyTorch's own writer do not.
     with torch.serialization.skip_data(), open(path, "r+b") as f:
         torch.save(empty, f)
+
+
+def _add_records(records: Mapping[str, bytes], path: str) -> None:
+    """Add records to an archive, in its folder: PyTorch refuses an archive with any outside."""
+    with zipfile.ZipFile(path, "a") as archive:
+        folder, _, _ = archive.namelist()[0].partition("/")
+        for name, content in records.items():
+            # A ZipInfo has a fixed date, so that the same content makes the same file.
+            archive.writestr(zipfile.ZipInfo(f"{folder}/{name}"), content)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -411,40 +373,3 @@ def save_safetensors(
         f.write(struct.pack("<Q", len(text)) + text)
         for name in like:
             f.write(_bytes_of(make(name)))
-
-
-def trained_quant(path: str, quant: str | None) -> str:
-    """Find the quantization that a Bone checkpoint was trained with: `none`, `int8` or `nf4`.
-
-    The args.json beside the checkpoint says it. quant, from the command line, must not contradict
-    that. It counts where there is no args.json, or no checkpoint (path ""); None: it was not given.
-    """
-    args_json = os.path.join(os.path.dirname(path), "args.json")
-    trained = quant or "none"
-    if path and os.path.exists(args_json):
-        trained = _quant_in(args_json, default=trained)
-    if quant not in (None, trained):
-        raise ValueError(
-            f"{path}: trained with --quant {trained} ({args_json}), but --quant is {quant}; "
-            f"use {trained}"
-        )
-    return trained
-
-
-def _quant_in(args_json: str, default: str) -> str:
-    try:
-        if not os.path.isfile(args_json):
-            raise ValueError("it is not a file")
-        with open(args_json, encoding="utf-8") as f:
-            arguments = json.load(f)
-        if not isinstance(arguments, dict):
-            raise ValueError("it is not a JSON object")
-        quant = arguments.get("quant", default)
-        if quant not in ("none", "int8", "nf4"):
-            raise ValueError(f"quant {quant!r} is unknown")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{args_json}: not the arguments of a training run ({error}); "
-            "move it away, and give --quant"
-        ) from error
-    return quant

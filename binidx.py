@@ -30,7 +30,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import DTypeLike
 
-from archive import atomic_path
+from atomic import atomic_path
 from tokenizer import Vocabulary
 
 StrPath = str | os.PathLike[str]

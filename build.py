@@ -7,7 +7,8 @@ import functools
 import importlib.util
 import itertools
 import math
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ class BuiltModel(NamedTuple):
 
     model: rwkv6.RWKV
     saved_names: Collection[str]
-    save_dtype: torch.dtype
+    save_dtype: Mapping[str, torch.dtype]  # of each of them
 
 
 def build_for_training(options: Any, device: torch.device) -> BuiltModel:
@@ -98,7 +99,7 @@ def from_scratch(options: Any, device: torch.device) -> BuiltModel:
             head_qk=options.head_qk or 0,
         )
     names = dict(model.named_parameters()).keys()
-    return BuiltModel(model, names, DTYPES[options.precision])
+    return BuiltModel(model, names, dict.fromkeys(names, DTYPES[options.precision]))
 
 
 def fine_tuned(options: Any, device: torch.device) -> BuiltModel:
@@ -109,7 +110,9 @@ def fine_tuned(options: Any, device: torch.device) -> BuiltModel:
     """
     loaded = read_checkpoint(options.bone_load) if options.bone_load else {}
     dtype = DTYPES[options.precision]
-    model = checkpoint.load_model(options.load_model, dtype, device, quant=options.quant)
+    model = checkpoint.load_model(
+        options.load_model, dtype, device, quant=options.quant, parts=options.train_parts
+    )
     if options.bone_load:
         checkpoint.load_bone(model, options.bone_load)
     else:
@@ -118,9 +121,11 @@ def fine_tuned(options: Any, device: torch.device) -> BuiltModel:
         if not name.endswith(".bone") and any(part in name for part in options.train_parts):
             p.data = p.data.float()
             p.requires_grad_(True)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    save_dtype = read_checkpoint(options.load_model, verify=False)["emb.weight"].dtype
-    return BuiltModel(model, trained | loaded.keys(), save_dtype)
+    saved = loaded.keys() | {name for name, p in model.named_parameters() if p.requires_grad}
+    # A tensor is saved as the base has it, a bone as the base has the weight that it adapts.
+    base = read_checkpoint(options.load_model, verify=False)
+    save_dtype = {name: base[re.sub(r"\bbone$", "weight", name)].dtype for name in saved}
+    return BuiltModel(model, saved, save_dtype)
 
 
 @torch.no_grad()
@@ -155,7 +160,12 @@ def tensors_of_files(
     loaded = read_checkpoint(options.bone_load) if options.bone_load else {}
     dtype = DTYPES[options.precision]
     base = checkpoint.stream_weights(
-        options.load_model, config, dtype, device=device, quant=options.quant
+        options.load_model,
+        config,
+        dtype,
+        device=device,
+        quant=options.quant,
+        parts=options.train_parts,
     )
     for name, tensor in itertools.chain(base, loaded.items()):
         if isinstance(tensor, Quantized):

@@ -5,7 +5,7 @@ One need not read this to understand Bone.
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -122,11 +122,13 @@ def load_model(
     device: torch.device | str = "cpu",
     *,
     quant: str = "none",
+    parts: Collection[str] = (),
 ) -> RWKV:
     """Load a base model from a published .pth.
 
     dtype: of the matrices; None keeps the checkpoint's. quant: `none`, `int8` or `nf4`, of the
-    blocks' matrices. ValueError for a missing, misshapen or non-finite tensor; on the meta device
+    blocks' matrices. parts: texts in the names of parameters that will be trained, and are kept in
+    at least float32. ValueError for a missing, misshapen or non-finite tensor; on the meta device
     only shapes are checked.
 
     The file is mapped into memory. Each tensor's pages are dropped once it is in its place, so
@@ -134,7 +136,8 @@ def load_model(
     """
     with torch.device("meta"):
         model = RWKV(read_config(read_checkpoint(path, verify=False), path))
-    for name, value in stream_weights(path, model.config, dtype, device=device, quant=quant):
+    weights = stream_weights(path, model.config, dtype, device=device, quant=quant, parts=parts)
+    for name, value in weights:
         module, _, parameter = name.rpartition(".")
         if isinstance(value, Quantized):
             model.set_submodule(module, value)
@@ -150,6 +153,7 @@ def stream_weights(
     *,
     device: torch.device | str = "cpu",
     quant: str = "none",
+    parts: Collection[str] = (),
 ) -> Iterator[tuple[str, Tensor | Quantized]]:
     """Yield what `load_model` puts into a model, one by one: (name, tensor or Quantized)."""
     has_data = torch.device(device).type != "meta"
@@ -165,6 +169,8 @@ def stream_weights(
         where = f"{path}: {name}"
         check_shape(tensor, parameter.shape, where)
         kept_dtype = storage_dtype(model, name, dtype or tensor.dtype)
+        if any(part in name for part in parts):
+            kept_dtype = torch.promote_types(kept_dtype, torch.float32)
         if has_data:
             check_numbers(tensor, kept_dtype, where)
         module = model.get_submodule(name.rpartition(".")[0])
@@ -182,7 +188,10 @@ def check_names(
     """Raise ValueError unless a base model has exactly the tensors it should have."""
     for name in expected:
         if name not in checkpoint:
-            raise ValueError(f"{path}: {name} is missing")
+            hint = ""
+            if name == "head.weight":
+                hint = "; where the head is the embedding, save emb.weight as head.weight, too"
+            raise ValueError(f"{path}: {name} is missing{hint}")
     for name in checkpoint:
         if name not in expected:
             raise ValueError(f"{path}: {name} is not part of RWKV {version}")

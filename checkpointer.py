@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 import devices
 import sharding
 from archive import ABOUT, all_finite, save_stream
+from bone_record import make_records
 from cli import command_to_resume, silence_broken_pipes
 from run_folder import delete_old_states, lock, states
 from run_log import Log
@@ -56,16 +57,16 @@ class Checkpointer:
         # Of the folder, where that had to be made again.
         self.lock = contextlib.ExitStack()
 
-    def save_checkpoint(self, path: str, dtype: torch.dtype) -> bool:
-        """Write the weights to `path`, in `dtype`. Return whether that worked."""
+    def save_checkpoint(self, path: str, dtype: Mapping[str, torch.dtype]) -> bool:
+        """Write the weights to `path`, each in its dtype. Return whether that worked."""
         like = {}
         for name, p in self.weights.items():
-            like[name] = torch.empty(p.shape, dtype=dtype, device="meta")
+            like[name] = torch.empty(p.shape, dtype=dtype[name], device="meta")
 
         def gather(name: str) -> Tensor:
-            return sharding.full_tensor(self.weights[name].detach()).to("cpu", dtype)
+            return sharding.full_tensor(self.weights[name].detach()).to("cpu", dtype[name])
 
-        return self._gather_and_write(path, like, gather)
+        return self._gather_and_write(path, like, gather, records=make_records(self.metadata))
 
     def save_state(self, *, delete_old: bool = True, alone: bool = False) -> None:
         """Write the state of this step, then delete old ones.
@@ -188,10 +189,12 @@ class Checkpointer:
         gather: Callable[[str], Tensor],
         *,
         alone: bool = False,
+        records: Mapping[str, bytes] | None = None,
     ) -> bool:
         """Write {name: gather(name)} to `path`. Return whether rank 0 could, on all ranks.
 
-        like: {name: tensor} of their shapes and dtypes; alone: see save_state.
+        like: {name: tensor} of their shapes and dtypes; alone: see save_state; records: see
+        save_stream.
 
         Invariant: where ranks share out the tensors, every rank calls gather(name) once for each
         name, in the same order, whatever becomes of the disk. For gather is a collective: it
@@ -211,7 +214,7 @@ class Checkpointer:
         if devices.rank() == 0:
             try:
                 self._make_folder_again()
-                save_stream(like, gather_next, path)
+                save_stream(like, gather_next, path, records=records)
             except Exception as error:  # whatever it is, days of training do not end for it
                 failed = True
                 self._log_failure(path, error)

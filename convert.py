@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 from tqdm import tqdm
 
-from archive import atomic_path
+from atomic import atomic_path
 from binidx import Binidx, StrPath, without_ending, write_binidx
 from cli import Parser
 from conversations import TEXT, Texts, name_of

@@ -22,7 +22,7 @@ from torch import Tensor
 import checkpoint
 import devices
 import tokenizer
-from archive import trained_quant
+from bone_record import check_base, trained_quant
 from quant import FORMATS
 from rwkv6 import RWKV
 
@@ -148,10 +148,11 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("model", help="a complete model (.pth): a base, or one that merge.py wrote")
     add("--bone", metavar="CKPT", help="a Bone checkpoint to use on it without merging")
+    add("--other_base", action="store_true", help="use CKPT on a base it was not trained on")
     add(
         "--quant",
         choices=("none", *FORMATS),
-        help="keep the matrices in few bits (default: as args.json beside CKPT says)",
+        help="keep the matrices in few bits (default: as CKPT was trained)",
     )
     add("--prompt", help="text to go on from (\\n is a line break); without it, chat")
     add("--length", type=int, default=200, help="at most this many tokens (default: 200)")
@@ -229,7 +230,10 @@ def chat(model: RWKV, settings: Settings) -> None:
 
 def main() -> None:
     args = parse_args()
-    quant = trained_quant(args.bone or "", args.quant)
+    quant = args.quant or "none"
+    if args.bone:
+        quant = trained_quant(args.bone, args.quant)
+        check_base(args.bone, args.model, args.other_base)
     model = checkpoint.load_model(args.model, device=devices.find(), quant=quant)
     if args.bone:
         checkpoint.load_bone(model, args.bone)

@@ -14,36 +14,34 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ai00 import save_for_ai00
-from archive import all_finite, drop_mapped_pages, read_checkpoint, save_stream, trained_quant
+from archive import all_finite, drop_mapped_pages
 from bone import merge_weight
-from checkpoint import check_fits
+from merge_files import check_output, read_inputs, save_merged
 from quant import FORMATS, quantize
 
 
-def merge(base_path: str, bone_path: str, out_path: str, *, quant: str | None = None) -> None:
+def merge(
+    base_path: str,
+    bone_path: str,
+    out_path: str,
+    *,
+    quant: str | None = None,
+    other_base: bool = False,
+) -> None:
     """Write the merged model, one tensor after the other.
 
-    quant: of the base in training; None takes it from the args.json beside the checkpoint.
-    ValueError where the files do not belong together, or the output is there already.
+    quant: of the base in training; None: as the checkpoint says. other_base: merge into a base that
+    is not the one it was trained on. ValueError where the files do not belong together, or the
+    output is there already.
     """
     check_output(base_path, bone_path, out_path)
-    # Both files are mapped into memory, so that only the tensor at hand takes any.
-    base = read_checkpoint(base_path)
-    trained = read_checkpoint(bone_path)
-    quant = trained_quant(bone_path, quant)
-    if any(name.endswith(".bone") for name in base):
-        raise ValueError(
-            f"{base_path}: a Bone checkpoint, not a base model; "
-            "the order is merge.py base checkpoint output"
-        )
-    shapes = {name: tensor.shape for name, tensor in base.items()}
-    r, mode = check_fits(trained, shapes, bone_path)
+    inputs = read_inputs(base_path, bone_path, quant=quant, other_base=other_base)
+    base, trained = inputs.base, inputs.trained
 
     def merged(name: str) -> Tensor:
         bar.update()
         weight = base.pop(name)
-        result = merge_tensor(name, weight, trained, quant=quant)
+        result = merge_tensor(name, weight, trained, quant=inputs.quant)
         drop_mapped_pages(weight)
         if not all_finite(result):
             raise ValueError(
@@ -53,31 +51,17 @@ def merge(base_path: str, bone_path: str, out_path: str, *, quant: str | None = 
         return result
 
     with tqdm(total=len(base), desc="merging", unit="tensor", dynamic_ncols=True, delay=0.5) as bar:
-        if str(out_path).lower().endswith((".st", ".safetensors")):
-            save_for_ai00(base, merged, out_path)
-        else:
-            save_stream(dict(base), merged, out_path)
+        save_merged(base, merged, out_path)
 
     bones = sum(name.endswith(".bone") for name in trained)
-    bone_kind = f"Bone {mode}, r {r}"
-    if quant != "none":
-        bone_kind += f", {quant} base"
+    bone_kind = f"Bone {inputs.mode}, r {inputs.r}"
+    if inputs.quant != "none":
+        bone_kind += f", {inputs.quant} base"
     print(
         f"merged {bones} weights ({bone_kind}) and {len(trained) - bones} other trained tensors "
         f"into {base_path}"
     )
     print(f"wrote {out_path} ({os.path.getsize(out_path) / 1e9:.2f} GB)")
-
-
-def check_output(base_path: str, bone_path: str, out_path: str) -> None:
-    """Raise ValueError where the output would overwrite a file."""
-    if not os.path.exists(out_path):
-        return
-    for path, what in ((base_path, "base model"), (bone_path, "checkpoint")):
-        if os.path.samefile(path, out_path):
-            raise ValueError(f"{out_path}: would overwrite the {what}; give another name")
-    if os.path.isfile(out_path):
-        raise ValueError(f"{out_path}: already there; delete it, or give another name")
 
 
 def merge_tensor(name: str, weight: Tensor, trained: dict[str, Tensor], *, quant: str) -> Tensor:
@@ -103,11 +87,17 @@ def main() -> None:
     add = parser.add_argument
     add("files", nargs="*", metavar="file", help=argparse.SUPPRESS)
     add("--base_model", metavar="STR", help="the base model (.pth) that was trained on")
-    add("--lora_checkpoint", metavar="STR", help="the Bone checkpoint (proj_dir/rwkv-N.pth)")
+    add(
+        *("--lora_checkpoint", "--peft_checkpoint"),
+        metavar="STR",
+        help="the Bone checkpoint (proj_dir/rwkv-N.pth)",
+    )
     output_help = "the merged model to write: a .pth, or a .st (safetensors, float16) for Ai00"
     add("--output", metavar="STR", help=output_help)
-    quant_help = "of the base in training (default: as args.json beside the checkpoint says)"
+    quant_help = "of the base in training (default: as the checkpoint says)"
     add("--quant", choices=("none", *FORMATS), help=quant_help)
+    other_help = "merge into a base that the checkpoint was not trained on"
+    add("--other_base", action="store_true", help=other_help)
     args = parser.parse_intermixed_args()
 
     # A path that its flag does not give is the next of the files.
@@ -121,7 +111,7 @@ def main() -> None:
     if files or not all(paths):
         parser.error("three files are needed, base model, checkpoint and output")
     base_path, bone_path, out_path = paths
-    merge(base_path, bone_path, out_path, quant=args.quant)
+    merge(base_path, bone_path, out_path, quant=args.quant, other_base=args.other_base)
 
 
 if __name__ == "__main__":

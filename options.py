@@ -59,11 +59,10 @@ class Options:
 
     peft: str = flag(
         "bone",
-        "the method; there is no other here",
-        choices=("bone",),
+        "the method; there is no other here, and disha is its later name in RWKV-PEFT",
+        choices=("bone", "disha"),
         refused={
             **dict.fromkeys(("lora", "pissa", "state"), ANOTHER_METHOD),
-            "disha": "is Bone's later name there; use --peft bone",
             "none": "would train every parameter; RWKV-LM (github.com/BlinkDL/RWKV-LM) does",
         },
         heading="Bone",
@@ -86,6 +85,9 @@ class Options:
         "",
         "train this Bone checkpoint further; rank, mode and quantization are then its own",
         per_machine=True,
+    )
+    other_base: bool = flag(
+        False, "train bone_load further on another base than the one it was trained on"
     )
     train_parts: list[str] = flag(
         ["time", "ln"],
@@ -354,12 +356,19 @@ class Options:
     )
 
 
-# RWKV-PEFT's way to write three options at once. Not an option of its own.
-BONE_CONFIG = Flag(
-    None,
-    """the three above at once, as RWKV-PEFT has them: '{"bone_load":"","bone_r":64}'""",
-    parse=json_object("bone_load", "bone_r", "bone_mode"),
-)
+# RWKV-PEFT's ways to write three options at once, the later one last. Not options of their own.
+CONFIGS = {
+    "bone_config": Flag(
+        None,
+        """the three above at once, as RWKV-PEFT has them: '{"bone_load":"","bone_r":64}'""",
+        parse=json_object("bone_load", "bone_r", "bone_mode"),
+    ),
+    "disha_config": Flag(
+        None,
+        """the same, as RWKV-PEFT has it since: '{"mode":"bone","load":"","r":64}'""",
+        parse=json_object("load", "r", "mode"),
+    ),
+}
 
 
 def flags() -> dict[str, Flag]:
@@ -368,7 +377,7 @@ def flags() -> dict[str, Flag]:
     for field in dataclasses.fields(Options):
         found[field.name] = field.metadata["flag"]
         if field.name == "bone_load":
-            found["bone_config"] = BONE_CONFIG
+            found |= CONFIGS
     return found
 
 

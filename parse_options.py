@@ -15,7 +15,7 @@ from typing import Any
 
 from cli import Parser, no_such_file
 from flags import Flag, add_flag
-from options import SWITCH, Options, flags
+from options import CONFIGS, SWITCH, Options, flags
 
 PARTS = ("time", "ln", "emb", "head")
 
@@ -44,12 +44,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     """
     parser = make_parser()
     given = parser.parse_args(argv)
-    for name, value in getattr(given, "bone_config", {}).items():
-        # A flag of its own wins.
-        if value is not None and not hasattr(given, name):
-            parser.parse_args([f"--{name}={value}"], given)
     values = vars(given)
-    values.pop("bone_config", None)
+    for config in CONFIGS:
+        for key, value in values.pop(config, {}).items():
+            name = f"bone_{key.removeprefix('bone_')}"
+            # A flag of its own wins.
+            if value is not None and name not in values:
+                parser.parse_args([f"--{name}={value}"], given)
     require(
         values.get("loss_mask") != "se" or "mask_id" in values,
         "--loss_mask se needs --mask_id: what follows mask1 counts, up to mask0, as in "

@@ -20,7 +20,8 @@ import devices
 import run_folder
 import run_state
 import tokenizer
-from archive import fingerprint, read_checkpoint, trained_quant
+from archive import fingerprint, read_checkpoint
+from bone_record import check_base, trained_quant
 from build import BuiltModel
 from loss import Batch, Counts, count_tokens
 from options import Options, per_machine
@@ -35,16 +36,19 @@ def resolve_options(options: Options) -> Options:
     ValueError where a flag that was given says otherwise, or names a file that is not there.
     """
     check_files(options)
-    quant = trained_quant(options.bone_load, options.quant)
+    quant = options.quant or "none"
     if not options.load_model:
         return dataclasses.replace(options, quant=quant, vocab_size=new_vocab_size(options))
     if options.bone_load:
         tensors = read_checkpoint(options.bone_load, verify=False)
         r, mode = checkpoint.rank_and_mode(tensors, options.bone_load)
+        quant = trained_quant(options.bone_load, options.quant)
     else:
         r, mode = options.bone_r or 64, options.bone_mode or "bat"
     base = read_checkpoint(options.load_model, verify=False)
     config = checkpoint.read_config(base, options.load_model)
+    if options.bone_load:
+        check_base(options.bone_load, options.load_model, options.other_base)
     of_bone: dict[str, Any] = {"bone_r": r, "bone_mode": mode}
     of_base: dict[str, Any] = {
         "n_layer": config.n_layer,

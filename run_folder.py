@@ -10,14 +10,15 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from typing import NamedTuple
 
 import filelock
 import torch
 from torch import nn
 
-from archive import remove_leftovers, trained_quant
+from atomic import remove_leftovers
+from bone_record import check_quant_beside
 
 # ---- states -----------------------------------------------------------------------------------
 
@@ -82,7 +83,7 @@ def check_folder(
             )
     # args.json, which the run writes again, must stay true of the checkpoints that are there.
     for path in glob.glob(os.path.join(glob.escape(folder), "rwkv-*.pth")):
-        trained_quant(path, quant)
+        check_quant_beside(path, quant)
 
 
 class Room(NamedTuple):
@@ -103,7 +104,7 @@ class Room(NamedTuple):
 
 def room(
     folder: str,
-    built: tuple[nn.Module, Container[str], torch.dtype],
+    built: tuple[nn.Module, Container[str], Mapping[str, torch.dtype]],
     checkpoint_paths: dict[int, str],
     *,
     keep: int,
@@ -112,22 +113,23 @@ def room(
 ) -> Room:
     """Return what a run writes after `step`, and the room for it.
 
-    built: the model, the names of its parameters that a checkpoint holds, and their dtype there;
+    built: the model, the names of its parameters that a checkpoint holds, and their dtypes there;
     checkpoint_paths and first: see check_folder.
     """
     model, names, dtype = built
-    numbers = sum(p.numel() for name, p in model.named_parameters() if name in names)
+    saved = {name: p.numel() for name, p in model.named_parameters() if name in names}
+    checkpoint_size = sum(numel * dtype[name].itemsize for name, numel in saved.items())
     checkpoints = 0
     for at, path in checkpoint_paths.items():
         if at >= step and not os.path.exists(path):
             checkpoints += 1
     return Room(
         checkpoints=checkpoints,
-        checkpoint_size=numbers * dtype.itemsize,
+        checkpoint_size=checkpoint_size,
         # A new state is there before an old one goes.
         states=max(0, keep + 1 - len(states(folder, first))),
         # Weights and Adam's two moments, in float32.
-        state_size=12 * numbers,
+        state_size=12 * sum(saved.values()),
         free=shutil.disk_usage(existing_part(folder)).free,
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 import devices
-from archive import atomic_path
+from atomic import atomic_path
 from options import Options
 from run_state import Progress
 

@@ -242,10 +242,10 @@ def second_save_fails(strategy):
     saves = itertools.count(1)
     plain = archive.save_stream
 
-    def full(*arguments):
+    def full(*arguments, **options):
         if next(saves) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        plain(*arguments)
+        plain(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpointer, "save_stream", full)

@@ -20,6 +20,8 @@ import pytest
 import torch
 
 import archive
+import atomic
+import bone_record
 import checkpointer
 import corpus
 import data
@@ -121,9 +123,9 @@ def test_a_last_checkpoint_that_had_no_room_is_written_when_the_run_goes_on(
     flags = "--epoch_steps 3 --epoch_count 2 "
     run(flags + "--proj_dir whole")
 
-    def save_stream(like, make, path):
+    def save_stream(like, make, path, **options):
         limit(50_000 if "rwkv-" in path else None)
-        archive.save_stream(like, make, path)
+        archive.save_stream(like, make, path, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpointer, "save_stream", save_stream)
@@ -152,7 +154,7 @@ def test_a_folder_that_vanishes_is_made_again_with_what_describes_it_and_its_loc
     run("--epoch_steps 4 --save_steps 1 --quant nf4")
     assert (
         [*run_folder.states("out")] == [4]
-        and archive.trained_quant("out/rwkv-0.pth", None) == "nf4"
+        and bone_record.trained_quant("out/rwkv-0.pth", None) == "nf4"
         and not os.path.exists("out/.lock")
     )
 
@@ -618,10 +620,10 @@ def test_no_link_in_the_folder_leads_a_file_outside(monkeypatch):
 
 def test_a_temporary_file_is_never_one_that_lies_there(monkeypatch):
     monkeypatch.setattr(
-        archive, "remove_leftovers", lambda pattern: None
+        atomic, "remove_leftovers", lambda pattern: None
     )  # as if it came to lie there a moment later
     os.symlink(os.path.abspath("outside"), f"a.{os.getpid()}.tmp")
-    with pytest.raises(FileExistsError), archive.atomic_path("a"):
+    with pytest.raises(FileExistsError), atomic.atomic_path("a"):
         pass
     assert not os.path.exists("outside") and not os.path.exists("a")
 

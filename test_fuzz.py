@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import zipfile
 
 import numpy as np
@@ -38,6 +39,8 @@ import merge
 import tokenizer
 import train
 import wkv6
+from archive import fingerprint, save_stream
+from bone_record import make_records
 from conftest import exhaustive
 from quant import quantize
 from test_train import bone_of, counting, tiny
@@ -235,13 +238,50 @@ def in_a_record(path, r):
     """Damage a record and give the checksum of the damage, as an attacker would."""
     with zipfile.ZipFile(path) as archive:
         records = {info.filename: archive.read(info) for info in archive.infolist()}
-    name = r.choice([n for n in records if n.endswith("data.pkl")] * 3 + [*records])
+    name = r.choice([n for n in records if n.endswith(("data.pkl", ".json"))] * 3 + [*records])
     if records[name]:
         records[name] = in_bytes(records[name], r)
     compression = r.choice((zipfile.ZIP_STORED,) * 4 + (zipfile.ZIP_DEFLATED,))
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, content in records.items():
             archive.writestr(name, content)
+
+
+RECORDS = (
+    b"",
+    b"{}",
+    b"[]",
+    b"null",
+    b"[" * 60_000,
+    b'{"a":' * 10_000,
+    b"\xff\xfe",
+    b" " * 70_000,
+    b'{"format": 1, "quant": "nf4", "base": BASE, "base_name": "b.pth"}',
+    b'{"format": 1, "quant": "none", "base": BASE, "base_name": "b.pth", "more": [1]}',
+    b'{"format": 2, "quant": "none", "base": BASE, "base_name": "b.pth"}',
+    b'{"format": true, "quant": "none", "base": BASE, "base_name": "b.pth"}',
+    b'{"format": 1, "quant": ["nf4"], "base": BASE, "base_name": "b.pth"}',
+    b'{"format": 1, "quant": "none", "base": 1e999, "base_name": "b.pth"}',
+    b'{"format": 1, "quant": "none", "base": 7, "base_name": "\\u001b[2J"}',
+    b'{"format": 1, "quant": "none", "base": 7, "base_name": "' + b"x" * 60_000 + b'"}',
+    b'{"format": 1, "quant": "none", "base": ' + b"9" * 10_000 + b', "base_name": ""}',
+)
+
+
+def in_a_bone_record(path, r):
+    """Write another record of what a checkpoint says of itself, with its right checksum."""
+    with zipfile.ZipFile(path) as archive:
+        old = archive.read("archive/bone.json")
+    new = r.choice(RECORDS).replace(b"BASE", str(json.loads(old)["base"]).encode())
+    if r.random() < 0.2:
+        new = in_bytes(old, r)
+    if r.random() < 0.1:
+        # A second one of the same name.
+        with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings(action="ignore"):
+            archive.writestr("archive/bone.json", new)
+        return
+    tensors = plain(path)
+    save_stream(tensors, tensors.get, path, records={"bone.json": new})
 
 
 def in_a_file(path, r):
@@ -410,11 +450,19 @@ def main_of(module, line):
         module.main()
 
 
-def merging():
-    main_of(merge, "merge.py base.pth run/rwkv-0.pth tuned.pth")
-    base, trained, tuned = plain("base.pth"), plain("run/rwkv-0.pth"), plain("tuned.pth")
-    arguments = json.loads(pathlib.Path("run/args.json").read_text(encoding="utf-8"))
-    kind = arguments.get("quant", "none")
+def trained_quant(path):
+    """What a checkpoint's record says, or args.json."""
+    arguments = path.with_name("args.json").read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        if "archive/bone.json" in archive.namelist():
+            arguments = archive.read("archive/bone.json")
+    return json.loads(arguments).get("quant", "none")
+
+
+def merging(checkpoint="run/rwkv-0.pth"):
+    main_of(merge, f"merge.py base.pth {checkpoint} tuned.pth")
+    base, trained, tuned = plain("base.pth"), plain(checkpoint), plain("tuned.pth")
+    kind = trained_quant(pathlib.Path(checkpoint))
     assert base.keys() == tuned.keys()
     for name, weight in base.items():
         b = trained.get(name.removesuffix("weight") + "bone")
@@ -429,10 +477,14 @@ def merging():
         assert expected.isfinite().all(), name
 
 
+def merging_without_record():
+    merging("old/rwkv-0.pth")
+
+
 def merging_for_ai00():
-    main_of(merge, "merge.py base.pth run/rwkv-0.pth tuned.st")
+    main_of(merge, "merge.py base.pth old/rwkv-0.pth tuned.st")
     tuned = load_file("tuned.st")
-    merging()
+    merging_without_record()
     expected = dict(ai00.for_ai00(name, tensor) for name, tensor in plain("tuned.pth").items())
     assert tuned.keys() == expected.keys()
     assert all(tuned[name].equal(tensor.detach()) for name, tensor in expected.items())
@@ -454,7 +506,7 @@ def training():
 
 def going_on_from_bones():
     loss = first_loss("--proj_dir new --bone_load run/rwkv-0.pth")
-    quant = json.loads(pathlib.Path("run/args.json").read_text())["quant"]
+    quant = trained_quant(pathlib.Path("run/rwkv-0.pth"))
     if same(plain("run/rwkv-0.pth"), plain("original/rwkv-0.pth")) and quant == "none":
         assert loss == pathlib.Path("original/bone_loss").read_text(), loss
 
@@ -550,11 +602,13 @@ def converting():
 
 
 def speaking():
-    main_of(generate, "generate.py base.pth --bone run/rwkv-0.pth --prompt bac --length 3")
+    main_of(
+        generate, "generate.py base.pth --bone run/rwkv-0.pth --other_base --prompt bac --length 3"
+    )
 
 
 PROGRAMS = [
-    (in_a_pth, "base.pth", merging),
+    (in_a_pth, "base.pth", merging_without_record),
     (in_a_pth, "base.pth", merging_for_ai00),
     (in_a_pth, "base.pth", training),
     (in_a_pth, "base.pth", speaking),
@@ -571,7 +625,10 @@ PROGRAMS = [
     (in_a_text, "t.jsonl", converting),
     (invented, "t.jsonl", converting),
     (invented, "t.jsonl", converting),
-    (in_json, "run/args.json", merging),
+    (in_a_bone_record, "run/rwkv-0.pth", merging),
+    (in_a_bone_record, "run/rwkv-0.pth", going_on_from_bones),
+    (in_a_bone_record, "run/rwkv-0.pth", speaking),
+    (in_json, "old/args.json", merging_without_record),
     (in_json, "vocab.json", speaking),
 ]
 
@@ -595,13 +652,16 @@ def prepare(folder):
     """Make one right set of inputs, and in `original` what comes of them."""
     with contextlib.chdir(folder):
         os.makedirs("run")
+        os.makedirs("old")
         os.makedirs("original")
         torch.save(tiny(torch.float32), "base.pth")
-        torch.save(
-            {name: t + 0.01 * torch.randn_like(t) for name, t in bone_of("base.pth").items()},
-            "run/rwkv-0.pth",
-        )
-        pathlib.Path("run/args.json").write_text('{"quant": "none", "bone_r": 16}')
+        bones = {name: t + 0.01 * torch.randn_like(t) for name, t in bone_of("base.pth").items()}
+        torch.save(bones, "old/rwkv-0.pth")
+        args = {"load_model": "base.pth", "quant": "none", "bone_r": 16, "bone_mode": "bat"}
+        record = make_records({"args": args, "base": fingerprint("base.pth")})
+        save_stream(bones, bones.get, "run/rwkv-0.pth", records=record)
+        for folder in ("old", "run"):
+            pathlib.Path(folder, "args.json").write_text('{"quant": "none", "bone_r": 16}')
         pathlib.Path("vocab.json").write_text(json.dumps({i: chr(97 + i) for i in range(300)}))
         corpus.write_binidx("x", counting([20, 33, 40, 9, 25]))
         np.save("t.npy", np.arange(200, dtype=np.int32) % 90)

@@ -137,9 +137,9 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded_with_the_fla
     load = checkpoint.load_model
     devices = []
 
-    def noted_load(path, dtype, device, *, quant):
+    def noted_load(path, dtype, device, **rest):
         devices.append(device.type)
-        return load(path, dtype, device, quant=quant)
+        return load(path, dtype, device, **rest)
 
     monkeypatch.setattr(memory, "available", lambda device: 10e6)
     monkeypatch.setattr(checkpoint, "load_model", noted_load)

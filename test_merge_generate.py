@@ -3,20 +3,25 @@
 generate.py: text is whole, and repeatable.
 """
 
+import functools
 import json
 import os
 import pathlib
 import pickle
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import archive
 import bone
+import bone_record
 import checkpoint
 import cli
 import corpus
@@ -200,9 +205,9 @@ def spoil(name, tensor):
             None,
         ),
         (
-            "base.pth ckpt.pth taken",
-            "taken: cannot be written, as it is a folder;",
-            lambda: os.mkdir("taken"),
+            "base.pth ckpt.pth taken.pth",
+            "taken.pth: cannot be written, as it is a folder;",
+            lambda: os.mkdir("taken.pth"),
         ),
         (
             "ckpt.pth base.pth tuned.pth",
@@ -254,6 +259,168 @@ def test_merging_refuses_what_does_not_belong_together_and_harms_nothing(
     if prepare:
         prepare()
     assert says in refused(capsys, lambda: merge.merge(*paths.split()))
+
+
+# ---- what a checkpoint says of its training -----------------------------------------------------
+
+
+def saved(base_path="base.pth", **changes):
+    """Write said.pth: ckpt.pth as a run on a base writes it, with its record, but for `changes`."""
+    args = {"load_model": base_path, "quant": "none", "bone_r": 16, "bone_mode": "bat"}
+    metadata = {"args": args, "base": archive.fingerprint(base_path)}
+    records = bone_record.make_records(metadata)
+    content = json.loads(records["bone.json"]) | changes
+    tensors = read("ckpt.pth")
+    records = {"bone.json": json.dumps(content).encode()}
+    archive.save_stream(tensors, tensors.get, "said.pth", records=records)
+
+
+def equal(path, other):
+    a, b = read(path), read(other)
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+def test_a_checkpoint_travels_alone_and_others_read_it(capsys):
+    saved(quant="nf4")
+    for options in ({}, {"weights_only": False}, {"mmap": True}):
+        assert equal("said.pth", "ckpt.pth")
+        assert torch.load("said.pth", **options).keys() == read("ckpt.pth").keys()
+    merge.merge("base.pth", "said.pth", "alone.pth")
+    assert "nf4 base" in capsys.readouterr().out
+    merge.merge("base.pth", "ckpt.pth", "flag.pth", quant="nf4")
+    merge.merge("base.pth", "ckpt.pth", "plain.pth")
+    assert equal("alone.pth", "flag.pth") and not equal("alone.pth", "plain.pth")
+    # args.json may be another run's by now.
+    pathlib.Path("args.json").write_text('{"quant": "int8"}')
+    merge.merge("base.pth", "said.pth", "beside.pth")
+    assert equal("alone.pth", "beside.pth")
+
+
+def test_without_a_word_on_quantization_it_is_said_once(say, capsys):
+    shutil.copy("ckpt.pth", "silent.pth")
+    for name in ("a.pth", "b.pth"):
+        merge.merge("base.pth", "silent.pth", name)
+    printed = capsys.readouterr().out
+    assert printed.count("note: silent.pth: does not say whether its base was quantized") == 1
+    assert "give --quant" in printed
+    merge.merge("base.pth", "ckpt.pth", "c.pth", quant="none")
+    saved()
+    merge.merge("base.pth", "said.pth", "d.pth")
+    assert "note" not in capsys.readouterr().out
+
+
+def test_a_base_that_is_not_the_one_trained_on_is_refused_unless_one_insists(capsys, say):
+    saved()
+    merge.merge("base.pth", "said.pth", "tuned.pth")
+    converted = {name: tensor.bfloat16() for name, tensor in read("base.pth").items()}
+    torch.save(converted, "half.pth")
+    words = "said.pth: trained on another base (base.pth): {} has other content"
+    for other in ("tuned.pth", "half.pth"):
+        merge_again = functools.partial(merge.merge, other, "said.pth", "again.pth")
+        error = refused(capsys, merge_again)
+        assert words.format(other) in error and "--other_base" in error
+    merge.merge("tuned.pth", "said.pth", "again.pth", other_base=True)
+    saved("world.pth")
+    says = "trained on another base (world.pth)"
+    assert says in refused(capsys, lambda: say("base.pth --bone said.pth --prompt a"))
+    assert "vocabulary" in refused(capsys, lambda: say("base.pth --bone said.pth --other_base"))
+
+
+def test_going_on_from_a_checkpoint_asks_for_its_base_and_its_quantization(capsys):
+    corpus.write_binidx("x", [[*range(1, 20), 0]] * 4)
+    saved("world.pth", quant="nf4")
+    flags = "--load_model base.pth --data_file x --bone_load said.pth --accelerator cpu"
+    error = refused(capsys, lambda: train.train(train.parse_args(flags.split())))
+    assert "said.pth: trained on another base (world.pth): base.pth has" in error
+    train.train(train.parse_args(f"{flags} --other_base --precision fp32".split()))
+    # The next checkpoint tells of its own base, and what it went on from.
+    record = bone_record.read_bone_record("out/rwkv-0.pth")
+    assert record == bone_record.BoneRecord("nf4", archive.fingerprint("base.pth"), "base.pth")
+
+
+def test_a_base_that_is_saved_again_is_still_the_one_trained_on():
+    saved()
+    base = read("base.pth")
+    shutil.copy("base.pth", "copy.pth")
+    for protocol in (2, 3):
+        torch.save(base, "another_archive_name.pth", pickle_protocol=protocol)
+        assert archive.fingerprint("another_archive_name.pth") == archive.fingerprint("base.pth")
+    # In an archive of another order.
+    with zipfile.ZipFile("copy.pth") as old, zipfile.ZipFile("sorted.pth", "w") as new:
+        for name in sorted(old.namelist(), reverse=True):
+            new.writestr(name.replace("copy/", "x/"), old.read(name))
+    # As torch.compile and DistributedDataParallel name its tensors.
+    torch.save({f"module._orig_mod.{name}": tensor for name, tensor in base.items()}, "ddp.pth")
+    merge.merge("base.pth", "said.pth", "tuned.pth")
+    for number, path in enumerate(("another_archive_name.pth", "sorted.pth", "ddp.pth")):
+        assert archive.fingerprint(path) == archive.fingerprint("base.pth")
+        merge.merge(path, "said.pth", f"tuned{number}.pth")
+        assert equal("tuned.pth", f"tuned{number}.pth")
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"format": 2}, "said.pth: written by a newer version of this program"),
+        ({"format": "1"}, "said.pth: its bone.json is invalid"),
+        ({"quant": "fp4"}, "said.pth: its bone.json is invalid"),
+        ({"quant": ["nf4"]}, "said.pth: its bone.json is invalid"),
+        ({"base": "1"}, "said.pth: its bone.json is invalid"),
+        ({"base_name": None}, "said.pth: its bone.json is invalid"),
+        ({"program": "x" * 70_000}, "said.pth: a cut or damaged PyTorch checkpoint (its bone.json"),
+    ],
+)
+def test_a_record_that_no_run_writes_is_refused(capsys, changes, says):
+    saved(**changes)
+    assert says in refused(capsys, lambda: merge.merge("base.pth", "said.pth", "tuned.pth"))
+
+
+def test_a_record_that_is_damaged_is_refused(capsys):
+    saved()
+    content = pathlib.Path("said.pth").read_bytes()
+    assert content.count(b'"quant": "none"') == 1
+    pathlib.Path("said.pth").write_bytes(content.replace(b'"quant": "none"', b'"quant": "int8"'))
+    error = refused(capsys, lambda: merge.merge("base.pth", "said.pth", "tuned.pth"))
+    assert "said.pth: a cut or damaged PyTorch checkpoint (the checksum of archive/bone" in error
+
+
+@pytest.mark.parametrize("name", ["x.gguf", "x.bin", "x", "pth", "x.pth.tmp"])
+def test_an_output_of_unknown_ending_is_refused(capsys, name):
+    error = refused(capsys, lambda: merge.merge("base.pth", "ckpt.pth", name))
+    assert f"{name}: its ending does not say what to write; name it *.pth" in error
+
+
+@pytest.mark.parametrize("quant, parts", [("none", "time ln emb head"), ("nf4", "time ln")])
+def test_nothing_changes_at_a_learning_rate_of_0_whatever_the_dtypes_of_the_base(quant, parts):
+    """Each trained tensor is saved, and merged, in its own dtype of the base."""
+    base = tiny(torch.bfloat16)
+    for name, tensor in tiny().items():
+        if "time" in name or "ln" in name or (name == "emb.weight" and "emb" in parts):
+            base[name] = tensor
+        if name == "blocks.0.ffn.value.weight":
+            base[name] = tensor.half()
+    torch.save(base, "mixed.pth")
+    corpus.write_binidx("x", [[*range(1, 20), 0]] * 4)
+    flags = f"--load_model mixed.pth --data_file x --accelerator cpu --train_parts {parts}"
+    flags += f" --bone_r 16 --lr_init 0 --lr_final 0 --quant {quant}"
+    train.train(train.parse_args(flags.split()))
+    for name, tensor in read("out/rwkv-0.pth").items():
+        adapted = name.removesuffix("bone") + "weight"
+        assert tensor.dtype == base[adapted if adapted in base else name].dtype, name
+    merge.merge("mixed.pth", "out/rwkv-0.pth", "tuned.pth")
+    for name, tensor in read("tuned.pth").items():
+        assert tensor.dtype == base[name].dtype, name
+        quantized = quant != "none" and re.search(r"\.(att|ffn)\.\w+\.weight", name)
+        assert tensor.equal(base[name]) or quantized, name
+
+
+def test_rwkv_peft_s_path_of_its_merge_script_works_and_hides_no_module():
+    """Of its scripts of both names: merge_disha.py here runs merge_bone.py."""
+    flags = "--base_model base.pth --peft_checkpoint ckpt.pth --output tuned.pth"
+    end = command(f"merge/merge_disha.py {flags}")
+    assert (end.returncode, end.stderr) == (0, "") and os.path.exists("tuned.pth")
+    assert pathlib.Path(merge.__file__) == HERE / "merge.py"
+    assert not (HERE / "merge" / "__init__.py").exists()
 
 
 MEASURE = """
@@ -550,6 +717,7 @@ def test_what_training_says_comes_next_works_for_characters_too(say, capsys, mon
 def test_generating_refuses_what_cannot_work(capsys, say, flags, says):
     torch.save(read("world_ckpt.pth") | {"ln_out.bias": torch.full((64,), NAN)}, "nan.pth")
     pathlib.Path("run").mkdir()
+    shutil.copy("world_ckpt.pth", "run/ckpt.pth")
     pathlib.Path("run/args.json").write_text('{"quant": "nf4"}')
     assert says in refused(capsys, lambda: say(flags))
 

@@ -155,6 +155,9 @@ def test_merging_takes_the_tutorial_s_flags_and_plain_order(monkeypatch, capsys)
     assert "did you mean --lora_checkpoint?" in refused(
         capsys, lambda: merge_main(monkeypatch, "--lora_chekpoint a")
     )
+    line = "--base_model base.pth --peft_checkpoint out/rwkv-4.pth --output later.pth"
+    merge_main(monkeypatch, line)
+    assert all(tensor.equal(read("later.pth")[name]) for name, tensor in merged.items())
 
 
 # ---- every value of every option --------------------------------------------------------------
@@ -186,6 +189,8 @@ OTHER = {  # values of options that have no list of choices
         """'{"bone_load":"","bone_r":32}'""",
         """'{"bone_mode":"bone","bone_load":"","bone_r":24}'""",
     ],
+    "disha_config": ["""'{"mode":"bone","load":"","r":24}' --peft disha"""],
+    "other_base": ["--bone_load ckpt.pth"],
     "train_parts": ["", "'[\"time\",' '\"ln\"]'", "[time, ln]", "\"['time', 'ln']\"", "emb head"],
     "data_file": ["x", "x.bin"],
     "val_file": ["x"],
@@ -238,7 +243,7 @@ def test_every_value_of_every_option_trains(name, value):
     flags = f"--epoch_steps 2 --{name} {value} {WITH.get((name, value), '')}"
     args = train.parse_args(
         shlex.split(
-            (DEFAULTS.replace("--bone_r 16 ", "") if name == "bone_config" else DEFAULTS) + flags
+            (DEFAULTS.replace("--bone_r 16 ", "") if "config" in name else DEFAULTS) + flags
         )
     )
     train.train(args)
@@ -304,6 +309,12 @@ def test_each_quantization_with_each_set_of_parts_trains_saves_resumes_and_merge
         ("--num_nodes 2", "--num_nodes 2 needs to know where the first machine is"),
         ("--num_nodes 9000000000000000000", "needs to know where the first machine is"),
         ("--lora_config '{}'", "did you mean --bone_config?"),
+        ("--lr_schedule cos", "it is not there: the rate goes from --lr_init to --lr_final"),
+        ("--op fla", "it is not needed here, leave it out: the fastest form of WKV-6"),
+        (
+            """--disha_config '{"mode":"mode","load":"","r":64}'""",
+            "--bone_mode: mode is unknown; there are bat, bone",
+        ),
         ("--ctxlen 5", "did you mean --ctx_len?"),
         ("--mirco_bsz 1", "did you mean --micro_bsz?"),
         (

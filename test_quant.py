@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import archive
 import bone
+import bone_record
 import checkpoint
 import corpus
 import merge
@@ -214,16 +215,21 @@ def test_training_saving_and_merging_under_quantization_give_the_logits_of_train
         expected, found, untouched = (m(base["idx"]) for m in (model, merged, plain))
     bound = 1e-4 if base["base"]["emb.weight"].dtype == torch.float32 else 2e-2
     assert (found - expected).norm() < bound * (expected - untouched).norm()
-    words = rf"trained with --quant {kind} \(out/args.json\), but --quant is none"
+    words = rf"trained with --quant {kind} \(its bone.json\), but --quant is none"
     with pytest.raises(ValueError, match=words):
         merge.merge("base.pth", "out/rwkv-0.pth", "again.pth", quant="none")
     assert not os.path.exists("again.pth")
-    # Without an args.json beside the checkpoint, the flag takes its place.
+    # A checkpoint travels alone; without its record, the flag takes its place.
     shutil.copy("out/rwkv-0.pth", "moved.pth")
+    merge.merge("base.pth", "moved.pth", "alone.pth")
+    torch.save(torch.load("moved.pth"), "moved.pth")
     merge.merge("base.pth", "moved.pth", "again.pth", quant=kind)
+    assert "note:" not in capsys.readouterr().out
     again = archive.read_checkpoint("again.pth")
     tuned = archive.read_checkpoint("tuned.pth")
     assert all(map(torch.equal, again.values(), tuned.values()))
+    alone = archive.read_checkpoint("alone.pth")
+    assert all(map(torch.equal, alone.values(), tuned.values()))
 
 
 def test_arguments_that_are_none_are_refused(base):
@@ -231,12 +237,12 @@ def test_arguments_that_are_none_are_refused(base):
         with open("args.json", "w") as f:
             f.write(content)
         with pytest.raises(ValueError, match=r"args.json: not the arguments of a training run"):
-            archive.trained_quant("ckpt.pth", None)
+            bone_record.trained_quant("ckpt.pth", None)
     # A version without --quant wrote this.
     with open("args.json", "w") as f:
         json.dump({"bone_r": 64}, f)
-    assert archive.trained_quant("ckpt.pth", "nf4") == "nf4"
-    assert archive.trained_quant("ckpt.pth", None) == "none"
+    assert bone_record.trained_quant("ckpt.pth", "nf4") == "nf4"
+    assert bone_record.trained_quant("ckpt.pth", None) == "none"
 
 
 def test_quantized_training_reaches_the_loss_of_bfloat16(base):

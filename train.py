@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cli import run_cli
@@ -140,7 +140,7 @@ class Run:
     progress: Progress
     log: Log
     checkpointer: Checkpointer
-    save_dtype: torch.dtype  # of checkpoints
+    save_dtype: Mapping[str, torch.dtype]  # of each tensor in a checkpoint
 
 
 def train_epochs(run: Run) -> list[str]:

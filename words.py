@@ -117,8 +117,9 @@ NOT_HERE = {
         "is not needed: loss.csv has every step"
     ),
     "optim optimizer optimizer_type": "is not there: the optimizer is Adam; leave it out",
-    "lr_scheduler lr_scheduler_type scheduler lr_decay_style": (
-        "is not there: the rate goes from --lr_init to --lr_final, exponentially"
+    "lr_schedule lr_scheduler lr_scheduler_type scheduler lr_decay_style": (
+        "is not there: the rate goes from --lr_init to --lr_final, exponentially, after "
+        "--warmup_steps"
     ),
     "warmup_ratio": "is not there: --warmup_steps takes a number of steps",
     "weight_decay_final": "is not there: --weight_decay stays as it is",
@@ -138,6 +139,10 @@ NOT_HERE = {
     "my_sample_len my_exit my_exit_tokens": (
         "is for pretraining in RWKV-LM's stages; leave it out: --epoch_steps and --epoch_count "
         "say how long to train"
+    ),
+    "op": (
+        f"{DROP}: the fastest form of WKV-6 that works here is taken (--fla takes that of "
+        "flash-linear-attention)"
     ),
     "load_partial": "is not there: a base model must be whole",
     "l2warp_sparse": f"{DROP}: padding never counts in the L2 wrap",

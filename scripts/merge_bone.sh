@@ -1,5 +1,5 @@
 # Merge what run_bone.sh trained into its base. Edit the paths, then: sh scripts/merge_bone.sh
-# How the base was quantized in training is read from args.json beside the checkpoint.
+# How the base was quantized in training is read from the checkpoint.
 # If an editor or git gave this file Windows line ends, say so. (The # hide them from these lines.)
 if grep -q "$(printf '\r')" "$0"; then #
     printf '%s\n' "error: $0 has Windows line ends; mend it: sed -i 's/\r\$//' $0" >&2 #
