@@ -143,13 +143,15 @@ class Checkpointer:
 
     def _say_how_to_go_on(self) -> None:
         found = states(self.folder, self.first)
-        arguments = list(sys.argv)
-        if "--resume" not in arguments:
-            arguments.append("--resume")
         if not found:
             advice = "nothing was saved"
         elif devices.started_here():
-            advice = f"to go on from step {max(found)}: python {shlex.join(arguments)}"
+            # Started by another program, as from a notebook, that is not what goes on.
+            program = sys.argv[0]
+            if os.path.basename(program) != "train.py":
+                program = "train.py"
+            command = ["python", program, "--resume", "--proj_dir", self.folder]
+            advice = f"to go on from step {max(found)}: {shlex.join(command)}"
         else:
             advice = (
                 f"to go on from step {max(found)}: the same command, on each machine, with --resume"

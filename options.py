@@ -188,8 +188,9 @@ class Options:
     )
     resume: str | None = flag(
         None,
-        "continue exactly from the last state in proj_dir (the same as last); auto: start a new "
-        "run if there is nothing to resume, so that one command starts and restarts",
+        "continue exactly from the last state in proj_dir (the same as last), with the flags of "
+        "its args.json where none are given; auto: start a new run if there is nothing to resume, "
+        "so that one command starts and restarts",
         choices=("last", "auto"),
         bare="last",
     )

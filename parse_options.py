@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from cli import Parser
 from flags import add_flag
 from options import Options, flags
+from resume_flags import flags_of_earlier_run
 
 PARTS = ("time", "ln", "emb", "head")
 
@@ -47,6 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
             parser.parse_args([f"--{name}={value}"], given)
     values = vars(given)
     values.pop("bone_config", None)
+    values |= flags_of_earlier_run(values)
     options = Options(**values)
     options.train_parts = split_words(options.train_parts)
     check(options)

@@ -370,7 +370,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     said = capsys.readouterr()
     assert (
         f"stopped at step {step}; to go on from step {step}: "
-        "python train.py --some flags --resume\n"
+        "python train.py --resume --proj_dir out\n"
     ) in said.out
     assert [*run_folder.states("out")][-1] == step
     for name in os.listdir("out"):
