@@ -118,6 +118,12 @@ class Options:
         "held-out data of the same kind; its loss, measured after every epoch, tells when to stop",
         per_machine=True,
     )
+    eval_steps: int = flag(
+        0,
+        "measure the held-out loss every this many steps, too, and keep the checkpoint where it is "
+        "the best as rwkv-best.pth; 0: only after every epoch",
+        parse=number(int, 0),
+    )
     ctx_len: int = flag(
         512,
         "longest row in tokens; longer documents are cut, unless train_type is infctx",
@@ -183,6 +189,12 @@ class Options:
         "save the state of the run every this many steps, and with every checkpoint; 0: only then",
         parse=number(int, 0),
     )
+    save_minutes: float = flag(
+        0.0,
+        "save it also when so many minutes have passed since it was saved last, for slow steps; "
+        "0: never",
+        parse=number(float, 0),
+    )
     keep: int = flag(
         1, "number of states that are kept; more, to go back further", parse=number(int, 1)
     )
@@ -233,6 +245,9 @@ class Options:
         0, "seed of the data order and of a new model", parse=number(int, 0), resume=FIXED
     )
     wandb: str = flag("", "also log to this project of Weights & Biases (pip install wandb)")
+    tensorboard: bool = flag(
+        False, "also log to proj_dir/tensorboard, for TensorBoard (pip install tensorboard)"
+    )
 
     lr_init: float = flag(
         2e-5,

@@ -73,11 +73,16 @@ def check(options: Options) -> None:
     """Raise ValueError where options cannot work together, or not on this machine."""
     check_model_and_data(options)
     check_machines(options)
-    if options.wandb:
-        require(
-            importlib.util.find_spec("wandb"),
-            "--wandb: wandb is not installed; pip install wandb, or drop --wandb",
-        )
+    for name in ("wandb", "tensorboard"):
+        if getattr(options, name):
+            require(
+                importlib.util.find_spec(name),
+                f"--{name}: {name} is not installed; pip install {name}, or drop --{name}",
+            )
+    require(
+        not options.eval_steps or options.val_file or getattr(options, "val_split", 0),
+        f"--eval_steps {options.eval_steps} measures a held-out loss: add --val_file, or drop it",
+    )
     check_gpus(options)
 
 

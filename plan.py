@@ -374,6 +374,10 @@ def plan_of_one_rank(options: Options, built: BuiltModel) -> RunPlan:
         resumed_from=state.progress.step if state else None,
         unchanged=not changed_flags,
     )
+    if options.eval_steps:
+        # Where the state's run had this flag, it has made sure that the name was free.
+        own = state and (state.metadata["args"].get("eval_steps") or state.progress.best_step)
+        run_folder.check_best(options.proj_dir, own=bool(own))
     if devices.rank():
         return plan
     return look_at_checkpoints(plan, built)
@@ -392,6 +396,10 @@ def look_at_checkpoints(plan: RunPlan, built: BuiltModel) -> RunPlan:
         at_end = step == plan.end_step and step in written
         complete = at_end or step > plan.end_step
         missing = step in paths.keys() - written and not plan.state.progress.losses
+    if plan.options.eval_steps:
+        # A new best checkpoint is there before the old one goes.
+        best, end = run_folder.best_checkpoint(plan.options.proj_dir), plan.end_step
+        paths = paths | {end + 1: best, end + 2: f"{best}.tmp"}
     if not complete:
         run_folder.check_room(
             plan.options.proj_dir,
