@@ -245,8 +245,12 @@ class Options:
         0, "seed of the data order and of a new model", parse=number(int, 0), resume=FIXED
     )
     wandb: str = flag("", "also log to this project of Weights & Biases (pip install wandb)")
-    tensorboard: bool = flag(
-        False, "also log to proj_dir/tensorboard, for TensorBoard (pip install tensorboard)"
+    tensorboard: int = flag(
+        0,
+        "also log to proj_dir/tensorboard, for TensorBoard (pip install tensorboard); "
+        "without a value: 1",
+        choices=SWITCH,
+        bare=1,
     )
 
     lr_init: float = flag(

@@ -73,11 +73,13 @@ def check(options: Options) -> None:
     """Raise ValueError where options cannot work together, or not on this machine."""
     check_model_and_data(options)
     check_machines(options)
-    for name in ("wandb", "tensorboard"):
+    for name, off in (("wandb", "''"), ("tensorboard", "0")):
+        # On --resume it may come from args.json, where it cannot be dropped.
+        instead = f"give --{name} {off}" if options.resume else f"drop --{name}"
         if getattr(options, name):
             require(
                 importlib.util.find_spec(name),
-                f"--{name}: {name} is not installed; pip install {name}, or drop --{name}",
+                f"--{name}: {name} is not installed; pip install {name}, or {instead}",
             )
     require(
         not options.eval_steps or options.val_file or getattr(options, "val_split", 0),

@@ -34,16 +34,18 @@ def flags_of_earlier_run(given: dict[str, Any]) -> dict[str, Any]:
     path = os.path.join(folder, "args.json")
     if not os.path.exists(path):
         if resume == "last" and "data_file" not in given and "data_type" not in given:
+            advice = "give its --proj_dir"
+            if os.environ.get("NODE_RANK", "0") != "0":
+                advice = "copy the first machine's folder"
             raise ValueError(
-                f"{path}: not there, so --resume needs all flags of that run; "
-                "or give its --proj_dir"
+                f"{path}: not there, so --resume needs all flags of that run; or {advice}"
             )
         return {}
     saved = _read(path)
     found = {}
-    for name, about in flags().items():
+    for name in vars(Options()):
         if name in saved and name not in given and name not in OF_A_START:
-            found[name] = _checked(saved[name], name, about, path=path)
+            found[name] = _checked(saved[name], name, flags()[name], path=path)
     if given.get("load_model", found.get("load_model")):
         found = {name: value for name, value in found.items() if name not in OF_THE_BASE}
     if os.environ.get("WORLD_SIZE"):

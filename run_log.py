@@ -243,7 +243,7 @@ def _summary_writer() -> Callable[..., Any]:
     except Exception as error:  # of a package that does not fit, it may be any
         why = str(error).replace("\n", " ")
         raise ValueError(
-            f"--tensorboard: {why}; pip install -U tensorboard, or drop --tensorboard"
+            f"--tensorboard: {why}; pip install -U tensorboard, or give --tensorboard 0"
         ) from error
     return SummaryWriter
 

@@ -56,8 +56,8 @@ class Progress:
     bad_in_a_row: int = 0
     # Steps in which no token counts. Nothing is learnt in them.
     empty: int = 0
-    # With --eval_steps: the last step on the way to the end of an epoch, after which the held-out
-    # loss was measured; the best of these losses whose checkpoint was kept, and its step.
+    # With --eval_steps: the last step, but for an epoch's last, after which the held-out loss was
+    # measured; the best held-out loss, whose checkpoint was kept; and the step of that.
     evaluated: int = 0
     best_loss: float = math.inf
     best_step: int = 0

@@ -56,7 +56,7 @@ from test_train import (
 )
 
 STRATEGIES = ["ddp", *(f"deepspeed_stage_{stage}" for stage in "123")]
-SAVING = "--val_file held --epoch_count 2 --save_steps 1 --keep 9"
+SAVING = "--val_file held --epoch_count 2 --save_steps 1 --keep 9 --eval_steps 2"
 FLAGS = (
     DEFAULTS.replace("--epoch_steps 4 ", "").replace("--micro_bsz 4", "--micro_bsz 2")
     + "--precision fp32 --random_seed 1 "
@@ -281,6 +281,8 @@ def one_gradient_overflows(strategy):
 
 
 NO_STATE = "rank 1: new: holds no resume-N.pth to go on from; copy the first machine's folder"
+# Else these would come from each one's args.json.
+AS_FULL = "--epoch_count 1 --save_steps 1 --keep 9"
 # (Flags of rank 0, of rank 1, the error of both.)
 DIFFERENCES = [
     (
@@ -292,11 +294,15 @@ DIFFERENCES = [
     ("", "--load_model other.pth", "the content of --load_model differs"),
     ("", "--data_file held", "the content of --data_file differs"),
     (
-        "--resume --proj_dir full_ddp",
-        "--resume --proj_dir bad_ddp",
+        f"--resume {AS_FULL} --proj_dir full_ddp",
+        f"--resume {AS_FULL} --proj_dir bad_ddp",
         "the step to go on from in --proj_dir differs: ",
     ),
-    ("--resume --proj_dir full_ddp", "--resume --proj_dir new", NO_STATE),
+    (
+        f"--resume {AS_FULL} --proj_dir full_ddp",
+        f"--resume {AS_FULL} --proj_dir new",
+        NO_STATE,
+    ),
 ]
 
 

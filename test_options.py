@@ -215,10 +215,11 @@ OTHER = {  # values of options that have no list of choices
     "chunk_ctx": ["7 --train_type infctx"],
     "eval_steps": ["1 --val_file x"],
     "save_minutes": ["0.000001"],
+    "tensorboard": [0],
     "bptt": ["2 --train_type infctx --chunk_ctx 7"],
 }
 # Tested below, and in test_train.py; --resume without a value in test_resume.py.
-APART = {"wandb", "tensorboard", "dry_run"}
+APART = {"wandb", "dry_run"}
 VALUES = [
     (name, value)
     for name, about in options.flags().items()
