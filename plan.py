@@ -16,6 +16,7 @@ import checkpoint
 import corpus
 import data
 import devices
+import resume_flags
 import run_folder
 import run_state
 import tokenizer
@@ -77,9 +78,12 @@ def new_vocab_size(options: Options) -> int:
 
 
 def flags_of_all_ranks(options: Options) -> dict[str, Any]:
-    """Return the flags that need to be the same on all ranks, {--name: value}."""
+    """Return the flags that need to be the same on all ranks, {--name: value}, and their source."""
+    takes_flags = resume_flags.takes_flags(options.proj_dir, options.resume)
+    same: dict[str, Any] = {"the args.json to go on with in --proj_dir": takes_flags}
     left_out = per_machine()
-    return {f"--{name}": value for name, value in vars(options).items() if name not in left_out}
+    same |= {f"--{name}": value for name, value in vars(options).items() if name not in left_out}
+    return same
 
 
 def starts_ranks(options: Options) -> bool:

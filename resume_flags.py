@@ -21,6 +21,13 @@ OF_THE_BASE = ("n_layer", "n_embd", "vocab_size", "my_testing", "pre_ffn", "head
 PATHS = ("load_model", "bone_load", "data_file", "val_file")
 
 
+def takes_flags(folder: str, resume: str | None) -> bool:
+    """Return whether a run goes on with the flags of its folder's args.json."""
+    if resume is None or (resume == "auto" and not _holds_a_state(folder)):
+        return False
+    return os.path.exists(os.path.join(folder, "args.json"))
+
+
 def flags_of_earlier_run(given: dict[str, Any]) -> dict[str, Any]:
     """Return the flags of the run to go on with, but for those that are given: {name: value}.
 
@@ -29,10 +36,8 @@ def flags_of_earlier_run(given: dict[str, Any]) -> dict[str, Any]:
     """
     folder = given.get("proj_dir", Options().proj_dir)
     resume = given.get("resume")
-    if resume is None or (resume == "auto" and not _holds_a_state(folder)):
-        return {}
     path = os.path.join(folder, "args.json")
-    if not os.path.exists(path):
+    if not takes_flags(folder, resume):
         if resume == "last" and "data_file" not in given and "data_type" not in given:
             advice = "give its --proj_dir"
             if os.environ.get("NODE_RANK", "0") != "0":
