@@ -2,6 +2,7 @@
 
     python train.py --load_model base.pth --data_file data.jsonl --bone_r 64
     python train.py --help
+    python train.py --resume --proj_dir out
 
 Data flows one way: file -> tokens -> batch -> model -> loss -> gradient -> update -> checkpoint.
 A batch is a function of (seed, step). So a run is a function of its command line, wherever it is
