@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -45,6 +46,8 @@ class Checkpointer:
     weights: dict[str, torch.nn.Parameter]
     optimizer: Any
     scaler: torch.amp.GradScaler
+    # After so many minutes a new state is due; 0: never.
+    save_minutes: float = 0.0
     # What the ranks share out.
     shares: sharding.Sharding = dataclasses.field(default_factory=sharding.Sharding)
 
@@ -52,10 +55,17 @@ class Checkpointer:
         self.optimizer = own_optimizer(self.optimizer)
         # The step whose state is on disk.
         self.saved = self.progress.step
+        # When the last save of a state began, in seconds of time.monotonic().
+        self.saved_at = time.monotonic()
         # Whether the weights are those of progress.step.
         self.weights_consistent = True
         # Of the folder, where that had to be made again.
         self.lock = contextlib.ExitStack()
+
+    def is_due(self) -> bool:
+        """Return whether a state is due by this rank's clock, as --save_minutes has it."""
+        minutes = (time.monotonic() - self.saved_at) / 60
+        return 0 < self.save_minutes <= minutes
 
     def save_checkpoint(self, path: str, dtype: Mapping[str, torch.dtype]) -> bool:
         """Write the weights to `path`, each in its dtype. Return whether that worked."""
@@ -73,6 +83,7 @@ class Checkpointer:
 
         alone: no other rank comes to this save.
         """
+        self.saved_at = time.monotonic()
         metadata = self.metadata | {
             "progress": dataclasses.asdict(self.progress),
             "scaler": self.scaler.state_dict(),

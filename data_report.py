@@ -13,7 +13,8 @@ import corpus
 import data
 from corpus import Documents
 from options import Options
-from plan import RunPlan, TrainingData, longest_row
+from plan import RunPlan
+from training_data import TrainingData, longest_row
 
 # Documents in a sample, evenly spread; or windows, the first ones that the run reads.
 SAMPLE = 500

@@ -17,7 +17,8 @@ from build import BuiltModel, build_model, chunk_ctx, count_parameters, precisio
 from loss import LOGITS, Counts, loss_fn
 from options import Options
 from passes import detach_state, state_tensors
-from plan import longest_row, ranks, resolve_options
+from plan import ranks, resolve_options
+from training_data import longest_row
 
 META = torch.device("meta")
 

@@ -127,6 +127,12 @@ class Options:
         parse=number(float, 0, below=1),
         resume=FIXED,
     )
+    eval_steps: int = flag(
+        0,
+        "measure the held-out loss every this many steps, too, and keep the checkpoint where it is "
+        "the best as rwkv-best.pth; 0: only after every epoch",
+        parse=number(int, 0),
+    )
     ctx_len: int = flag(
         512,
         "longest row in tokens; longer documents are cut, unless train_type is infctx",
@@ -194,13 +200,20 @@ class Options:
         "save the state of the run every this many steps, and with every checkpoint; 0: only then",
         parse=number(int, 0),
     )
+    save_minutes: float = flag(
+        0.0,
+        "save it also when so many minutes have passed since it was saved last, for slow steps; "
+        "0: never",
+        parse=number(float, 0),
+    )
     keep: int = flag(
         1, "number of states that are kept; more, to go back further", parse=number(int, 1)
     )
     resume: str | None = flag(
         None,
-        "continue exactly from the last state in proj_dir (the same as last); auto: start a new "
-        "run if there is nothing to resume, so that one command starts and restarts",
+        "continue exactly from the last state in proj_dir (the same as last), with the flags of "
+        "its args.json where none are given; auto: start a new run if there is nothing to resume, "
+        "so that one command starts and restarts",
         choices=("last", "auto"),
         bare="last",
     )
@@ -243,6 +256,13 @@ class Options:
         0, "seed of the data order and of a new model", parse=number(int, 0), resume=FIXED
     )
     wandb: str = flag("", "also log to this project of Weights & Biases (pip install wandb)")
+    tensorboard: int = flag(
+        0,
+        "also log to proj_dir/tensorboard, for TensorBoard (pip install tensorboard); "
+        "without a value: 1",
+        choices=SWITCH,
+        bare=1,
+    )
 
     lr_init: float = flag(
         2e-5,

@@ -16,6 +16,7 @@ from typing import Any
 from cli import Parser, no_such_file
 from flags import Flag, add_flag
 from options import CONFIGS, SWITCH, Options, flags
+from resume_flags import flags_of_earlier_run
 
 PARTS = ("time", "ln", "emb", "head")
 
@@ -51,6 +52,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
             # A flag of its own wins.
             if value is not None and name not in values:
                 parser.parse_args([f"--{name}={value}"], given)
+    values |= flags_of_earlier_run(values)
     require(
         values.get("loss_mask") != "se" or "mask_id" in values,
         "--loss_mask se needs --mask_id: what follows mask1 counts, up to mask0, as in "
@@ -115,11 +117,18 @@ def check(options: Options) -> None:
     """Raise ValueError where options cannot work together, or not on this machine."""
     check_model_and_data(options)
     check_machines(options)
-    if options.wandb:
-        require(
-            importlib.util.find_spec("wandb"),
-            "--wandb: wandb is not installed; pip install wandb, or drop --wandb",
-        )
+    for name, off in (("wandb", "''"), ("tensorboard", "0")):
+        # On --resume it may come from args.json, where it cannot be dropped.
+        instead = f"give --{name} {off}" if options.resume else f"drop --{name}"
+        if getattr(options, name):
+            require(
+                importlib.util.find_spec(name),
+                f"--{name}: {name} is not installed; pip install {name}, or {instead}",
+            )
+    require(
+        not options.eval_steps or options.val_file or getattr(options, "val_split", 0),
+        f"--eval_steps {options.eval_steps} measures a held-out loss: add --val_file, or drop it",
+    )
     check_gpus(options)
 
 

@@ -5,10 +5,8 @@ through `plan_run`. Nothing changes an option after the first of them.
 """
 
 import dataclasses
-import math
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -17,15 +15,16 @@ import checkpoint
 import corpus
 import data
 import devices
+import resume_flags
 import run_folder
 import run_state
-import tokenizer
 from archive import fingerprint, read_checkpoint
 from bone_record import check_base, trained_quant
 from build import BuiltModel
-from loss import Batch, Counts, count_tokens
+from loss import Counts, count_tokens
 from options import Options, per_machine
 from parse_options import check_files
+from training_data import StepData, TrainingData, open_documents
 
 # ---- options ------------------------------------------------------------------------------------
 
@@ -84,9 +83,12 @@ def new_vocab_size(options: Options) -> int:
 
 
 def flags_of_all_ranks(options: Options) -> dict[str, Any]:
-    """Return the flags that need to be the same on all ranks, {--name: value}."""
+    """Return the flags that need to be the same on all ranks, {--name: value}, and their source."""
+    takes_flags = resume_flags.takes_flags(options.proj_dir, options.resume)
+    same: dict[str, Any] = {"the args.json to go on with in --proj_dir": takes_flags}
     left_out = per_machine()
-    return {f"--{name}": value for name, value in vars(options).items() if name not in left_out}
+    same |= {f"--{name}": value for name, value in vars(options).items() if name not in left_out}
+    return same
 
 
 def ranks(options: Options) -> int:
@@ -114,157 +116,6 @@ def starts_ranks(options: Options) -> bool:
             f"{started}; with torchrun leave both out, else unset WORLD_SIZE"
         )
     return False
-
-
-# ---- data ---------------------------------------------------------------------------------------
-
-
-def read_vocabulary(options: Options) -> Any:
-    """Return the characters that vocab.json lists, beside the base or in proj_dir; None: neither.
-
-    ValueError where a base has none, or where the two differ.
-    """
-    here = os.path.join(options.proj_dir, "vocab.json")
-    paths = [here]
-    if options.load_model:
-        beside_base = os.path.join(os.path.dirname(options.load_model), "vocab.json")
-        if not os.path.exists(beside_base):
-            raise ValueError(
-                f"{options.load_model}: has no vocab.json beside it that says which characters it "
-                "reads. A World model reads none: write the text as a .jsonl"
-            )
-        paths = [beside_base, here]
-    found = [tokenizer.read_vocabulary(path) for path in paths if os.path.exists(path)]
-    if not found:
-        return None
-    if found[0] != found[-1]:
-        raise ValueError(f"{here}: has other characters than {paths[0]}; give another --proj_dir")
-    return found[0]
-
-
-def open_documents(options: Options, vocab_size: int | None = None) -> tuple[Any, Any]:
-    """Open the training data and the held-out data, which is None where no flag asks for it."""
-    kind = options.data_type or corpus.guess_data_type(options.data_file)
-    is_text = kind in tokenizer.CHARACTERS
-    vocabulary = read_vocabulary(options) if is_text else None
-    documents = corpus.open_data(
-        options.data_file, vocab_size, kind, ctx_len=options.ctx_len, vocabulary=vocabulary
-    )
-    if documents.vocabulary and vocab_size not in (None, documents.vocab_size()):
-        advice = "drop --vocab_size"
-        if options.load_model:
-            advice = "take the vocab.json that it was trained with"
-        raise ValueError(
-            f"{options.data_file or kind}: has {documents.vocab_size()} characters, but the "
-            f"model's vocabulary is {vocab_size}; {advice}"
-        )
-    if options.val_split:
-        return corpus.hold_out(documents, options.val_split, options.random_seed)
-    if not options.val_file:
-        return documents, None
-    if is_text and (kind == "dummy" or not options.data_type):
-        # The encoding of each text is told by its own name.
-        kind = "utf-16le" if corpus.guess_data_type(options.val_file) == "utf-16le" else "utf-8"
-    vocabulary = documents.vocabulary
-    held_out = corpus.open_data(
-        options.val_file, vocab_size, kind, ctx_len=options.ctx_len, vocabulary=vocabulary
-    )
-    return documents, held_out
-
-
-def longest_row(options: Options, documents: Any = None) -> int:
-    """Return how many tokens the longest row has that the model will see.
-
-    With infctx the data says it, since no document is cut.
-    """
-    if options.train_type == "none" or options.dataload == "get" or not options.data_file:
-        return options.ctx_len
-    if documents is None:
-        documents, _ = open_documents(options)
-    longest = int(documents.sizes.max()) - 1
-    least = options.ctx_len if options.loss_mask == "none" else 1
-    return max(longest, least)
-
-
-class StepData(NamedTuple):
-    """What a rank needs for an optimizer step."""
-
-    micro_batches: Sequence[Batch]  # this rank's, on its device
-    counts: Counts  # of all ranks' micro batches
-    size: float  # tokens in all of them, padding included
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingData:
-    """The documents of a run, and how micro batches are made of them."""
-
-    documents: Any
-    held_out: Any  # documents, or None
-    batches: data.BatchConfig  # which rows a micro batch has, and what of them counts
-    epoch_steps: int  # steps in an epoch; 0: as many as it takes to see the data once
-
-    @classmethod
-    def open(cls, options: Options, vocab_size: int) -> "TrainingData":
-        """Open the files. ValueError where they cannot be trained on as the options say."""
-        documents, held_out = open_documents(options, vocab_size)
-        for note in [*documents.notes, *(held_out.notes if held_out else ())]:
-            print(note)
-        loss_mask: data.LossMask = options.loss_mask
-        if loss_mask == "se":
-            loss_mask = options.mask_id["mask1"], options.mask_id["mask0"]
-        batches = data.BatchConfig(
-            options.micro_bsz,
-            options.ctx_len,
-            options.dataload,
-            seed=options.random_seed,
-            shuffle=bool(options.data_shuffle),
-            loss_mask=loss_mask,
-            cut=options.train_type != "infctx",
-        )
-        opened = cls(documents, held_out, batches, options.epoch_steps)
-        silent, looked_at = check_data.check_mask(documents, batches)
-        if held_out:
-            # Held-out documents are rows, however the training data are loaded.
-            check_data.check_mask(held_out, dataclasses.replace(batches, dataload="pad"))
-        if silent:
-            marker, _ = data.markers_of(loss_mask) or ("", "")
-            rows = "windows" if batches.dataload == "get" else "documents"
-            within = f" within {options.ctx_len} tokens" if batches.cut else ""
-            print(
-                f"note: {silent} of the first {looked_at} {rows} have nothing "
-                f"after {marker}{within} and count for nothing"
-            )
-        opened.micro_batch(0)  # what cannot be batched is refused here
-        return opened
-
-    def micro_batch(self, number: int) -> Batch:
-        """Return a micro batch, a function of its number and the options alone."""
-        return data.batch(self.documents, number, self.batches)
-
-    def steps_per_epoch(self, micro_batches_per_step: int) -> int:
-        """Return how many steps an epoch has."""
-        if self.epoch_steps:
-            return self.epoch_steps
-        return math.ceil(self.rows / (self.batches.micro_bsz * micro_batches_per_step))
-
-    @property
-    def rows(self) -> float:
-        """How many rows hold as many tokens as the data."""
-        if self.batches.dataload == "get":
-            return len(self.documents.tokens) / self.batches.ctx_len
-        return len(self.documents)
-
-    def held_out_batches(self) -> Iterator[Batch]:
-        """Yield this rank's batches of the held-out documents, as many as on any other rank."""
-        batches, micro_bsz = self.batches, self.batches.micro_bsz
-        for start in range(0, len(self.held_out), micro_bsz * devices.size()):
-            first = start + micro_bsz * devices.rank()
-            numbers = range(first, min(first + micro_bsz, len(self.held_out)))
-            documents = [self.held_out[i] for i in numbers]
-            if documents:
-                yield data.collate(documents, batches.ctx_len, batches.loss_mask, cut=batches.cut)
-            else:
-                yield data.empty_batch()
 
 
 # ---- the plan -----------------------------------------------------------------------------------
@@ -327,10 +178,15 @@ class RunPlan:
 
     def room(self, built: BuiltModel) -> run_folder.Room:
         """Return what the run is going to write, and the room for it. built: see `plan_run`."""
+        paths = self.checkpoint_paths
+        if self.options.eval_steps:
+            # A new best checkpoint is there before the old one goes.
+            best, end = run_folder.best_checkpoint(self.options.proj_dir), self.end_step
+            paths = paths | {end + 1: best, end + 2: f"{best}.tmp"}
         return run_folder.room(
             self.options.proj_dir,
             built,
-            self.checkpoint_paths,
+            paths,
             keep=self.options.keep,
             first=self.first_step,
             step=self.state.progress.step if self.state else self.first_step,
@@ -404,6 +260,10 @@ def plan_of_one_rank(options: Options, built: BuiltModel) -> RunPlan:
         resumed_from=state.progress.step if state else None,
         unchanged=not changed_flags,
     )
+    if options.eval_steps:
+        # Where the state's run had this flag, it has made sure that the name was free.
+        own = state and (state.metadata["args"].get("eval_steps") or state.progress.best_step)
+        run_folder.check_best(options.proj_dir, own=bool(own))
     if devices.rank():
         return plan
     return look_at_checkpoints(plan, built)

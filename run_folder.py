@@ -86,6 +86,21 @@ def check_folder(
         check_quant_beside(path, quant)
 
 
+def best_checkpoint(folder: str) -> str:
+    """Return the path of the checkpoint whose held-out loss is the best so far: --eval_steps."""
+    return os.path.join(folder, "rwkv-best.pth")
+
+
+def check_best(folder: str, *, own: bool) -> None:
+    """Refuse a run that would replace another one's best checkpoint. own: whether it is its own."""
+    path = best_checkpoint(folder)
+    if os.path.lexists(path) and not own:
+        raise ValueError(
+            f"{path}: already there, from an earlier run, and --eval_steps would replace it; "
+            "give another --proj_dir, or move it away"
+        )
+
+
 class Room(NamedTuple):
     """What a run is going to write, and the room that the disk has for it; sizes in bytes."""
 
@@ -178,13 +193,13 @@ def _check_names(folder: str) -> None:
         raise ValueError(
             f"--proj_dir {folder} is a file; give a folder, which is made where it is missing"
         )
-    for name in (".lock", "train_log.txt", "loss.csv", "wandb"):
+    for name in (".lock", "train_log.txt", "loss.csv", "wandb", "tensorboard"):
         path = os.path.join(folder, name)
         if os.path.islink(path):
             raise ValueError(
                 f"{path}: a symbolic link, through which this run would write elsewhere; remove it"
             )
-        if name == "wandb":
+        if name in ("wandb", "tensorboard"):
             kind, fits = "folder", os.path.isdir(path)
         else:
             kind, fits = "file", os.path.isfile(path)

@@ -46,14 +46,21 @@ class Progress:
 
     # Optimizer steps since epoch 0, those left out included.
     step: int
-    # Loss of each step of the epoch so far; empty again when the epoch is closed: when its
-    # checkpoint, if it has one, is written.
+    # Loss of each step of the epoch so far, NaN where no token counts. The list is empty again when
+    # the epoch is closed: when its checkpoint, if it has one, is written.
     losses: list[float] = dataclasses.field(default_factory=list)
     # Steps left out because fp16 could not hold the gradient.
     overflows: int = 0
     # Steps left out because loss or gradient were not finite.
     bad: int = 0
     bad_in_a_row: int = 0
+    # Steps in which no token counts. Nothing is learnt in them.
+    empty: int = 0
+    # With --eval_steps: the last step, but for an epoch's last, after which the held-out loss was
+    # measured; the best held-out loss, whose checkpoint was kept; and the step of that.
+    evaluated: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
 
     def count(self, loss: float, norm: float, overflow: bool) -> None:
         """Count a step, by its loss and the norm of its gradient; overflow: in fp16."""
@@ -66,6 +73,12 @@ class Progress:
         else:
             self.bad += 1
             self.bad_in_a_row += 1
+
+    def count_empty(self) -> None:
+        """Count a step in which no token counts."""
+        self.step += 1
+        self.losses.append(math.nan)
+        self.empty += 1
 
     def epochs_closed(self, steps_per_epoch: int) -> int:
         """Return how many epochs are closed; the next one is where the run is."""
@@ -88,10 +101,15 @@ class Progress:
 
     def summary(self, steps: int) -> str:
         """Describe the epoch. steps: those of the run; an error if none of them was taken."""
-        if self.overflows + self.bad == steps:
+        if self.empty == steps:
             raise devices.CollectiveError(
-                f"loss or gradient were not finite in each of {steps} steps, so nothing was "
-                "learnt; use --precision bf16 or fp32"
+                f"no token counts in any of {steps} steps, so nothing was learnt; look at "
+                "--loss_mask, and at --ctx_len, after which documents are cut"
+            )
+        if self.overflows + self.bad + self.empty == steps:
+            raise devices.CollectiveError(
+                f"loss or gradient were not finite in each of {steps - self.empty} steps, so "
+                "nothing was learnt; use --precision bf16 or fp32"
             )
         finite = [loss for loss in self.losses if math.isfinite(loss)]
         text = "no loss that is finite"
@@ -101,6 +119,8 @@ class Progress:
             text += f", {self.overflows} steps so far left out, whose gradient fp16 could not hold"
         if self.bad:
             text += f", {self.bad} steps so far left out, whose loss or gradient was not finite"
+        if self.empty:
+            text += f", {self.empty} steps so far in which no token counts"
         return text
 
 
@@ -130,8 +150,10 @@ def _check_metadata(metadata: dict[str, Any], progress: Progress, path: str) -> 
 
     Raises ValueError, or whatever else values of a wrong type lead to.
     """
-    for count in (progress.step, progress.overflows, progress.bad, progress.bad_in_a_row):
-        _require(type(count) is int and count >= 0, "invalid progress")
+    for name, count in vars(progress).items():
+        if name not in ("losses", "best_loss"):
+            _require(type(count) is int and count >= 0, "invalid progress")
+    _require(type(progress.best_loss) in (int, float), "invalid best_loss")
     _require(type(progress.losses) is list, "invalid losses")
     for loss in progress.losses:
         _require(type(loss) in (int, float), "invalid losses")

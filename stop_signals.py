@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
 
 import devices
 from cli import settable_signals
@@ -58,16 +59,19 @@ class StopSignals:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def check(self) -> None:
-        """End the run here, on all ranks, if any of them was told to."""
-        number = int(devices.max_over_ranks([self.number])[0])
-        if not number:
-            return
-        if not self.number:
+    def check(self, save_is_due: bool = False) -> bool:
+        """End the run here, on all ranks, if any of them was told to.
+
+        Returns whether on any of them a save is due: their clocks differ, and one decides for all.
+        """
+        number, due = map(int, devices.max_over_ranks([self.number, save_is_due]))
+        if number and not self.number:
             # Another rank was told first. What this one is about to be told is the same request.
             time.sleep(0.5)
-        self.number = self.number or number
-        self._stop()
+            self.number = self.number or number
+        if number:
+            self._stop()
+        return bool(due)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.number:
@@ -86,7 +90,7 @@ class StopSignals:
             with contextlib.suppress(OSError):
                 os.write(2, said)
 
-    def _stop(self) -> None:
+    def _stop(self) -> NoReturn:
         if self.number == signal.SIGINT:
             self.stopping = KeyboardInterrupt()
         else:

@@ -57,7 +57,7 @@ from test_train import (
 )
 
 STRATEGIES = ["ddp", *(f"deepspeed_stage_{stage}" for stage in "123")]
-SAVING = "--val_file held --epoch_count 2 --save_steps 1 --keep 9"
+SAVING = "--val_file held --epoch_count 2 --save_steps 1 --keep 9 --eval_steps 2"
 FLAGS = (
     DEFAULTS.replace("--epoch_steps 4 ", "").replace("--micro_bsz 4", "--micro_bsz 2")
     + "--precision fp32 --random_seed 1 "
@@ -281,7 +281,9 @@ def one_gradient_overflows(strategy):
         train.train(parse(f"--precision fp16 --strategy {strategy} --proj_dir half_{strategy}"))
 
 
-NO_STATE = "rank 1: new: holds no resume-N.pth to go on from; copy the first machine's folder"
+NO_STATE = "rank 1: copied: holds no resume-N.pth to go on from; copy the first machine's folder"
+# Else these would come from each one's args.json.
+AS_FULL = "--epoch_count 1 --save_steps 1 --keep 9"
 # (Flags of rank 0, of rank 1, the error of both.)
 DIFFERENCES = [
     (
@@ -293,17 +295,28 @@ DIFFERENCES = [
     ("", "--load_model other.pth", "the content of --load_model differs"),
     ("", "--data_file held", "the content of --data_file differs"),
     (
-        "--resume --proj_dir full_ddp",
-        "--resume --proj_dir bad_ddp",
+        f"--resume {AS_FULL} --proj_dir full_ddp",
+        f"--resume {AS_FULL} --proj_dir bad_ddp",
         "the step to go on from in --proj_dir differs: ",
     ),
-    ("--resume --proj_dir full_ddp", "--resume --proj_dir new", NO_STATE),
+    (
+        "--resume --proj_dir full_ddp",
+        "--resume --proj_dir new",
+        "the args.json to go on with in --proj_dir differs: (True|False) on rank",
+    ),
+    (
+        "--resume --proj_dir full_ddp",
+        "--resume --proj_dir copied",
+        NO_STATE,
+    ),
 ]
 
 
 def what_differs_is_refused():
     if devices.rank():
         torch.save(tiny(torch.float32) | {"head.weight": torch.ones(300, 64)}, "other.pth")
+        os.mkdir("copied")
+        shutil.copy("full_ddp/args.json", "copied")
     for *flags, says in DIFFERENCES:
         with pytest.raises(devices.CollectiveError, match=says):
             train.train(parse(flags[devices.rank()]))

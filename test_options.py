@@ -219,6 +219,9 @@ OTHER = {  # values of options that have no list of choices
     "keep": [2],
     "resume": ["auto"],
     "chunk_ctx": ["7 --train_type infctx"],
+    "eval_steps": ["1 --val_file x"],
+    "save_minutes": ["0.000001"],
+    "tensorboard": [0],
     "bptt": ["2 --train_type infctx --chunk_ctx 7"],
 }
 # Tested below, and in test_train.py; --resume without a value in test_resume.py.

@@ -26,11 +26,14 @@ import checkpoint
 import cli
 import corpus
 import data
+import devices
+import evaluate
 import memory
 import plan
 import run_state
 import rwkv6
 import train
+import training_data
 from passes import Passes
 
 EXPECTED = memory.expected
@@ -232,8 +235,8 @@ def test_held_out_loss_is_the_mean_over_its_tokens_before_and_after(capsys):
     found = []
     for micro_bsz in (1, 2, 3):
         options = arguments(f"--val_file held --micro_bsz {micro_bsz}")
-        a_run.plan = types.SimpleNamespace(data=plan.TrainingData.open(options, 300))
-        found.append(train.val_loss(a_run))
+        a_run.plan = types.SimpleNamespace(data=training_data.TrainingData.open(options, 300))
+        found.append(evaluate.val_loss(a_run))
     assert found == pytest.approx(found[:1] * 3, rel=1e-5)
     assert found[0] == pytest.approx(before, rel=2e-2)
 
@@ -243,7 +246,7 @@ def test_a_part_that_is_held_out_is_measured_and_never_trained_on(capsys):
     said = capsys.readouterr().out
     assert "x: 3 of 12 documents are held out (--val_split 0.25)\n" in said
     sizes = corpus.Binidx("x").sizes
-    parts = plan.TrainingData.open(arguments("--val_split 0.25 --micro_bsz 1"), 300)
+    parts = training_data.TrainingData.open(arguments("--val_split 0.25 --micro_bsz 1"), 300)
     held_out = parts.held_out.numbers.tolist()
     # Each document has a first token of its own.
     whole = [document[0] for document in corpus.Binidx("x")]
@@ -334,18 +337,18 @@ def test_training_goes_on_over_the_quantized_base_of_the_checkpoint():
 
 
 def test_data_that_is_not_there_is_found_out_before_the_base_is_loaded(monkeypatch):
-    devices, load = [], checkpoint.load_model
+    found, load = [], checkpoint.load_model
     monkeypatch.setattr(
         checkpoint,
         "load_model",
         lambda path, dtype, device, **rest: (
-            devices.append(device.type) or load(path, dtype, device, **rest)
+            found.append(device.type) or load(path, dtype, device, **rest)
         ),
     )
     for flags in ("--data_file gone", "--val_file gone"):
         with pytest.raises(ValueError, match=f"{flags}: No such file"):
             run(flags)
-    assert not devices
+    assert not found
 
 
 def test_what_a_loaded_checkpoint_trained_is_in_the_next_checkpoint():
@@ -361,6 +364,69 @@ def test_pretraining_saves_a_complete_model():
         checkpoint.load_model("out/rwkv-0.pth").config == rwkv6.init_model(2, 64, 300).config
         and column("loss")[-1] < 0.9 * column("loss")[0]
     )
+
+
+# ---- steps in which nothing counts --------------------------------------------------------------
+
+ANSWER = [[1 + b for b in f"User: {i}\n\nAssistant: {i}{i}".encode()] + [0] for i in range(3)]
+NO_ANSWER = [[1 + b for b in b"no marker at all"] + [0]] * 2
+IN_ORDER = "--data_file qa --loss_mask qa --data_shuffle 0 --micro_bsz 1 "
+
+
+def test_a_step_in_which_nothing_counts_changes_nothing_and_is_counted(monkeypatch):
+    corpus.write_binidx("qa", [ANSWER[0], *NO_ANSWER, *ANSWER[1:]])
+    run(IN_ORDER + "--epoch_steps 5 --save_steps 1 --keep 9 --weight_decay 0.1")
+    states = [read(f"out/resume-{n}.pth") for n in range(1, 6)]
+    abouts = [json.loads(state.pop("about").numpy().tobytes()) for state in states]
+    assert all(tensor.equal(states[2][name]) for name, tensor in states[0].items())
+    assert states[0]["step.blocks.0.att.key.bone"] == 1
+    assert states[4]["step.blocks.0.att.key.bone"] == 3
+    assert not states[3]["weights.blocks.0.att.key.bone"].equal(
+        states[2]["weights.blocks.0.att.key.bone"]
+    )
+    assert [about["progress"]["empty"] for about in abouts] == [0, 1, 2, 2, 2]
+    assert column("step") == [0, 3, 4] and min(column("loss")) > 0
+    mean = sum(column("loss")) / 3
+    log = pathlib.Path("out/train_log.txt").read_text()
+    assert f"mean loss {mean:.4f}, 2 steps so far in which no token counts\n" in log
+
+    # Gone on from the midst of these steps, it is the same run.
+    os.mkdir("parts")
+    shutil.copy("out/resume-2.pth", "parts")
+    run(IN_ORDER + "--epoch_steps 5 --save_steps 1 --weight_decay 0.1 --proj_dir parts --resume")
+    whole, parts = read("out/rwkv-0.pth"), read("parts/rwkv-0.pth")
+    assert all(tensor.equal(parts[name]) for name, tensor in whole.items())
+    assert f"mean loss {mean:.4f}, 2 steps" in pathlib.Path("parts/train_log.txt").read_text()
+
+
+def test_a_step_whose_tokens_are_another_rank_s_is_taken(monkeypatch):
+    """All ranks know the counts of all, and go the same way."""
+    corpus.write_binidx("qa", [ANSWER[0], *NO_ANSWER])
+    monkeypatch.setattr(devices, "sum_over_ranks", lambda numbers: [n + 7 for n in numbers])
+    run(IN_ORDER + "--epoch_steps 3")
+    assert column("step") == [0, 1, 2]
+
+
+def test_a_run_in_which_nothing_counts_is_no_success():
+    corpus.write_binidx("qa", [*NO_ANSWER, ANSWER[0]])
+    with pytest.raises(ValueError, match="no token counts in any of 2 steps, so nothing was learn"):
+        run(IN_ORDER + "--epoch_steps 2")
+    assert not os.path.exists("out/rwkv-0.pth")
+
+
+def test_a_state_from_before_these_steps_were_counted_is_gone_on_from():
+    run("--epoch_steps 4 --save_steps 2 --keep 2")
+    state = read("out/resume-2.pth")
+    about = json.loads(state["about"].numpy().tobytes())
+    names = ("step", "losses", "overflows", "bad", "bad_in_a_row")
+    about["progress"] = {name: about["progress"][name] for name in names}
+    in_bytes = bytearray(json.dumps(about).encode())
+    os.mkdir("parts")
+    about_tensor = torch.frombuffer(in_bytes, dtype=torch.uint8)
+    torch.save(state | {"about": about_tensor}, "parts/resume-2.pth")
+    run("--epoch_steps 4 --proj_dir parts --resume")
+    whole, parts = read("out/rwkv-0.pth"), read("parts/rwkv-0.pth")
+    assert all(tensor.equal(parts[name]) for name, tensor in whole.items())
 
 
 # ---- optimizer, learning rate -------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
     python train.py --load_model base.pth --data_file data.jsonl --bone_r 64
     python train.py --help
+    python train.py --resume --proj_dir out
 
 Data flows one way: file -> tokens -> batch -> model -> loss -> gradient -> update -> checkpoint.
 A batch is a function of (seed, step). So a run is a function of its command line, wherever it is
@@ -11,10 +12,7 @@ Read from top to bottom: the optimizer, the loop, then how a run is set up and h
 """
 
 import contextlib
-import dataclasses
 import math
-import time
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from cli import run_cli
@@ -27,7 +25,6 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
-import data
 import devices
 import memory
 import run_folder
@@ -35,15 +32,16 @@ import sharding
 from build import build_for_training, make_passes
 from checkpointer import Checkpointer
 from estimate import check_memory
+from evaluate import evaluate, evaluate_on_the_way, measure
 from from_python import by_keywords
-from loss import count_tokens, loss_fn  # noqa: F401 (loss_fn: for those who import it from here)
+from loss import loss_fn  # noqa: F401 (for those who import it from here)
 from options import Options
-from passes import Passes, accumulate_gradients, chunk_losses
+from passes import accumulate_gradients
 from plan import RunPlan, flags_of_all_ranks, plan_run, resolve_options, starts_ranks
 from report import describe, describe_resumed, dry_run, final_report, report_complete
-from run_log import Log, progress_bar
+from run_log import Log
+from run_parts import Run
 from run_state import Progress
-from rwkv6 import RWKV
 from stop_signals import StopSignals
 
 # ---- optimizer ----------------------------------------------------------------------------------
@@ -128,21 +126,6 @@ def update(
 # ---- the loop -----------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What the loop works with."""
-
-    plan: RunPlan
-    device: torch.device
-    model: RWKV
-    passes: Passes  # how batches pass through the model: precision, chunks, ranks
-    optimizer: torch.optim.Optimizer
-    progress: Progress
-    log: Log
-    checkpointer: Checkpointer
-    save_dtype: Mapping[str, torch.dtype]  # of each tensor in a checkpoint
-
-
 def train_epochs(run: Run) -> list[str]:
     """Train to the end of the last epoch. Return the checkpoints that could not be saved."""
     failed_checkpoints = []
@@ -157,48 +140,64 @@ def train_epochs(run: Run) -> list[str]:
 
 def train_epoch(run: Run, epoch: int, stop: StopSignals) -> None:
     """Take the steps that are left of an epoch."""
-    plan, progress, log = run.plan, run.progress, run.log
+    plan, progress = run.plan, run.progress
     end = (epoch + 1) * plan.steps_per_epoch
     next_data = None
-    with progress_bar(epoch, progress.step, steps_per_epoch=plan.steps_per_epoch) as bar:
-        for step in bar:
-            started = time.perf_counter()
+    with run.log.display.steps(plan, epoch, progress.step) as steps:
+        for step in steps:
             step_data = next_data or plan.load_step(step, run.device)
 
-            # Forward and backward over this rank's share of the step's micro batches.
-            losses: Any = accumulate_gradients(
-                run.model, step_data.micro_batches, run.passes, counts=step_data.counts
-            )
+            # Forward and backward over this rank's share of the step's micro batches. Where no
+            # token counts, there is nothing to learn: the L2 wrap alone moves no weights.
+            losses: list[Tensor] = []
+            if step_data.counts.tokens:
+                losses = accumulate_gradients(
+                    run.model, step_data.micro_batches, run.passes, counts=step_data.counts
+                )
 
             # While a GPU is still at work, prepare the next step. (An error there costs this step,
             # too: the state that is saved then is the one before it.)
             next_data = plan.load_step(step + 1, run.device) if step + 1 < end else None
 
-            # Update. A loss or gradient that is not finite never reaches the weights.
-            lr = learning_rate(step, plan)
-            with run.checkpointer.step_in_progress():
-                set_learning_rate(run.optimizer, lr)
-                norm, scale = update(run.optimizer, run.passes.scaler, sum(losses))
-                # The step's only wait for the device: from here on, these are numbers.
-                *losses, norm, scale = torch.stack([*losses, norm, scale]).tolist()
-                losses = devices.interleave_ranks(losses)[: plan.micro_batches_per_step]
-                loss = sum(losses)
-                fp16_overflow = scale > 1 and math.isfinite(loss) and not math.isfinite(norm)
-                progress.count(loss, norm, fp16_overflow)
+            # Update, and report.
+            if losses:
+                take_step(run, step, losses, tokens=step_data.size)
+            else:
+                progress.count_empty()
 
-            # Report, save, stop if asked to.
-            log.point(step, loss=loss, lr=lr)
-            if progress.bad_in_a_row:
-                rows = plan.describe_bad_rows(step, losses)
-                log.line(f"step {step} left out: loss {loss}, gradient norm {norm}; {rows}")
-                progress.check()
-            stop.check()
-            speed = step_data.size / (time.perf_counter() - started)
-            gb = memory.peak(run.device) / 1e9
-            bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, {speed:,.0f} tokens/s, {gb:.1f} GB")
-            if plan.saves_state_after(progress.step) and progress.step < end:
-                run.checkpointer.save_state()
-                stop.check()
+            # Stop if asked to. Evaluate and save; after an epoch's last step `end_epoch` does.
+            save_is_due = stop.check(run.checkpointer.is_due())
+            if progress.step < end:
+                evaluate_on_the_way(run, check=stop.check)
+                if save_is_due or plan.saves_state_after(progress.step):
+                    run.checkpointer.save_state()
+                    stop.check()
+
+
+def take_step(run: Run, step: int, losses: list[Tensor], *, tokens: float) -> None:
+    """Update the weights by the gradients of a step; count the step, and write it down.
+
+    losses: of this rank's micro batches, tensors (); tokens: of all ranks', padding included.
+    """
+    plan, progress, log = run.plan, run.progress, run.log
+    lr = learning_rate(step, plan)
+    with run.checkpointer.step_in_progress():
+        set_learning_rate(run.optimizer, lr)
+        # A loss or gradient that is not finite never reaches the weights.
+        loss_of_rank = sum(losses[1:], start=losses[0])
+        norm_and_scale = update(run.optimizer, run.passes.scaler, loss_of_rank)
+        # The step's only wait for the device: from here on, these are numbers.
+        *numbers, norm, scale = torch.stack([*losses, *norm_and_scale]).tolist()
+        numbers = devices.interleave_ranks(numbers)[: plan.micro_batches_per_step]
+        loss = sum(numbers)
+        fp16_overflow = scale > 1 and math.isfinite(loss) and not math.isfinite(norm)
+        progress.count(loss, norm, fp16_overflow)
+    memory_gb = memory.peak(run.device) / 1e9
+    log.step(step, loss=loss, lr=lr, grad_norm=norm, tokens=tokens, memory_gb=memory_gb)
+    if progress.bad_in_a_row:
+        rows = plan.describe_bad_rows(step, numbers)
+        log.line(f"step {step} left out: loss {loss}, gradient norm {norm}; {rows}")
+        progress.check()
 
 
 def end_epoch(run: Run, epoch: int, stop: StopSignals) -> list[str]:
@@ -206,9 +205,7 @@ def end_epoch(run: Run, epoch: int, stop: StopSignals) -> list[str]:
     plan, progress = run.plan, run.progress
     summary = f"epoch {epoch}: {progress.summary(plan.end_step - plan.first_step)}"
     if plan.data.held_out:
-        held_out_loss = val_loss(run, check=stop.check)
-        run.log.point(progress.step, val_loss=held_out_loss)
-        summary += f", held-out loss {held_out_loss:.4f}"
+        summary += f", {evaluate(run, check=stop.check)}"
     run.log.line(summary)
 
     # An epoch without losses is closed. Losses in a state say that its checkpoint is to be written.
@@ -222,24 +219,9 @@ def end_epoch(run: Run, epoch: int, stop: StopSignals) -> list[str]:
         run.checkpointer.save_state()
     if progress.step < plan.end_step:
         progress.losses.clear()
+    if path is not None:
+        run.log.draw()
     return failed_checkpoints
-
-
-def val_loss(run: Run, *, check: Callable[[], None] | None = None) -> float:
-    """Return the mean loss over the held-out tokens that count. check: called after each batch."""
-    losses: list[Tensor] = []
-    tokens = 0.0
-    # Each document is seen once, by one of the ranks.
-    for batch in run.plan.data.held_out_batches():
-        tokens += count_tokens([batch]).tokens
-        [batch] = data.to_device([batch], run.device)
-        losses += chunk_losses(run.model, batch, run.passes)
-        if check:
-            check()
-    # The only wait for the device.
-    loss = sum(torch.stack(losses).tolist()) if losses else 0.0
-    loss, tokens = devices.sum_over_ranks([loss, tokens])
-    return loss / max(tokens, 1.0)
 
 
 # ---- a run --------------------------------------------------------------------------------------
@@ -273,6 +255,7 @@ def set_up(plan: RunPlan, log: Log, device: torch.device) -> Run:
         weights=weights,
         optimizer=optimizer,
         scaler=passes.scaler,
+        save_minutes=options.save_minutes,
         shares=sharding.Sharding.of(options.strategy),
     )
     return Run(plan, device, model, passes, optimizer, progress, log, checkpointer, save_dtype)
@@ -284,10 +267,9 @@ def begin(run: Run) -> None:
     log.open(run.progress, plan.state is not None)
     if plan.state:
         log.line(describe_resumed(plan, plan.state))
+        evaluate_on_the_way(run)
     elif plan.data.held_out:
-        held_out_loss = val_loss(run)
-        log.point(plan.first_step, val_loss=held_out_loss)
-        print(f"held-out loss before training: {held_out_loss:.4f}")
+        print(f"held-out loss before training: {measure(run):.4f}")
     if plan.checkpoint_is_missing:
         # It was moved away, but the state has all of it.
         run.checkpointer.save_checkpoint(plan.checkpoint_paths[run.progress.step], run.save_dtype)

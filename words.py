@@ -37,7 +37,7 @@ MEANS = {
     "proj_dir": "output output_dir output_path out out_dir save_dir save_path logging_dir",
     "epoch_count": "epochs epoch n_epochs num_epochs num_train_epochs max_epochs",
     "epoch_steps": "steps max_steps num_steps max_train_steps total_steps max_iters",
-    "save_steps": "save_every save_interval save_freq",
+    "save_steps": "save_every save_interval save_freq checkpoint_interval",
     "keep": "save_total_limit",
     "resume": "resume_from resume_from_checkpoint continue continue_training",
     "train_type infctx": "infctx",
@@ -69,6 +69,9 @@ MEANS = {
     "quant": "quantization quantization_bit quantize quant_type bnb_4bit_quant_type",
     "quant nf4": "bits 4bit nf4 int4 load_in_4bit qlora use_qlora",
     "quant int8": "8bit int8 load_in_8bit",
+    "eval_steps": "eval_interval eval_every evaluation_steps val_interval val_check_interval",
+    "val_split": "val_size validation_split val_ratio eval_ratio test_size val_set_size",
+    "tensorboard": "tb tensorboard_dir use_tensorboard",
     "grad_cp": "gradient_checkpointing use_gradient_checkpointing activation_checkpointing "
     "grad_checkpoint grad_checkpointing",
     "fla": "use_fla fla_npu fused_kernel",
@@ -110,8 +113,8 @@ NOT_HERE = {
     ),
     "dropout lora_dropout hidden_dropout attention_dropout": NO_DROPOUT,
     "report_to tracker logger": (
-        "is not there: --wandb PROJECT logs to Weights & Biases; loss.csv and loss.png are "
-        "always written"
+        "is not there: --wandb PROJECT logs to Weights & Biases, --tensorboard to TensorBoard; "
+        "loss.csv and loss.png are always written"
     ),
     "logging_steps log_every log_interval logging_strategy": (
         "is not needed: loss.csv has every step"
