@@ -126,8 +126,8 @@ def check(options: Options) -> None:
                 f"--{name}: {name} is not installed; pip install {name}, or {instead}",
             )
     require(
-        not options.eval_steps or options.val_file or getattr(options, "val_split", 0),
-        f"--eval_steps {options.eval_steps} measures a held-out loss: add --val_file, or drop it",
+        not options.eval_steps or options.val_file or options.val_split,
+        f"--eval_steps {options.eval_steps} measures a held-out loss: add --val_file or --val_split, or drop it",
     )
     check_gpus(options)
 
