@@ -156,7 +156,7 @@ class Checkpointer:
         if not found:
             advice = "nothing was saved"
         elif devices.started_here():
-            advice = f"to go on from step {max(found)}: {command_to_resume()}"
+            advice = f"to go on from step {max(found)}: {command_to_resume(self.folder)}"
         else:
             advice = (
                 f"to go on from step {max(found)}: the same command, on each machine, with --resume"

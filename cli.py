@@ -80,14 +80,12 @@ def path_of(program: str) -> str:
     return path if os.path.exists(path) else program
 
 
-def command_to_resume() -> str:
-    """Return what continues this run: its command with --resume, or its call from Python."""
-    if os.path.basename(sys.argv[0]) != "train.py":
-        return "the same call of train(), with resume=True"
-    arguments = list(sys.argv)
-    if "--resume" not in arguments:
-        arguments.append("--resume")
-    return f"python {shlex.join(arguments)}"
+def command_to_resume(folder: str) -> str:
+    """Return what continues the run in a folder, from a shell or from Python."""
+    program = sys.argv[0]
+    if os.path.basename(program) == "train.py":
+        return f"python {shlex.join([program, '--resume', '--proj_dir', folder])}"
+    return f"train(resume=True, proj_dir={folder!r})"
 
 
 def no_such_file(path: str) -> str:

@@ -112,7 +112,7 @@ def test_a_resumed_run_returns_all_of_it_and_a_dry_run_nothing():
     train.train(**KEYWORDS)
     result = train.train(**KEYWORDS, epoch_count=2, resume=True)
     assert [step for step, _ in result.losses] == [0, 1, 2, 3]
-    nothing = train.train(**KEYWORDS, dry_run=True)
+    nothing = train.train(**KEYWORDS, proj_dir="other", dry_run=True)
     assert (nothing.losses, nothing.checkpoints) == ([], [])
 
 
@@ -167,7 +167,7 @@ def test_what_ends_a_thread_s_run_saves_its_state(monkeypatch):
 
 def test_from_a_notebook_it_says_how_to_call_it_again(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
-    assert cli.command_to_resume() == "the same call of train(), with resume=True"
+    assert cli.command_to_resume("out") == "train(resume=True, proj_dir='out')"
 
 
 def test_output_that_no_encoding_of_the_terminal_has_is_replaced(monkeypatch):

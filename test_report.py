@@ -75,7 +75,7 @@ def test_the_report_of_a_run(capsys):
     total = sum(p.numel() for p in tiny().values())
     total += sum(p.numel() for name, p in bones.items() if name.endswith("bone"))
     assert said == {
-        "data": "x (binidx): 12 documents, 312 tokens, longest 40",
+        "data": "x: 12 documents, 312 tokens, longest 40",
         "cut": "at --ctx_len 32: 1 document, 2.2 % of all tokens are never seen\n"
         "what keeps them: --ctx_len 39, --dataload get, --train_type infctx",
         "loss": "on 94 % of all tokens (--loss_mask pad)",
@@ -114,7 +114,7 @@ def test_the_report_of_a_run(capsys):
 def test_what_is_cut_and_what_counts_of_the_sample(capsys, flags, cut, loss):
     shutil.copy(SAMPLE, "s.jsonl")
     said = dry_run(capsys, f"{NEW} --data_file s.jsonl {flags}")
-    assert said["data"] == "s.jsonl (jsonl): 5 documents, 83 tokens, longest 25"
+    assert said["data"] == "s.jsonl: 5 documents, 83 tokens, longest 25"
     assert (said.get("cut"), said["loss"]) == (cut, loss)
 
 
@@ -122,7 +122,7 @@ def test_held_out_documents_are_cut_even_where_windows_of_the_others_are_read(ca
     said = dry_run(capsys, "--ctx_len 19 --val_file x --dataload get")
     assert "cut" not in said
     assert said["held out"] == (
-        "x (binidx): 12 documents, 312 tokens, longest 40; "
+        "x: 12 documents, 312 tokens, longest 40; "
         "cut: 8 documents, 30 % of all tokens are never seen (--ctx_len 39 keeps all)"
     )
     assert "cut" not in dry_run(capsys, "--ctx_len 39 --val_file x")["held out"]
@@ -335,7 +335,7 @@ def test_a_dry_run_writes_nothing_but_the_tokens_of_a_jsonl(capsys):
     shutil.copy(SAMPLE, "s.jsonl")
     before = contents()
     run(f"{NEW} --dry_run --data_file s.jsonl")
-    tokens = {pathlib.Path("s.jsonl.bin"), pathlib.Path("s.jsonl.idx")}
+    tokens = {pathlib.Path(f"s.jsonl.{ending}") for ending in ("bin", "idx", "source.json")}
     assert contents().keys() - before.keys() == tokens
 
 
@@ -351,8 +351,8 @@ def test_a_dry_run_in_the_folder_of_a_run_neither_locks_it_nor_cleans_it():
 @pytest.mark.parametrize(
     "flags, earlier, says",
     [
-        ("--data_file gone", None, "gone: no gone.bin and gone.idx, and no gone.jsonl"),
-        ("--val_file gone", None, "gone: no gone.bin and gone.idx"),
+        ("--data_file gone", None, "--data_file gone: No such file or directory"),
+        ("--val_file gone", None, "--val_file gone: No such file or directory"),
         ("--data_file x.bin --data_type uint16 --vocab_size 200", None, "vocab_size 300, but --"),
         ("--data_file n --data_type uint16", None, "n: document 9 holds token 300, but the"),
         ("--dataload get --ctx_len 400", None, "312 tokens, too few for --dataload get"),

@@ -294,7 +294,7 @@ def refused(tmp_path, tensors, words):
         (["blocks.0.att.time_mix_k", "blocks.0.att.ln_x.weight"], "an RWKV-5.0 or 5.1"),
         (["blocks.0.att.r_k", "blocks.0.att.x_r"], "an RWKV-7"),
         (["blocks.0.att.key.bone"], "a Bone checkpoint"),
-        (["model.layers.0.mlp.weight"], "not an RWKV-6"),
+        (["model.layers.0.mlp.weight"], "has Hugging Face's names"),
         (["blocks.0.att.time_maa_x"], "not a complete x060"),
         (["blocks.0.att.time_mix_g"], "not a complete x052"),
     ],

@@ -253,7 +253,7 @@ def test_a_part_that_is_held_out_is_measured_and_never_trained_on(capsys):
     trained = {parts.micro_batch(i)[0][0, 0].item() for i in range(3 * 9)}
     assert {whole.index(token) for token in trained} == set(range(12)) - set(held_out)
     tokens = sum(sizes) - sum(sizes[held_out])
-    assert f"9 documents, {tokens} tokens; " in said
+    assert f"9 documents, {tokens} tokens, " in said
     measured = [idx[0, 0].item() for idx, _, _ in parts.held_out_batches()]
     assert [whole.index(token) for token in measured] == held_out
     assert len(column("val_loss")) == 2

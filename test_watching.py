@@ -287,10 +287,12 @@ def test_eval_steps_needs_held_out_data(capsys):
 
 
 def test_a_best_checkpoint_that_cannot_be_saved_is_none(monkeypatch, capsys):
-    def save_stream(like, make, path, plain=checkpointer.save_stream):
+    plain = checkpointer.save_stream
+
+    def save_stream(like, make, path, **rest):
         if "best" in path and len(column("loss")) < 3:
             raise OSError(28, "No space left on device")
-        plain(like, make, path)
+        plain(like, make, path, **rest)
 
     monkeypatch.setattr(checkpointer, "save_stream", save_stream)
     as_told(monkeypatch, [9.0, 3.0, 5.0, 6.0, 7.0])
