@@ -39,9 +39,14 @@ def check_mask(documents: Documents, config: data.BatchConfig) -> tuple[int, int
         where = " at the beginning of a line" if begin[0].isalnum() else ""
         if config.cut and config.dataload != "get":
             where += f" in the first {config.ctx_len} tokens"
+        advice = (
+            f"answers follow {begin} and end at {end}; --loss_mask se --mask_id takes other "
+            "markers, --loss_mask pad learns all"
+        )
+        if config.cut and config.dataload != "get":
+            advice += "; a longer --ctx_len reaches farther"
         raise ValueError(
-            f"{documents.prefix}: no answer in {len(silent)} {kind}: no {begin}{where}; "
-            f"use --loss_mask pad, or {end} ... {begin} ..."
+            f"{documents.prefix}: no answer in {len(silent)} {kind}: no {begin}{where}; {advice}"
         )
     return sum(silent), len(silent)
 

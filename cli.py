@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-import needs  # noqa: F401 (importing it is the check, before what an old Python cannot run)
+from needs import program_of_ours  # which first checks what is needed, on old Pythons, too
 from words import DASHES, advice
 
 # As in pyproject.toml; a test compares them.
@@ -175,6 +175,15 @@ def replace_unprintable() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
+def end_at_ctrl_c() -> None:
+    """Let Ctrl-C end a program of ours at once, without a traceback, while it imports PyTorch."""
+    if program_of_ours() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+end_at_ctrl_c()
+
+
 def run_cli(main: Callable[[], object]) -> None:
     """Run a program's main(), and end with an exit code instead of a traceback.
 
@@ -188,11 +197,13 @@ def run_cli(main: Callable[[], object]) -> None:
 
     replace_unprintable()
     for number in settable_signals():
-        # Python turns SIGINT into KeyboardInterrupt itself. nohup has SIGHUP ignored: keep it so.
-        if number != signal.SIGINT and signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, end)
+        # nohup has SIGHUP ignored: keep it so.
+        if signal.getsignal(number) == signal.SIG_DFL:
+            ctrl_c = number == signal.SIGINT
+            signal.signal(number, signal.default_int_handler if ctrl_c else end)
     try:
         main()
+        end_at_ctrl_c()
     except KeyboardInterrupt:
         silence_broken_pipes()
         sys.exit(130)

@@ -5,13 +5,14 @@ One need not read this to understand Bone. A record is a JSON object. Its keys t
     text                        the text itself, as it is
     messages, conversations     a list of turns: role and content, or from and value
     instruction, output         one question and its answer, under these names
+    instruction, response
     question, answer
     query, response
     prompt, completion
 
-Beside a question, input (more of it) and history (earlier questions and answers, in pairs) may be
-there, and beside a question or a list, system. All but `text` become a text as RWKV World models
-know it:
+Beside a question, input or context (more of it) and history (earlier questions and answers, in
+pairs) may be there, and beside a question or a list, system. All but `text` become a text as RWKV
+World models know it:
 
     System: ...\\n\\nUser: ...\\n\\nAssistant: ...\\n\\nUser: ...\\n\\nAssistant: ...
 
@@ -31,6 +32,7 @@ TEXT: Form = ("text",)
 LISTS: tuple[Form, ...] = (("messages",), ("conversations",))
 PAIRS: tuple[Form, ...] = (
     ("instruction", "output"),
+    ("instruction", "response"),
     ("question", "answer"),
     ("query", "response"),
     ("prompt", "completion"),
@@ -41,9 +43,16 @@ ROLES = {
     "system": "System",
     "user": "User",
     "human": "User",
+    "用户": "User",
     "assistant": "Assistant",
     "gpt": "Assistant",
+    "bot": "Assistant",
+    "model": "Assistant",
+    "助手": "Assistant",
 }
+
+# Keys of what belongs to a question, and follows it on a new line.
+MORE = ("input", "context")
 
 # So many of the keys that are not used are remembered.
 MOST_UNUSED = 20
@@ -89,7 +98,7 @@ class Texts:
     def _conversation(self, record: dict[str, Any]) -> str:
         turns = [("System", text_in(record, "system", optional=True))]
         if self.form in PAIRS:
-            self._note_unused(record, (*self.form, "system", "input", "history"))
+            self._note_unused(record, (*self.form, "system", *MORE, "history"))
             turns += turns_of_pair(record, *self.form)
         else:
             self._note_unused(record, (*self.form, "system"))
@@ -152,9 +161,10 @@ def turns_of_pair(record: dict[str, Any], question: str, answer: str) -> list[Tu
             raise ValueError('"history" must hold lists of two texts, a question and its answer')
         turns += [("User", texts[0]), ("Assistant", texts[1])]
     asked = text_in(record, question)
-    more = text_in(record, "input", optional=True)
-    if more.strip():
-        asked = f"{asked.strip()}\n{more.strip()}"
+    for key in MORE:
+        more = text_in(record, key, optional=True)
+        if more.strip():
+            asked = f"{asked.strip()}\n{more.strip()}"
     return [*turns, ("User", asked), ("Assistant", text_in(record, answer))]
 
 

@@ -24,7 +24,7 @@ from atomic import atomic_path
 from binidx import Binidx, StrPath, without_ending, write_binidx
 from cli import Parser
 from conversations import TEXT, Texts, name_of
-from tokenizer import encode
+from tokenizer import encode, forget_tokenizer
 
 # The way in which files are read. With another number here, all are converted again.
 READING = 1
@@ -166,7 +166,12 @@ class _Reader:
     def _not_json(self, place: str, error: Exception) -> ValueError:
         # JSON counts lines in what it is given: always 1.
         why = str(error).replace("line 1 ", "")
-        return ValueError(f"{self.path}, {place}: not JSON in UTF-8 ({why}); {LINE_OF_A_JSONL}")
+        advice = LINE_OF_A_JSONL
+        if isinstance(error, UnicodeDecodeError):
+            advice = "save it as UTF-8 (of GBK: iconv -f GBK -t UTF-8 old.jsonl > new.jsonl)"
+        elif "Extra data" in why:
+            advice = "one record per line, with nothing after it, not even a comma"
+        return ValueError(f"{self.path}, {place}: not JSON in UTF-8 ({why}); {advice}")
 
 
 def first_byte(f: BinaryIO) -> bytes:
@@ -238,6 +243,7 @@ def _convert_beside_itself(path: str, prefix: str) -> None:
         "source": conversion.digest,
         "notes": conversion.notes(),
     }
+    forget_tokenizer()
     with atomic_path(prefix + RECORD) as temporary:
         pathlib.Path(temporary).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
@@ -307,7 +313,9 @@ def what_it_seems(path: str, beginning: bytes) -> tuple[str, str]:
             f"import pandas; pandas.read_{tables[ending]}({path!r}).to_json('data.jsonl', "
             "orient='records', lines=True, force_ascii=False)"
         )
-        return "a table", f'make a .jsonl of it: python -c "{program}"'
+        return "a table", f'make a .jsonl of it: pip install pandas; python -c "{program}"'
+    if ending in (".pth", ".pt", ".st", ".safetensors"):
+        return "a model", "give texts or conversations here, and the model as --load_model"
     if beginning.startswith((b"PK\3\4", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
         return "compressed", "unpack it, and give the file that is in it"
     if beginning.startswith((b"\xff\xfe", b"\xfe\xff")):

@@ -6,6 +6,7 @@ One need not read this to understand Bone.
 import codecs
 import os
 import pathlib
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -116,7 +117,22 @@ def _open_binidx(path: str) -> Binidx:
             "give a .jsonl, or the prefix of a .bin and .idx "
             "(a text: --data_type utf-8; bare tokens: uint16)"
         )
-    return Binidx(prefix)
+    documents = Binidx(prefix)
+    documents.notes = [*_notes_on_pair(prefix)]
+    return documents
+
+
+def _notes_on_pair(prefix: str) -> Iterator[str]:
+    """Say what is not read beside a pair of binidx files, as somebody may have meant it."""
+    if has_ending(prefix):
+        yield f"note: {prefix} is not there; the tokens that were kept beside it are used"
+        return
+    for ending in (".jsonl", ".json"):
+        if os.path.exists(prefix + ending):
+            yield (
+                f"note: {prefix}.bin is used, and {prefix}{ending} beside it is not read; "
+                f"--data_file {prefix}{ending} takes that, as it is now"
+            )
 
 
 def _open_text(

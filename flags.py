@@ -75,10 +75,12 @@ def number(kind: type, least: float, below: float = 2**63) -> Callable[[str], An
 def json_object(*keys: str) -> Callable[[str], dict]:
     """Return a parser of JSON objects that have some of these keys and no others."""
     example = ",".join(f'"{key}":...' for key in keys)
+    escaped = example.replace('"', '\\"')
 
     def parse(text: str) -> dict:
         error = argparse.ArgumentTypeError(
-            f"{text} is not, in single quotes and without spaces, '{{{example}}}'"
+            f"{text} is not JSON such as '{{{example}}}'; Windows' cmd.exe takes no single quotes: "
+            f'there write "{{{escaped}}}"'
         )
         try:
             value = json.loads(text)

@@ -36,8 +36,11 @@ def by_keywords(run: Callable[[Options], None]) -> Callable[..., Result]:
     @functools.wraps(run, assigned=("__module__", "__name__", "__qualname__"))
     def train(options: Options | None = None, **flags: Any) -> Result:
         if options is not None:
-            if flags:
-                raise ValueError("give train() either Options or flags by name")
+            if flags or not isinstance(options, Options):
+                raise ValueError(
+                    "train() takes the flags by name, as in "
+                    'train(load_model="base.pth", data_file="data.jsonl"), or else Options alone'
+                )
             run(options)
             return result_of(options)
         options = parse_keywords(flags)

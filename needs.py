@@ -45,14 +45,20 @@ def torch_version() -> str:
         return ""
 
 
+def program_of_ours() -> str:
+    """Return the name of the program that runs, such as train.py; "" for one of somebody else."""
+    main_file = getattr(sys.modules["__main__"], "__file__", None) or ""
+    folder, program = os.path.split(os.path.abspath(main_file))
+    return program if folder == os.path.dirname(os.path.abspath(__file__)) else ""
+
+
 def check() -> None:
     """End the program where something is missing. Whoever imports its files gets an ImportError."""
     what = problem()
     if not what:
         return
-    main_file = getattr(sys.modules["__main__"], "__file__", None) or ""
-    folder, program = os.path.split(os.path.abspath(main_file))
-    if folder != os.path.dirname(os.path.abspath(__file__)):
+    program = program_of_ours()
+    if not program:
         raise ImportError(what)
     # train.py answers this before it imports anything.
     only_asks = program == "train.py" and {"-h", "--help", "--version"} & set(sys.argv)

@@ -110,6 +110,7 @@ class Options:
         "characters; numpy (.npy), uint16: bare tokens (default: told by the file's name)",
         choices=("binidx", "jsonl", "utf-8", "utf-16le", "dummy", "numpy", "uint16"),
         refused={
+            "json": "is not needed: a .json is known by its content; leave it out",
             "wds_img": "holds images, and RWKV-6 language models take no images; "
             "give text or tokens",
             "sft": "is a Hugging Face data set; write its texts into a .jsonl, and give that",
@@ -179,8 +180,8 @@ class Options:
     )
     epoch_begin: int = flag(
         0,
-        "number of the first epoch, to count on with bone_load; the learning rate continues along "
-        "its curve, which ends after epoch_count epochs",
+        "number of the first epoch, to count on with bone_load: epoch_count more are trained; the "
+        "learning rate reaches lr_final after epoch_count epochs, counted from 0, and stays there",
         parse=number(int, 0),
         resume=FIXED,
     )

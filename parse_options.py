@@ -92,6 +92,8 @@ def _as_arguments(name: str, value: Any, about: Flag) -> list[str]:
             return [flag] if value else []
         if about.choices == SWITCH:
             value = int(value)
+    if isinstance(value, (list, tuple, set)):
+        raise ValueError(f"{name}={value!r}: one value is needed")
     if isinstance(value, dict):
         value = json.dumps(value)
     if isinstance(value, (bytes, os.PathLike)):
@@ -127,7 +129,8 @@ def check(options: Options) -> None:
             )
     require(
         not options.eval_steps or options.val_file or options.val_split,
-        f"--eval_steps {options.eval_steps} measures a held-out loss: add --val_file or --val_split, or drop it",
+        f"--eval_steps {options.eval_steps} measures a held-out loss: add --val_file or "
+        "--val_split, or drop it",
     )
     check_gpus(options)
 

@@ -74,6 +74,8 @@ def model_lines(plan: RunPlan, check: MemoryCheck, device: torch.device) -> list
     if math.isfinite(check.free):
         free = f"{check.free / 1e9:,.2f} GB"
     each = " on each rank" if ranks(options) > 1 else ""
+    if device.type == "cpu":
+        each += ", beyond PyTorch itself"
     return [
         ("model", f"{options.load_model or 'a new one'}, {built.model.config}"),
         (

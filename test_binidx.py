@@ -446,3 +446,18 @@ def test_each_side_has_a_document(share, n, count):
 def test_one_document_cannot_be_split():
     with pytest.raises(ValueError, match=r"^x: holds 1 documents, but --val_split needs two$"):
         hold_out(make([1, 0]), 0.5, seed=0)
+
+
+def test_what_is_beside_the_tokens_that_are_read_is_said():
+    write_jsonl("a.jsonl", "one")
+    jsonl_to_binidx("a.jsonl", "a")
+    assert open_data("a").notes == [
+        "note: a.bin is used, and a.jsonl beside it is not read; --data_file a.jsonl takes that, "
+        "as it is now"
+    ]
+    assert open_data("a.jsonl").notes == ["a.jsonl: 1 documents (text)"]
+    os.unlink("a.jsonl")
+    assert open_data("a").notes == []
+    assert open_data("a.jsonl").notes == [
+        "note: a.jsonl is not there; the tokens that were kept beside it are used"
+    ]

@@ -35,6 +35,10 @@ FORMS = {
         {"instruction": "Add.", "input": "1+1", "output": "2"},
         f"{U}Add.\n1+1{A}2",
     ),
+    "instruction, response": (
+        {"instruction": "Add.", "context": "1+1", "response": "2", "category": "sums"},
+        f"{U}Add.\n1+1{A}2",
+    ),
     "question, answer": ({"question": "a", "answer": "b"}, f"{U}a{A}b"),
     "query, response": ({"query": "你好", "response": "嗯"}, f"{U}你好{A}嗯"),
     "prompt, completion": ({"prompt": "a", "completion": " b"}, f"{U}a{A}b"),
@@ -62,15 +66,12 @@ def test_each_form_becomes_the_text_that_world_models_know(form, name):
         documents = open_data(name)
         assert texts(documents) == [text, text]
         noun = "documents" if form == "text" else "conversations"
-        assert documents.notes == [f"{name}: 2 {noun} ({form})"]
-        counts = decode_bytes(documents[0][qa_mask(documents[0]) == 1]).decode()
-        assert (
-            counts
-            == " "
-            + " ".join(part.split("\n\n")[0] for part in text.split(A)[1:])
-            + ("\n\n" if form == "messages" else "")
-            or form == "messages"
-        )
+        unused = "; not used: category" if "category" in record else ""
+        assert documents.notes == [f"{name}: 2 {noun} ({form}){unused}"]
+        # What --loss_mask qa learns: each answer, with the blank line that ends its turn.
+        learnt = decode_bytes(documents[0][qa_mask(documents[0]) == 1]).decode()
+        answers = [part.partition("User:")[0] for part in f"\n\n{text}".split("Assistant:")[1:]]
+        assert learnt == "".join(answers)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +91,9 @@ def test_each_form_becomes_the_text_that_world_models_know(form, name):
         ({"messages": turns("a", "b", names=("USER", "Assistant"))}, f"{U}a{A}b"),
         ({"messages": turns("a", "b", role="from", content="value")}, f"{U}a{A}b"),
         ({"conversations": turns("a", "b")}, f"{U}a{A}b"),
+        ({"messages": turns("a", "b", names=("用户", "助手"))}, f"{U}a{A}b"),
+        ({"messages": turns("a", "b", names=("user", "model"))}, f"{U}a{A}b"),
+        ({"question": "a", "context": "c", "answer": "b"}, f"{U}a\nc{A}b"),
         ({"messages": turns("", "b")}, "Assistant: b"),
         ({"messages": [{"role": "system", "content": ""}, *turns("a", "b")]}, f"{U}a{A}b"),
         (
@@ -246,7 +250,7 @@ def test_what_begins_like_an_array_must_be_one(content, why, capsys):
         (
             "a.csv",
             b"question,answer\n1,2\n",
-            'a table; make a .jsonl of it: python -c "import pandas',
+            'a table; make a .jsonl of it: pip install pandas; python -c "import pandas',
         ),
         ("a.parquet", b"PAR1\0\0", "a table; make a .jsonl of it"),
         ("a", b"PAR1\0\0", "a table; make a .jsonl of it"),

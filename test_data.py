@@ -120,7 +120,7 @@ def test_a_document_is_too_long_when_training_would_cut_it(capsys):
         (
             b'{"prompt": "a"}',
             "has the keys prompt; known are text; messages; conversations; instruction, output; "
-            "question, answer; query, response; prompt, completion",
+            "instruction, response; question, answer; query, response; prompt, completion",
         ),
         (b'{"text": 5}', 'has no "text" that is a text: it is a number'),
         (b'{"text": null}', 'has no "text" that is a text: it is null'),
@@ -131,7 +131,11 @@ def test_a_document_is_too_long_when_training_would_cut_it(capsys):
         (
             b'{"text": "caf\xe9"}',
             "not JSON in UTF-8 ('utf-8' codec can't decode byte 0xe9 in position 13: "
-            "invalid continuation byte); each",
+            "invalid continuation byte); save it as UTF-8 (of GBK: iconv -f GBK",
+        ),
+        (
+            b'{"text": "a"},',
+            "not JSON in UTF-8 (Extra data: column 14 (char 13)); one record per line, with nothing after it, not even a comma",
         ),
         (
             b'{"text": "\\ud83d"}',
@@ -439,7 +443,8 @@ def test_check_mask_refuses_data_without_an_answer_and_counts_documents_without_
     answered = [*encode("User: a\n\nAssistant: b"), 0]
     message = (
         r"^x: no answer in 2 documents: no Assistant: at the beginning of a line in the first 64 "
-        r"tokens; use --loss_mask pad, or User: \.\.\. Assistant: \.\.\.$"
+        r"tokens; answers follow Assistant: and end at User:; .* a longer --ctx_len reaches "
+        r"farther$"
     )
 
     def check(documents, loss_mask, ctx_len=64):
@@ -468,7 +473,9 @@ def test_check_mask_looks_at_the_windows_of_a_run_that_reads_windows():
     assert 200 < silent < 300
     # This document has an answer, at its beginning, but the windows lie elsewhere.
     early = make([*encode("Assistant: a\n\nUser: b"), *words * 450, 0])
-    message = "^x: no answer in 300 windows: no Assistant: at the beginning of a line; use --loss"
+    message = (
+        "^x: no answer in 300 windows: no Assistant: at the beginning of a line; answers follow "
+    )
     with pytest.raises(ValueError, match=message):
         check_mask(early, config)
 

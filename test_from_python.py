@@ -80,6 +80,7 @@ def test_keywords_are_the_flags(keywords, flags):
         ({"precision": "bf61"}, "--precision: bf61 is unknown; there are bf16"),
         ({"load_model": "gone.pth"}, "--load_model gone.pth: No such file or directory"),
         ({"devices": 2}, "devices=2, num_nodes=1: each device needs a process of its own"),
+        ({"data_file": ["x", "y"]}, "data_file=['x', 'y']: one value is needed"),
         ({"fla": 3}, "--fla: ignored explicit argument '3'"),
     ],
 )
@@ -87,6 +88,11 @@ def test_wrong_keywords_are_refused_in_one_line(keywords, says):
     with pytest.raises(ValueError) as error:
         train.train(**(KEYWORDS | keywords))
     assert str(error.value).startswith(says) and not os.path.exists("out")
+
+
+def test_a_path_alone_is_no_options():
+    with pytest.raises(ValueError, match="takes the flags by name"):
+        train.train("base.pth")
 
 
 def test_train_returns_losses_and_paths_twice_in_one_process_and_leaves_pytorch_as_it_was():
@@ -133,7 +139,7 @@ def test_rows_of_an_earlier_run_in_the_folder_are_not_this_one_s():
 def test_options_are_taken_as_before():
     options = train.parse_args(shlex.split(DEFAULTS + "--epoch_steps 1"))
     assert len(train.train(options).losses) == 1
-    with pytest.raises(ValueError, match="either Options or flags"):
+    with pytest.raises(ValueError, match="takes the flags by name"):
         train.train(options, bone_r=8)
 
 

@@ -326,11 +326,11 @@ def test_each_quantization_with_each_set_of_parts_trains_saves_resumes_and_merge
         ),
         (
             "--bone_config {bone_r:64}",
-            "--bone_config: {bone_r:64} is not, in single quotes and without spaces, '{",
+            "--bone_config: {bone_r:64} is not JSON such as '{",
         ),
         (
             "--bone_config '{\"lora_r\":8}'",
-            '{"lora_r":8} is not, in single quotes and without spaces, '
+            '{"lora_r":8} is not JSON such as '
             """'{"bone_load":...,"bone_r":...,"bone_mode":...}'""",
         ),
         ("--loss_mask se", "--loss_mask se needs --mask_id: what follows mask1 counts"),

@@ -85,7 +85,9 @@ def test_the_report_of_a_run(capsys):
         "trained": f"Bone bat r 16, time, ln: {trained:,} of {total:,} parameters (36 %)",
         "precision": "bf16 on cpu, base not quantized",
     }
-    assert re.fullmatch(r"0\.\d\d GB expected at the peak, [\d,.]+ GB free on cpu", memory)
+    assert re.fullmatch(
+        r"0\.\d\d GB expected at the peak, beyond PyTorch itself, [\d,.]+ GB free on cpu", memory
+    )
     size = r"[\d,.]+ [MG]B"
     pattern = rf"1 checkpoint of 0.2 MB and 2 states of 1.0 MB at once: 2.1 MB, {size} free"
     assert re.fullmatch(pattern, disk)
@@ -136,8 +138,10 @@ def test_what_a_model_cannot_take_is_not_advised(capsys):
 
 def test_no_token_of_a_text_is_cut_and_no_dialogue_is_looked_for_in_characters(capsys):
     pathlib.Path("t.txt").write_text("User: a\n\nAssistant: b\n" * 20)
-    said = dry_run(capsys, f"{NEW} --data_file t.txt --val_file t.txt --ctx_len 20")
-    assert said["data"] == "t.txt (utf-8): 440 tokens, in 22 pieces" == said["held out"]
+    pathlib.Path("u.txt").write_text("Assistant: b\n\nUser: a\n" * 20)
+    said = dry_run(capsys, f"{NEW} --data_file t.txt --val_file u.txt --ctx_len 20")
+    assert said["data"] == "t.txt (utf-8): 440 tokens, in 22 pieces"
+    assert said["held out"] == "u.txt (utf-8): 440 tokens, in 22 pieces"
     assert said["loss"] == "on 100 % of all tokens (--loss_mask pad)"
     assert {"cut", "note:"}.isdisjoint(said)
 
@@ -291,7 +295,7 @@ def test_the_model(capsys, flags, name, text):
 def test_where_nobody_knows_what_is_free_the_report_says_so(capsys, monkeypatch):
     monkeypatch.setattr(estimate.memory, "available", lambda device: math.inf)
     said = dry_run(capsys)["memory"]
-    assert said.endswith("at the peak, nobody knows how much is free on cpu")
+    assert said.endswith("at the peak, beyond PyTorch itself, nobody knows how much is free on cpu")
 
 
 # ---- a dry run and a run ------------------------------------------------------------------------

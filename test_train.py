@@ -241,6 +241,11 @@ def test_held_out_loss_is_the_mean_over_its_tokens_before_and_after(capsys):
     assert found[0] == pytest.approx(before, rel=2e-2)
 
 
+def test_held_out_data_that_is_trained_on_is_said(capsys):
+    run("--val_file x --epoch_steps 1")
+    assert "note: --val_file holds the same as --data_file" in capsys.readouterr().out
+
+
 def test_a_part_that_is_held_out_is_measured_and_never_trained_on(capsys):
     run("--val_split 0.25 --epoch_steps 4")
     said = capsys.readouterr().out

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 
 import numpy as np
-from pyrwkv_tokenizer import RWKVTokenizer
+import pyrwkv_tokenizer
 
 StrPath = str | os.PathLike[str]
 
@@ -23,7 +23,7 @@ END = 0
 CHARACTERS = ("utf-8", "utf-16le", "dummy")
 
 # The tokenizer is made once, when it is first needed.
-_tokenizer = functools.cache(RWKVTokenizer)
+_tokenizer = functools.cache(pyrwkv_tokenizer.RWKVTokenizer)
 
 
 def encode(text: str) -> list[int]:
@@ -31,10 +31,17 @@ def encode(text: str) -> list[int]:
     return _tokenizer().encode(text)
 
 
+def forget_tokenizer() -> None:
+    """Give back the memory of the tokenizer, 250 MB. It is made again when it is needed."""
+    _tokenizer.cache_clear()
+
+
 @functools.cache
 def token_bytes() -> dict[int, bytes]:
     """Map each token id from 1 to 65529 to its bytes. (The ids from 65530 on are not used.)"""
-    vocabulary = pathlib.Path(_tokenizer().vocab_filepath).read_text(encoding="utf-8")
+    # The tokenizer would say where it is, and take 250 MB for that.
+    path = pathlib.Path(pyrwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
+    vocabulary = path.read_text(encoding="utf-8")
     table = {}
     # A line is an id, a Python literal and its length in bytes: 261 '\n\n' 2.
     for number, literal in re.findall(r"^(\d+) (.+) \d+$", vocabulary, re.MULTILINE):

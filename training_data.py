@@ -108,6 +108,11 @@ class TrainingData:
         documents, held_out = open_documents(options, vocab_size)
         for note in [*documents.notes, *(held_out.notes if held_out else ())]:
             print(note)
+        if held_out and held_out.fingerprint() == documents.fingerprint():
+            print(
+                "note: --val_file holds the same as --data_file, so its loss says nothing of what "
+                "is new to the model"
+            )
         loss_mask: data.LossMask = options.loss_mask
         if loss_mask == "se":
             loss_mask = options.mask_id["mask1"], options.mask_id["mask0"]

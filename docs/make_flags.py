@@ -47,7 +47,7 @@ CHINESE_HELP = {
     "mask_id": "`se` 的标记，用 `se` 时必须给出，可为任意文本：`mask1` 之后、`mask0` 之前的内容计入；以字母、汉字或数字开头的标记只在行首有效",
     "proj_dir": "存放检查点和日志的文件夹，每次训练一个；检查点从不被覆盖",
     "epoch_count": "epoch 数；只要留出集 loss 还在下降就可以增加",
-    "epoch_begin": "第一个 epoch 的编号，与 `bone_load` 合用，接着编号；学习率沿曲线继续，曲线在 `epoch_count` 个 epoch 处结束",
+    "epoch_begin": "第一个 epoch 的编号，与 `bone_load` 合用，接着编号；再训练 `epoch_count` 个 epoch；从 0 数起，学习率在第 `epoch_count` 个 epoch 结束时降到 `lr_final`，之后不变",
     "epoch_steps": "一个 epoch 的优化器步数；0：数据过一遍",
     "epoch_save": "每隔多少个 epoch 保存一次检查点，最后一个总会保存；0：只保存最后一个",
     "save_steps": "每隔多少步保存一次运行状态；每次保存检查点时也会保存；0：只在那时保存",
