@@ -135,7 +135,8 @@ def test_a_document_is_too_long_when_training_would_cut_it(capsys):
         ),
         (
             b'{"text": "a"},',
-            "not JSON in UTF-8 (Extra data: column 14 (char 13)); one record per line, with nothing after it, not even a comma",
+            "not JSON in UTF-8 (Extra data: column 14 (char 13)); one record per line, with "
+            "nothing after it, not even a comma",
         ),
         (
             b'{"text": "\\ud83d"}',
