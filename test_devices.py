@@ -359,15 +359,24 @@ def do_jobs(path, ranks, jobs):
 
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
-    """The folder where two ranks have done all jobs, and the differences of their gradients."""
+    """The folder where two ranks have trained, and the differences of their gradients."""
     path = tmp_path_factory.mktemp("on_two")
     write_inputs(path)
-    return path, do_jobs(path, 2, "gradients runs trouble")
+    return path, do_jobs(path, 2, "gradients runs")
+
+
+@pytest.fixture(scope="module")
+def trouble_on_two(tmp_path_factory):
+    """The folder where two ranks have met trouble."""
+    path = tmp_path_factory.mktemp("trouble_on_two")
+    write_inputs(path)
+    do_jobs(path, 2, "trouble")
+    return path
 
 
 @pytest.fixture(scope="module")
 def on_three(on_two, tmp_path_factory):
-    """The same for three ranks, which go on with the runs, and meet no trouble."""
+    """The same for three ranks, which go on with the runs."""
     path = tmp_path_factory.mktemp("on_three")
     write_inputs(path)
     for strategy in STRATEGIES:
@@ -438,9 +447,10 @@ def test_a_run_on_two_goes_on_on_three_with_another_strategy(on_three, on_one, s
     assert "; a step still has 2 micro batches, shared out among 3\n" in log
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_save_that_fails_on_rank_0_fails_on_all(on_two, strategy):
-    proj_dir = on_two[0] / f"full_{strategy}"
+def test_a_save_that_fails_on_rank_0_fails_on_all(trouble_on_two, strategy):
+    proj_dir = trouble_on_two / f"full_{strategy}"
     assert {path.name for path in proj_dir.glob("*.pth")} == {
         *("rwkv-0.pth", "resume-1.pth", "resume-3.pth")
     }
@@ -448,24 +458,26 @@ def test_a_save_that_fails_on_rank_0_fails_on_all(on_two, strategy):
     assert f"could not save full_{strategy}/resume-2.pth: No space left on device" in log
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_losses_that_are_not_finite_change_no_weight_on_any_rank(on_two, strategy):
-    state = read(on_two[0] / f"bad_{strategy}/resume-10.pth")
-    base = read(on_two[0] / "base.pth")
+def test_losses_that_are_not_finite_change_no_weight_on_any_rank(trouble_on_two, strategy):
+    state = read(trouble_on_two / f"bad_{strategy}/resume-10.pth")
+    base = read(trouble_on_two / "base.pth")
     for name in (name for name in base if "ln" in name):
         assert state[f"weights.{name}"].equal(base[name]), name
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_all_ranks_leave_out_a_step_that_overflows_on_one(on_two, on_one, strategy):
-    proj_dir = on_two[0] / f"half_{strategy}"
+def test_all_ranks_leave_out_a_step_that_overflows_on_one(trouble_on_two, on_one, strategy):
+    proj_dir = trouble_on_two / f"half_{strategy}"
     log = (proj_dir / "train_log.txt").read_text()
     assert ", 1 steps so far left out, whose gradient fp16 could not hold" in log
     metadata = run_state.SavedState(f"{proj_dir}/resume-3.pth").metadata
     assert metadata["scaler"]["scale"] == 2.0**15 and metadata["progress"]["overflows"] == 1
     losses = column("loss", proj_dir)
     assert losses[:2] == pytest.approx(column("loss", on_one / "half")[:2], rel=2e-3)
-    assert losses == pytest.approx(column("loss", on_two[0] / "half_ddp"), rel=2e-3)
+    assert losses == pytest.approx(column("loss", trouble_on_two / "half_ddp"), rel=2e-3)
 
 
 # ---- several machines --------------------------------------------------------------------------

@@ -245,7 +245,8 @@ def records(path):
         return [(i.filename.partition("/")[2], i.CRC) for i in archive.infolist()][:-1]
 
 
-@pytest.mark.parametrize("quant", [exhaustive("none"), "nf4"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_the_peak_of_a_whole_run_is_the_expected_one(tmp_path, quant):
     config = rwkv6.sizes(4, 1024, 4096)
     measured, parts = bench_memory.measure(tmp_path, config, 512, flags=f"--quant {quant}")

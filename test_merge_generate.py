@@ -30,7 +30,6 @@ import merge
 import rwkv6
 import tokenizer
 import train
-from conftest import exhaustive
 
 HERE = pathlib.Path(__file__).parent
 NAN = float("nan")
@@ -436,10 +435,11 @@ print(memory("VmHWM") - before)
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(
     not os.path.exists("/proc/self/status"), reason="reads the peak memory from /proc"
 )
-@pytest.mark.parametrize("out", ["tuned.pth", exhaustive("tuned.st")])
+@pytest.mark.parametrize("out", ["tuned.pth", "tuned.st"])
 def test_merging_holds_a_tensor_at_a_time_whatever_the_size_of_the_base(out):
     weight = torch.randn(512).repeat(7168, 4).bfloat16()  # 29 MB
     torch.save({f"blocks.{i}.ffn.key.weight": weight + i for i in range(14)}, "big.pth")

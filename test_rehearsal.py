@@ -27,6 +27,7 @@ import corpus
 import memory
 import rwkv6
 import wkv6
+from conftest import exhaustive
 from test_train import counting
 
 REAL = torch.cuda.is_available()
@@ -323,7 +324,9 @@ def test_what_is_not_finite_is_left_out_on_a_gpu(standin, folder):
 
 
 @standin_only
-@pytest.mark.parametrize("flags", ["--grad_cp 0", "--quant nf4 --accumulate_grad_batches 2"])
+@pytest.mark.parametrize(
+    "flags", ["--grad_cp 0", exhaustive("--quant nf4 --accumulate_grad_batches 2")]
+)
 def test_the_expected_memory_is_that_of_the_tensors_and_a_margin(standin, folder, flags):
     torch.manual_seed(0)
     model = rwkv6.init_model(4, 128, 2000)
