@@ -24,7 +24,7 @@ from atomic import atomic_path
 from binidx import Binidx, StrPath, without_ending, write_binidx
 from cli import Parser
 from conversations import TEXT, Texts, name_of
-from tokenizer import encode, forget_tokenizer
+from tokenizer import encode
 
 # The way in which files are read. With another number here, all are converted again.
 READING = 1
@@ -243,7 +243,6 @@ def _convert_beside_itself(path: str, prefix: str) -> None:
         "source": conversion.digest,
         "notes": conversion.notes(),
     }
-    forget_tokenizer()
     with atomic_path(prefix + RECORD) as temporary:
         pathlib.Path(temporary).write_text(json.dumps(record, indent=1), encoding="utf-8")
 

@@ -234,6 +234,7 @@ VALUES = [
 ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name, value", VALUES)
 def test_every_value_of_every_option_trains(name, value):
     corpus.write_binidx("qa", [[1 + b for b in b"User: a\n\nAssistant: b"] + [0]])
@@ -265,6 +266,7 @@ def test_no_option_is_left_out():
     assert {name for name, _ in VALUES} | APART == options.flags().keys()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("quant", ["none", "int8", "nf4"])
 @pytest.mark.parametrize(
     "parts",

@@ -29,6 +29,7 @@ import memory
 import run_folder
 import stop_signals
 import train
+from conftest import exhaustive
 from test_train import (
     DEFAULTS,
     base_file,  # noqa: F401 (a fixture)
@@ -348,7 +349,12 @@ def signalling(name, number, at, times=1, pause=0.0):
 
 
 @pytest.mark.parametrize(
-    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+    "number, code",
+    [
+        (signal.SIGINT, 130),
+        exhaustive(signal.SIGTERM, 143),
+        exhaustive(signal.SIGHUP, 129),
+    ],
 )
 @pytest.mark.parametrize(
     "call, step",

@@ -106,6 +106,7 @@ class TrainingData:
     def open(cls, options: Options, vocab_size: int) -> "TrainingData":
         """Open the files. ValueError where they cannot be trained on as the options say."""
         documents, held_out = open_documents(options, vocab_size)
+        tokenizer.forget_tokenizer()  # which a .jsonl may have needed
         for note in [*documents.notes, *(held_out.notes if held_out else ())]:
             print(note)
         if held_out and held_out.fingerprint() == documents.fingerprint():
