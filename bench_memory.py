@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-import corpus
+import binidx
 import estimate
 import rwkv6
 import train
@@ -107,7 +107,7 @@ def prepare_run(
     prefix = f"{folder}/x"
     if not os.path.exists(base):
         random_checkpoint(config, base)
-    corpus.write_binidx(prefix, torch.randint(1, config.vocab_size, (2, ctx_len + 1)).tolist())
+    binidx.write_binidx(prefix, torch.randint(1, config.vocab_size, (2, ctx_len + 1)).tolist())
     paths = ["--load_model", base, "--data_file", prefix, "--proj_dir", f"{folder}/out"]
     flags = f"--ctx_len {ctx_len} --epoch_steps {steps} --bone_r {r} --accelerator {accelerator}"
     return [*paths, *flags.split()]

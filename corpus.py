@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from binidx import Binidx, Documents, without_ending, write_binidx  # noqa: F401 (write_binidx: kept here too)
+from binidx import Binidx, Documents, without_ending
 from convert import find_source, has_ending, missing_files, open_converted
 from tokenizer import CHARACTERS, Vocabulary
 

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+import binidx
 import corpus
 import data
-from corpus import Documents
+from binidx import Documents
 from options import Options
 from plan import RunPlan
 from training_data import TrainingData, longest_row
@@ -141,7 +142,7 @@ def are_dialogues(documents: Documents) -> bool:
 def describe_documents(documents: Documents, kind: str) -> str:
     """Say what a file holds. kind: of a text or a row of tokens, its --data_type."""
     tokens = counted(documents.token_count(), "token")
-    if not isinstance(documents, corpus.Binidx):
+    if not isinstance(documents, binidx.Binidx):
         return f"{documents.prefix} ({kind}): {tokens}, in {counted(len(documents), 'piece')}"
     return (
         f"{documents.prefix}: {counted(len(documents), 'document')}, {tokens}, "

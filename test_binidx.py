@@ -10,8 +10,9 @@ import struct
 import numpy as np
 import pytest
 
+from binidx import Binidx, write_binidx
 from convert import RECORD, jsonl_to_binidx
-from corpus import Binidx, hold_out, open_data, write_binidx
+from corpus import hold_out, open_data
 from test_data import in_tmp_path, make, write_jsonl  # noqa: F401  (a fixture, used by all)
 from tokenizer import decode_bytes, encode
 

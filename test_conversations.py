@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import data
+from binidx import Binidx
 from convert import jsonl_to_binidx
-from corpus import Binidx, open_data
+from corpus import open_data
 from data import qa_mask
 from test_data import in_tmp_path, run  # noqa: F401  (a fixture, used by all)
 from tokenizer import decode_bytes

@@ -16,10 +16,10 @@ import torch
 
 import corpus
 import data
+from binidx import Binidx, write_binidx
 from check_data import check_mask
 from cli import run_cli
 from convert import jsonl_to_binidx
-from corpus import Binidx, write_binidx
 from data import BatchConfig, collate, qa_mask
 from tokenizer import decode_bytes, encode, token_bytes
 

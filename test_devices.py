@@ -28,9 +28,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 import archive
+import binidx
 import build
 import checkpointer
-import corpus
 import data
 import devices
 import estimate
@@ -204,7 +204,7 @@ GRADIENT_CASES = [
 
 def gradients():
     """Print the differences of all cases, a JSON list in each line."""
-    documents = [corpus.Binidx("x")[i] for i in (1, 2, 3, 7, 5)]
+    documents = [binidx.Binidx("x")[i] for i in (1, 2, 3, 7, 5)]
     strategies = ("ddp", "deepspeed_stage_2", "deepspeed_stage_3")
     for strategy, (flags, chunks) in itertools.product(strategies, GRADIENT_CASES):
         integers = strategy == "deepspeed_stage_3" and "--quant" in flags
@@ -341,8 +341,8 @@ def write_inputs(path):
         torch.save(tiny(torch.float32), "base.pth")
         bones = {name: t + 0.01 * torch.randn_like(t) for name, t in bone_of("base.pth").items()}
         torch.save(bones, "bones.pth")
-        corpus.write_binidx("x", counting([20, 33, 40, 9, 25, 30, 33, 12, 28, 33, 31, 18]))
-        corpus.write_binidx("held", counting([30, 12, 40]))
+        binidx.write_binidx("x", counting([20, 33, 40, 9, 25, 30, 33, 12, 28, 33, 31, 18]))
+        binidx.write_binidx("held", counting([30, 12, 40]))
 
 
 @pytest.fixture

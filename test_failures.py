@@ -21,9 +21,9 @@ import torch
 
 import archive
 import atomic
+import binidx
 import bone_record
 import checkpointer
-import corpus
 import data
 import run_folder
 import run_state
@@ -244,7 +244,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights_and_its_documents_a
         f"--dataload {dataload}"
     )
     said, losses = capsys.readouterr().out, column("loss")
-    documents, bad = corpus.Binidx("x"), []
+    documents, bad = binidx.Binidx("x"), []
     for n in range(12):
         [row] = data.rows_of(documents, n, data.BatchConfig(1, 16, dataload))
         if dataload == "get":
@@ -510,7 +510,7 @@ def a_link(name, target):
         (
             "--resume",
             "--data_file x has another content than x had when this was saved",
-            lambda: (spoil_state()(), corpus.write_binidx("x", counting([20] * 12))),
+            lambda: (spoil_state()(), binidx.write_binidx("x", counting([20] * 12))),
         ),
         (
             "--resume",

@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import load_file
 
 import ai00
+import binidx
 import bone
 import cli
 import corpus
@@ -498,8 +499,8 @@ def first_loss(flags):
 
 def training():
     loss = first_loss("--proj_dir new")
-    documents = [document.tolist() for document in corpus.Binidx("x")]
-    original = [document.tolist() for document in corpus.Binidx("original/x")]
+    documents = [document.tolist() for document in binidx.Binidx("x")]
+    original = [document.tolist() for document in binidx.Binidx("original/x")]
     if same(plain("base.pth"), plain("original/base.pth")) and documents == original:
         assert loss == pathlib.Path("original/loss").read_text(), loss
 
@@ -595,7 +596,7 @@ def converting():
         lines = [line.encode().decode("utf-8-sig").strip() for line in content.split("\n")]
         records = [json.loads(line) for line in lines if line]
     texts = [plain_text(record) for record in records]
-    documents = [document.tolist() for document in corpus.Binidx("new")]
+    documents = [document.tolist() for document in binidx.Binidx("new")]
     assert all(document[-1] == 0 for document in documents)
     written = [tokenizer.decode_bytes(document[:-1]).decode() for document in documents]
     assert written == [text for text in texts if text]
@@ -663,7 +664,7 @@ def prepare(folder):
         for folder in ("old", "run"):
             pathlib.Path(folder, "args.json").write_text('{"quant": "none", "bone_r": 16}')
         pathlib.Path("vocab.json").write_text(json.dumps({i: chr(97 + i) for i in range(300)}))
-        corpus.write_binidx("x", counting([20, 33, 40, 9, 25]))
+        binidx.write_binidx("x", counting([20, 33, 40, 9, 25]))
         np.save("t.npy", np.arange(200, dtype=np.int32) % 90)
         lines = [json.dumps({"text": f"{i} 很好 and more"}) + "\n" for i in range(8)]
         pathlib.Path("t.jsonl").write_text("".join(lines), encoding="utf-8")

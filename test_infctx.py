@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+import binidx
 import bone
 import build
-import corpus
 import data
 import estimate
 import loss
@@ -72,7 +72,7 @@ def trained(flags="", version="x060"):
 def test_loss_and_every_gradient_are_those_of_the_whole_row(flags, version, loss_mask):
     model = trained(flags, version)
     # 33, 40, 9 and 12 tokens; the ids are bytes + 1.
-    documents = [corpus.Binidx("x")[i] for i in (1, 2, 3, 7)]
+    documents = [binidx.Binidx("x")[i] for i in (1, 2, 3, 7)]
     batch = data.collate(documents, 32, ("[", "^") if loss_mask == "se" else loss_mask)
     assert batch[2].sum() > 0
     expected = gradients(model, batch)
@@ -83,7 +83,7 @@ def test_loss_and_every_gradient_are_those_of_the_whole_row(flags, version, loss
 
 def test_bptt_cuts_the_gradient_between_groups_of_chunks():
     model = trained()
-    batch = data.collate([corpus.Binidx("x")[i] for i in (1, 2)], 32, "pad")
+    batch = data.collate([binidx.Binidx("x")[i] for i in (1, 2)], 32, "pad")
     found = gradients(model, batch, chunk_ctx=5, bptt=3)
     model.zero_grad()
     # The definition, as one graph.
@@ -113,17 +113,17 @@ def test_a_run_cuts_no_document_and_lets_no_state_into_the_next():
     run(f"{flags} --proj_dir b --ctx_len 8 --train_type infctx --chunk_ctx 7")
     for name in ("loss", "val_loss"):
         assert column(name, "b") == pytest.approx(column(name, "a"), rel=2e-5), name
-    assert max(corpus.Binidx("x").sizes) == 40
+    assert max(binidx.Binidx("x").sizes) == 40
 
 
 def test_a_document_longer_than_ctx_len_counts_to_its_end_where_markers_do_too():
-    x = [corpus.Binidx("x")[2]]  # 40 tokens, counting from 74
+    x = [binidx.Binidx("x")[2]]  # 40 tokens, counting from 74
     assert data.collate(x, 8, "pad", cut=False)[0].shape == (1, 39)
     assert data.collate(x, 8, "pad")[0].shape == (1, 8)
     # After 97 there are 98 to 112, and the end.
     assert data.collate(x, 8, ("`", "~"), cut=False)[2].sum() == 16
     assert data.collate(x, 8, ("`", "~"))[2].sum() == 0
-    short = [corpus.Binidx("x")[3]]
+    short = [binidx.Binidx("x")[3]]
     assert data.collate(short + x, 16, "none", cut=False)[0].shape == (2, 39)
     assert data.collate(short, 16, "none", cut=False)[0].shape == (1, 16)
 
@@ -135,7 +135,7 @@ def test_recomputing_a_block_repeats_no_product(monkeypatch, flags):
     Once without a graph for each chunk but the last, once with one, and once in the backward pass.
     """
     model = trained(flags)
-    batch = data.collate([corpus.Binidx("x")[1]], 32, "pad")
+    batch = data.collate([binidx.Binidx("x")[1]], 32, "pad")
     made = []
     for module in (bone, quant):
         monkeypatch.setattr(
@@ -205,7 +205,7 @@ def test_the_expected_peak_is_what_the_tensors_of_a_real_step_take(flags):
     args = arguments(f"{infctx} --micro_bsz 2 --bone_r 32 {flags}")
     parameters = rwkv6.init_model(5, 128, 300).named_parameters()
     torch.save({name: p.detach().bfloat16() for name, p in parameters}, "base.pth")
-    corpus.write_binidx("x", counting([100, 300]))
+    binidx.write_binidx("x", counting([100, 300]))
     parts = estimate.expected_memory(args, torch.device("cpu"))[1]
     model, *_ = build.build_model(args, torch.device("cpu"))
     idx = torch.randint(300, (2, 299))

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import archive
+import binidx
 import bone
 import checkpoint
-import corpus
 import merge
 import rwkv6
 from test_options import refused
@@ -44,7 +44,7 @@ def test_checkpoints_go_both_ways_between_rwkv_peft_and_here(version):
     fixture = read(HERE / "fixtures" / f"{version}_bone.pth")
     for name in ("base", "ckpt"):
         torch.save(fixture[name], f"{name}.pth")
-    corpus.write_binidx("x", fixture["idx"].tolist())
+    binidx.write_binidx("x", fixture["idx"].tolist())
     run(f"--bone_r 32 --my_testing {version} --epoch_steps 2")
     ours = read("out/rwkv-0.pth")
     assert layout(ours) == layout(fixture["ckpt"])
@@ -72,7 +72,7 @@ def test_checkpoints_go_both_ways_between_rwkv_peft_and_here(version):
 def test_bones_under_their_later_name_are_trained_further():
     bones = read(HERE / "fixtures" / "x060_bone.pth")
     torch.save(bones["base"], "base.pth")
-    corpus.write_binidx("x", bones["idx"].tolist())
+    binidx.write_binidx("x", bones["idx"].tolist())
     losses = []
     for suffix in ("bone", "disha"):
         renamed = {name.replace(".bone", f".{suffix}"): t for name, t in bones["ckpt"].items()}

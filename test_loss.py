@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import binidx
 import build
 import checkpoint
-import corpus
 import data
 from loss import HeadLoss, largest_of_rows, loss_fn
 from passes import accumulate_gradients
@@ -83,7 +83,7 @@ def test_four_micro_batches_of_one_row_are_one_of_four(loss_mask):
     """Each is padded to its own length, or to ctx_len. Mask and L2 wrap see no difference."""
     model, *_ = build.build_model(arguments("--precision fp32"), torch.device("cpu"))
     # 32, 8, 29 and 11 tokens count.
-    documents = [corpus.Binidx("x")[i] for i in (1, 3, 5, 7)]
+    documents = [binidx.Binidx("x")[i] for i in (1, 3, 5, 7)]
     losses, grads = [], []
     for rows in ([documents], [[document] for document in documents]):
         model.zero_grad()

@@ -15,10 +15,10 @@ import torch
 
 import archive
 import bench_memory
+import binidx
 import bone
 import build
 import checkpoint
-import corpus
 import estimate
 import loss
 import memory
@@ -38,7 +38,7 @@ def folder(tmp_path, monkeypatch):
     """Stand in a folder with base.pth, of 5 blocks, and ckpt.pth, a Bone checkpoint of it."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    corpus.write_binidx("x", [[5] * 97, [6] * 97])
+    binidx.write_binidx("x", [[5] * 97, [6] * 97])
     base = rwkv6.init_model(5, 128, 1000)
     torch.save({name: p.detach().bfloat16() for name, p in base.named_parameters()}, "base.pth")
     model = bone.add_bone(checkpoint.load_model("base.pth"), 32)

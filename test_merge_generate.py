@@ -20,11 +20,11 @@ import pytest
 import torch
 
 import archive
+import binidx
 import bone
 import bone_record
 import checkpoint
 import cli
-import corpus
 import generate
 import merge
 import rwkv6
@@ -326,7 +326,7 @@ def test_a_base_that_is_not_the_one_trained_on_is_refused_unless_one_insists(cap
 
 
 def test_going_on_from_a_checkpoint_asks_for_its_base_and_its_quantization(capsys):
-    corpus.write_binidx("x", [[*range(1, 20), 0]] * 4)
+    binidx.write_binidx("x", [[*range(1, 20), 0]] * 4)
     saved("world.pth", quant="nf4")
     flags = "--load_model base.pth --data_file x --bone_load said.pth --accelerator cpu"
     error = refused(capsys, lambda: train.train(train.parse_args(flags.split())))
@@ -399,7 +399,7 @@ def test_nothing_changes_at_a_learning_rate_of_0_whatever_the_dtypes_of_the_base
         if name == "blocks.0.ffn.value.weight":
             base[name] = tensor.half()
     torch.save(base, "mixed.pth")
-    corpus.write_binidx("x", [[*range(1, 20), 0]] * 4)
+    binidx.write_binidx("x", [[*range(1, 20), 0]] * 4)
     flags = f"--load_model mixed.pth --data_file x --accelerator cpu --train_parts {parts}"
     flags += f" --bone_r 16 --lr_init 0 --lr_final 0 --quant {quant}"
     train.train(train.parse_args(flags.split()))
@@ -642,7 +642,7 @@ def test_rwkv_5_trains_merges_and_writes(say, capsys, quant):
         {name: p.detach() + 0.05 * torch.randn_like(p) for name, p in model.named_parameters()},
         "old.pth",
     )
-    corpus.write_binidx("x", [[*tokenizer.encode("one two three"), 0]] * 4)
+    binidx.write_binidx("x", [[*tokenizer.encode("one two three"), 0]] * 4)
     flags = "--load_model old.pth --data_file x --bone_r 32 --precision fp32 --accelerator cpu"
     train.train(train.parse_args(f"{flags} --lr_init 1e-2 --quant {quant}".split()))
     merge.merge("old.pth", "out/rwkv-0.pth", "tuned.pth")

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 
+import binidx
 import build
 import checkpoint
 import cli
@@ -35,7 +36,17 @@ import report
 import tokenizer
 import train
 from flags import default_text
-from test_train import DEFAULTS, arguments, base_file, bone_of, column, folder, read, run, tiny  # noqa: F401 (two are fixtures)
+from test_train import (  # noqa: F401 (two are fixtures)
+    DEFAULTS,
+    arguments,
+    base_file,
+    bone_of,
+    column,
+    folder,
+    read,
+    run,
+    tiny,
+)
 
 HERE = pathlib.Path(__file__).parent
 TUTORIAL = """
@@ -64,7 +75,7 @@ def world():
     """base.pth of SMALL's sizes with RWKV World's vocabulary, and the tutorial's data set."""
     torch.save(tiny(n_embd=128, vocab_size=65536), "base.pth")
     os.mkdir("data")
-    corpus.write_binidx(
+    binidx.write_binidx(
         "data/lora-test",
         [[*tokenizer.encode(f"User: {i}?\n\nAssistant: {i}!"), 0] for i in range(6)],
     )
@@ -237,7 +248,7 @@ VALUES = [
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name, value", VALUES)
 def test_every_value_of_every_option_trains(name, value):
-    corpus.write_binidx("qa", [[1 + b for b in b"User: a\n\nAssistant: b"] + [0]])
+    binidx.write_binidx("qa", [[1 + b for b in b"User: a\n\nAssistant: b"] + [0]])
     pathlib.Path("t.jsonl").write_text('{"text": "one"}\n{"text": "two, three"}\n')
     for path, encoding in (("t", "utf-8"), ("t16", "utf-16le")):
         pathlib.Path(path).write_text("many words, 很多词\n" * 20, encoding=encoding)
@@ -550,7 +561,7 @@ def test_layerwise_lr_is_what_makes_time_decay_learn_at_twice_the_rate():
 
 
 def test_qa_is_se_with_the_markers_of_a_dialogue():
-    corpus.write_binidx(
+    binidx.write_binidx(
         "qa",
         [
             [1 + b for b in f"User: {i}\n\nAssistant: b{i}\n\nUser: c".encode()] + [0]
@@ -571,7 +582,7 @@ def test_qa_is_se_with_the_markers_of_a_dialogue():
     [("qa", "Assistant:"), ("""se --mask_id '{"mask0":"User:","mask1":"<a>"}'""", "<a>")],
 )
 def test_a_run_says_how_many_documents_lack_which_marker(capsys, flags, marker):
-    corpus.write_binidx(
+    binidx.write_binidx(
         "qa",
         [[1 + b for b in text.encode()] + [0] for text in ("Assistant: <a> b", "none", "nor here")],
     )
@@ -660,7 +671,7 @@ def test_a_gradient_in_fp16_is_that_of_fp32():
         args = arguments(f"--precision {precision}")
         model, *_ = build.build_model(args, torch.device("cpu"))
         passes = build.make_passes(args, model, torch.device("cpu"))
-        batch = data.batch(corpus.Binidx("x"), 0, data.BatchConfig(4, 32))
+        batch = data.batch(binidx.Binidx("x"), 0, data.BatchConfig(4, 32))
         train.accumulate_gradients(model, [batch], passes)
         grads.append(
             {

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 import archive
+import binidx
 import bone
 import bone_record
 import checkpoint
-import corpus
 import merge
 import quant
 import rwkv6
@@ -199,7 +199,7 @@ def test_training_saving_and_merging_under_quantization_give_the_logits_of_train
     base, capsys, kind
 ):
     documents = [[*(1 + (7 * i + t) % 60 for t in range(30)), 0] for i in range(12)]
-    corpus.write_binidx("x", documents)
+    binidx.write_binidx("x", documents)
     flags = (
         "--load_model base.pth --data_file x --bone_r 32 --ctx_len 32 --micro_bsz 4 "
         f"--lr_init 1e-2 --lr_final 1e-2 --precision fp32 --quant {kind}"

@@ -23,7 +23,7 @@ import warnings
 import pytest
 import torch
 
-import corpus
+import binidx
 import memory
 import rwkv6
 import wkv6
@@ -185,8 +185,8 @@ def emulated(tmp_path_factory):
 def folder(tmp_path, monkeypatch):
     """A folder with the data sets x and held, in which the test stands."""
     monkeypatch.chdir(tmp_path)
-    corpus.write_binidx("x", counting([20, 33, 40, 9, 25, 30, 33, 12, 28, 33, 31, 18]))
-    corpus.write_binidx("held", counting([30, 12, 40]))
+    binidx.write_binidx("x", counting([20, 33, 40, 9, 25, 30, 33, 12, 28, 33, 31, 18]))
+    binidx.write_binidx("held", counting([30, 12, 40]))
     return tmp_path
 
 
@@ -331,7 +331,7 @@ def test_the_expected_memory_is_that_of_the_tensors_and_a_margin(standin, folder
     torch.manual_seed(0)
     model = rwkv6.init_model(4, 128, 2000)
     torch.save({name: p.detach().bfloat16() for name, p in model.named_parameters()}, "base.pth")
-    corpus.write_binidx("x", counting([200] * 12))
+    binidx.write_binidx("x", counting([200] * 12))
     line = f"{FLAGS} {BASE} --bone_r 32 --ctx_len 128 {flags} --accelerator gpu"
     peak, parts = standin.submit(memory_here, folder, line).result(timeout=300)
     allocator, program = parts.pop("allocator"), parts.pop("program")

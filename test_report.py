@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-import corpus
+import binidx
 import data
 import data_report
 import devices
@@ -179,12 +179,12 @@ def test_a_sample_says_about_what_all_documents_say(capsys, monkeypatch, flags, 
     "text", ["Assistant: 2", "User: 1 + 1?\n\nAssistant:2", "Q\nAssistant:\n2"]
 )
 def test_an_answer_is_found_by_the_tokens_of_its_marker(text):
-    corpus.write_binidx("d", [[*tokenizer.encode(text), 0]])
-    assert data_report.are_dialogues(corpus.Binidx("d"))
-    corpus.write_binidx("e", [[*tokenizer.encode("an Assistant: 2, assistant: 3"), 0]])
-    assert not data_report.are_dialogues(corpus.Binidx("e"))
-    corpus.write_binidx("f", [[1] * data_report.BEGINNING + [*tokenizer.encode(text), 0]])
-    assert not data_report.are_dialogues(corpus.Binidx("f"))
+    binidx.write_binidx("d", [[*tokenizer.encode(text), 0]])
+    assert data_report.are_dialogues(binidx.Binidx("d"))
+    binidx.write_binidx("e", [[*tokenizer.encode("an Assistant: 2, assistant: 3"), 0]])
+    assert not data_report.are_dialogues(binidx.Binidx("e"))
+    binidx.write_binidx("f", [[1] * data_report.BEGINNING + [*tokenizer.encode(text), 0]])
+    assert not data_report.are_dialogues(binidx.Binidx("f"))
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 499, 500, 501, 10_000])
@@ -211,13 +211,13 @@ def test_the_lengths_that_keep_all_and_nearly_all(sizes):
 
 
 def test_a_length_for_a_few_long_documents_is_not_the_only_advice(capsys):
-    corpus.write_binidx("y", [[1] * 49 + [0]] * 500 + [[1] * 200 + [0]])
+    binidx.write_binidx("y", [[1] * 49 + [0]] * 500 + [[1] * 200 + [0]])
     advice = dry_run(capsys, "--data_file y")["cut"].splitlines()[1]
     assert advice == (
         "what keeps them: --ctx_len 200 (49 keeps 99 %), --dataload get, --train_type infctx"
     )
     assert "--ctx_len 200, --dataload" in dry_run(capsys, "--data_file y --ctx_len 49")["cut"]
-    corpus.write_binidx("z", [[1] * 49 + [0]])
+    binidx.write_binidx("z", [[1] * 49 + [0]])
     assert "--ctx_len 49, --dataload" in dry_run(capsys, "--data_file z")["cut"]
     said = dry_run(capsys, f"--data_file y --ctx_len {2**62}")  # beyond the sizes' int32
     assert "cut" not in said

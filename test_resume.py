@@ -21,9 +21,9 @@ import pytest
 import torch
 
 import archive
+import binidx
 import checkpointer
 import cli
-import corpus
 import evaluate
 import memory
 import run_folder
@@ -94,7 +94,7 @@ def curve(proj_dir):
     ids=lambda flags: flags[:20] or "plain",
 )
 def test_a_run_killed_between_any_steps_and_resumed_is_the_run_that_never_was(monkeypatch, flags):
-    corpus.write_binidx("held", counting([30, 12]))
+    binidx.write_binidx("held", counting([30, 12]))
     flags = RUN + "--lr_final 1e-3 --val_file held " + flags
     run(flags + " --proj_dir whole")
     for n in "012345" if flags.endswith("held ") else "14":

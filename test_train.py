@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 
 import archive
+import binidx
 import bone
 import check_data
 import checkpoint
 import cli
-import corpus
 import data
 import devices
 import evaluate
@@ -94,7 +94,7 @@ def folder(base_file, tmp_path, monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     shutil.copy(base_file, "base.pth")
-    corpus.write_binidx("x", counting([20, 33, 40, 9, 25, 30, 33, 12, 28, 33, 31, 18]))
+    binidx.write_binidx("x", counting([20, 33, 40, 9, 25, 30, 33, 12, 28, 33, 31, 18]))
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def test_a_run_is_a_function_of_its_command_line():
 def test_the_first_loss_is_that_of_the_base_and_checkpoints_have_its_dtype(dtype, precision, near):
     torch.save(tiny(dtype), "base.pth")
     run(f"--precision {precision}")
-    idx, targets, mask = data.batch(corpus.Binidx("x"), 0, data.BatchConfig(4, 32))
+    idx, targets, mask = data.batch(binidx.Binidx("x"), 0, data.BatchConfig(4, 32))
     losses = F.cross_entropy(
         checkpoint.load_model("base.pth", torch.float32)(idx).flatten(0, 1),
         targets.flatten(),
@@ -220,7 +220,7 @@ def test_the_first_loss_is_that_of_the_base_and_checkpoints_have_its_dtype(dtype
 
 
 def test_held_out_loss_is_the_mean_over_its_tokens_before_and_after(capsys):
-    corpus.write_binidx("held", counting([30, 12, 40]))
+    binidx.write_binidx("held", counting([30, 12, 40]))
     run("--val_file held --epoch_count 2 --epoch_steps 8")
     before, middle, after = column("val_loss")
     assert after < middle < before
@@ -250,11 +250,11 @@ def test_a_part_that_is_held_out_is_measured_and_never_trained_on(capsys):
     run("--val_split 0.25 --epoch_steps 4")
     said = capsys.readouterr().out
     assert "x: 3 of 12 documents are held out (--val_split 0.25)\n" in said
-    sizes = corpus.Binidx("x").sizes
+    sizes = binidx.Binidx("x").sizes
     parts = training_data.TrainingData.open(arguments("--val_split 0.25 --micro_bsz 1"), 300)
     held_out = parts.held_out.numbers.tolist()
     # Each document has a first token of its own.
-    whole = [document[0] for document in corpus.Binidx("x")]
+    whole = [document[0] for document in binidx.Binidx("x")]
     trained = {parts.micro_batch(i)[0][0, 0].item() for i in range(3 * 9)}
     assert {whole.index(token) for token in trained} == set(range(12)) - set(held_out)
     tokens = sum(sizes) - sum(sizes[held_out])
@@ -379,7 +379,7 @@ IN_ORDER = "--data_file qa --loss_mask qa --data_shuffle 0 --micro_bsz 1 "
 
 
 def test_a_step_in_which_nothing_counts_changes_nothing_and_is_counted(monkeypatch):
-    corpus.write_binidx("qa", [ANSWER[0], *NO_ANSWER, *ANSWER[1:]])
+    binidx.write_binidx("qa", [ANSWER[0], *NO_ANSWER, *ANSWER[1:]])
     run(IN_ORDER + "--epoch_steps 5 --save_steps 1 --keep 9 --weight_decay 0.1")
     states = [read(f"out/resume-{n}.pth") for n in range(1, 6)]
     abouts = [json.loads(state.pop("about").numpy().tobytes()) for state in states]
@@ -406,14 +406,14 @@ def test_a_step_in_which_nothing_counts_changes_nothing_and_is_counted(monkeypat
 
 def test_a_step_whose_tokens_are_another_rank_s_is_taken(monkeypatch):
     """All ranks know the counts of all, and go the same way."""
-    corpus.write_binidx("qa", [ANSWER[0], *NO_ANSWER])
+    binidx.write_binidx("qa", [ANSWER[0], *NO_ANSWER])
     monkeypatch.setattr(devices, "sum_over_ranks", lambda numbers: [n + 7 for n in numbers])
     run(IN_ORDER + "--epoch_steps 3")
     assert column("step") == [0, 1, 2]
 
 
 def test_a_run_in_which_nothing_counts_is_no_success():
-    corpus.write_binidx("qa", [*NO_ANSWER, ANSWER[0]])
+    binidx.write_binidx("qa", [*NO_ANSWER, ANSWER[0]])
     with pytest.raises(ValueError, match="no token counts in any of 2 steps, so nothing was learn"):
         run(IN_ORDER + "--epoch_steps 2")
     assert not os.path.exists("out/rwkv-0.pth")
@@ -679,7 +679,7 @@ BASE, BONES, ONE = "--load_model bad.pth", "--bone_load bad.pth", torch.ones(1)
         (
             "",
             "document 1 holds token 300, but the model's vocabulary is 300",
-            lambda: corpus.write_binidx("x", [[1, 2], [3, 300, 0]]),
+            lambda: binidx.write_binidx("x", [[1, 2], [3, 300, 0]]),
         ),
         ("--data_file t.jsonl", "t.jsonl: holds no document", lambda: save(b"\n", "t.jsonl")),
         (
@@ -696,7 +696,7 @@ BASE, BONES, ONE = "--load_model bad.pth", "--bone_load bad.pth", torch.ones(1)
         (
             "--data_file qa --loss_mask qa --val_file x",
             "x: no answer",
-            lambda: corpus.write_binidx("qa", [[1 + b for b in b"User: a\n\nAssistant: b"]]),
+            lambda: binidx.write_binidx("qa", [[1 + b for b in b"User: a\n\nAssistant: b"]]),
         ),
         ("--dataload only", "--micro_bsz 1", None),
         ("--dataload get --ctx_len 400", "--ctx_len 311", None),

@@ -15,8 +15,8 @@ import types
 import numpy as np
 import pytest
 
+import binidx
 import checkpointer
-import corpus
 import devices
 import display
 import evaluate
@@ -238,7 +238,7 @@ WATCHED = "--epoch_steps 4 --save_steps 3 --val_file held --eval_steps 2 --lr_in
 
 @pytest.mark.parametrize("save_steps, kills", [(0, (1, 3)), (3, (2, 5))])
 def test_a_run_that_is_killed_on_the_way_finds_its_best_again(monkeypatch, save_steps, kills):
-    corpus.write_binidx("held", counting([30, 12]))
+    binidx.write_binidx("held", counting([30, 12]))
     flags = WATCHED + f"--save_steps {save_steps} --epoch_count 2 "
     run(flags + "--proj_dir whole")
     for n in kills:
@@ -343,7 +343,7 @@ def go_on(flags):
 def test_resume_and_the_folder_are_enough():
     flags = """--epoch_steps 3 --epoch_count 2 --lr_final 1e-3 --weight_decay 0.1 --grad_cp 1
     --train_parts ln --loss_mask se --data_file qa --mask_id '{"mask0":"a","mask1":"b"}' """
-    corpus.write_binidx("qa", [[1 + byte for byte in b"a\nb xyz"] + [0]] * 5)
+    binidx.write_binidx("qa", [[1 + byte for byte in b"a\nb xyz"] + [0]] * 5)
     run(flags + "--save_steps 3 --keep 9")
     shutil.copytree("out", "whole")
     for name in ("resume-6.pth", "rwkv-0.pth", "rwkv-1.pth"):

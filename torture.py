@@ -34,7 +34,7 @@ from pydoc_data.topics import topics
 import torch
 
 import archive
-import corpus
+import binidx
 from test_fuzz import TRAIN, fuzz, plain, same
 from test_resume import curve
 from test_train import bone_of, counting, tiny
@@ -98,7 +98,7 @@ def check_same_run(run: Path, expected: Path) -> None:
 def kill_training(folder: Path, kills: int, r: random.Random) -> tuple[int, int, int]:
     """Return kills, complete runs (one at least), and kills that fell into a save."""
     torch.save(tiny(torch.float32, n_embd=256, vocab_size=2000), folder / "base.pth")
-    corpus.write_binidx(folder / "x", counting([r.randrange(20, 60) for _ in range(50)]))
+    binidx.write_binidx(folder / "x", counting([r.randrange(20, 60) for _ in range(50)]))
     line = (
         f"HERE/train.py {TRAIN} --bone_r 32 --train_parts time ln emb head --ctx_len 64 "
         "--val_file x --epoch_steps 100 --epoch_count 2 --save_steps 1 --resume auto --proj_dir "
@@ -216,7 +216,7 @@ def disk() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         torch.save(tiny(torch.float32), folder / "base.pth")
-        corpus.write_binidx(folder / "x", counting([20, 33, 40, 9, 25]))
+        binidx.write_binidx(folder / "x", counting([20, 33, 40, 9, 25]))
         for user in ([], ["-Ur"]):
             end = subprocess.run(
                 ["unshare", *user, "-m", "bash", "-c", DISK_SCRIPT],
