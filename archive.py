@@ -201,6 +201,8 @@ def _why_unreadable(error: Exception, path: StrPath, size: int) -> str:
             f"{size / 1e9:.1f} GB are more than the system will map into its memory, although "
             "they need not be there at once; on Linux, sysctl vm.overcommit_memory=1 allows it"
         )
+    if isinstance(error, MemoryError):
+        return "there is too little memory to read it"
     if isinstance(error, Damaged):
         return _damaged(str(error))
     # What a damaged file leads to can be anything, and a fault of this program, too.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import data
-from binidx import Documents
+from binidx import Binidx, Documents
 
 
 def check_mask(documents: Documents, config: data.BatchConfig) -> tuple[int, int]:
@@ -23,6 +23,12 @@ def check_mask(documents: Documents, config: data.BatchConfig) -> tuple[int, int
         raise ValueError(
             f"{documents.prefix}: its tokens are characters, in which --loss_mask finds no marker; "
             "use pad or none"
+        )
+    one_row = not isinstance(documents, Binidx)
+    if one_row and config.dataload != "get":
+        raise ValueError(
+            f"{documents.prefix}: one long row of tokens, in whose pieces --loss_mask cannot tell "
+            "where a line begins; use --dataload get, or documents (a .jsonl, binidx files)"
         )
     if config.dataload == "get":
         kind, steps = "windows", range(math.ceil(300 / config.micro_bsz))

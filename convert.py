@@ -9,6 +9,7 @@ only its time is, or when it was moved with all that stands beside it.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
+import filelock
 import numpy as np
 from numpy.typing import DTypeLike
 from tqdm import tqdm
@@ -29,6 +31,7 @@ from tokenizer import encode
 # The way in which files are read. With another number here, all are converted again.
 READING = 1
 RECORD = ".source.json"
+ENDINGS = (".jsonl", ".json", ".ndjson")  # of files of records
 LINE_OF_A_JSONL = 'each line must look like {"text": "..."}'
 
 
@@ -47,7 +50,9 @@ class Conversion:
 
     def notes(self) -> list[str]:
         """Say what people should know of it: what it is, and what of it is not in the tokens."""
-        noun = "documents" if self.texts.form == TEXT else "conversations"
+        noun = "document" if self.texts.form == TEXT else "conversation"
+        if self.documents != 1:
+            noun += "s"
         first = f"{self.documents:,} {noun} ({name_of(self.texts.form)})"
         if self.texts.unused:
             first += f"; not used: {', '.join(sorted(self.texts.unused))}"
@@ -134,6 +139,7 @@ class _Reader:
         """
         content = f.read()
         self.hash.update(content)
+        size = len(content)
         try:
             records = json.loads(content.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
@@ -141,8 +147,9 @@ class _Reader:
                 f"{self.path}: begins with [, but is not one JSON array in UTF-8 ({error}); write "
                 "one record per line, without brackets and commas around them, or one whole array"
             ) from error
+        del content
         for number, record in enumerate(records, 1):
-            yield f"record {number}", record, len(content) / len(records)
+            yield f"record {number}", record, size / len(records)
 
     def _tokens_of(self, place: str, piece: Any) -> list[int]:
         """Tokenize the text of a line, or of a record; [] where there is none."""
@@ -188,17 +195,23 @@ def open_converted(path: str) -> Binidx:
     """Open the tokens of a .jsonl or .json, beside it. Make them where they are not of its content.
 
     The record is removed before the tokens are touched, and written after them. So a conversion
-    that was killed passes for none. Another process may convert the same file at the same time:
-    each file is whole at any time, and the record says with which tokens it belongs.
+    that was killed passes for none. Of several processes, on one machine or on several that share
+    the folder, one converts and the others wait.
     """
     # x.bin and x.idx beside a file x are somebody's own. Its tokens are in x.tokens.bin and .idx.
     prefix = path if has_ending(path) else path + ".tokens"
-    for _ in range(3):
-        documents = _open_tokens_of(path, prefix)
-        if documents is not None:
-            return documents
-        _convert_beside_itself(path, prefix)
-    raise ValueError(f"{path}: changes while it is read; wait until it is complete")
+    documents = _open_tokens_of(path, prefix)
+    if documents is not None:
+        return documents
+    _check_folder(path)
+    with _lock(prefix + ".lock"):
+        documents = _open_tokens_of(path, prefix)  # another process may have made them
+        if documents is None:
+            _convert_beside_itself(path, prefix)
+            documents = _open_tokens_of(path, prefix)
+    if documents is None:
+        raise ValueError(f"{path}: changes while it is read; wait until it is complete")
+    return documents
 
 
 def _open_tokens_of(path: str, prefix: str) -> Binidx | None:
@@ -214,32 +227,43 @@ def _open_tokens_of(path: str, prefix: str) -> Binidx | None:
         return None
     if not isinstance(record, dict) or not isinstance(record.get("notes"), list):
         return None
-    made_of = (record.get("reading"), record.get("tokens"), record.get("source"))
-    if made_of != (READING, documents.fingerprint(), digest_of(path)):
+    made_of = (record.get("reading"), record.get("tokens"))
+    if made_of != (READING, documents.fingerprint()) or record.get("source") != digest_of(path):
         return None
     documents.notes = [f"{path}: {note}" for note in record["notes"]]
     return documents
 
 
-def _convert_beside_itself(path: str, prefix: str) -> None:
+@contextlib.contextmanager
+def _lock(path: str) -> Iterator[None]:
+    """Hold a lock, whose file is removed at the end."""
+    with filelock.FileLock(path):
+        try:
+            yield
+        finally:
+            # Whoever waits for it sees that the file has no name any more, and makes another.
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+def _check_folder(path: str) -> None:
     folder = os.path.dirname(path) or "."
     if not os.access(folder, os.W_OK):
         raise ValueError(
             f"{path}: its tokens are kept beside it, but {folder} is read-only; write them "
             f"elsewhere, by python data.py {path} PREFIX, and use --data_file PREFIX"
         )
+
+
+def _convert_beside_itself(path: str, prefix: str) -> None:
     if not missing_files(prefix):
         print(f"{path}: tokenizing it again, as the tokens beside it may be of another content")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(prefix + RECORD)
     conversion = jsonl_to_binidx(path, prefix)
-    try:
-        fingerprint = Binidx(prefix).fingerprint()
-    except (OSError, ValueError):
-        return  # Another process is writing the same files just now.
     record = {
         "reading": READING,
-        "tokens": fingerprint,
+        "tokens": Binidx(prefix).fingerprint(),
         "source": conversion.digest,
         "notes": conversion.notes(),
     }
@@ -248,12 +272,20 @@ def _convert_beside_itself(path: str, prefix: str) -> None:
 
 
 def new_hash() -> Any:
-    """Return the hash by which contents are compared: fast, and no two have the same."""
+    """Return the hash by which contents are compared."""
     return hashlib.blake2b(digest_size=16)
 
 
 def digest_of(path: StrPath) -> str:
     """Return the hash of a file's content, in hexadecimal digits."""
+    found = os.stat(path)
+    # A start asks several times. No program can set back ctime, the time of the last change.
+    unchanged = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return _digest(os.fspath(path), unchanged)
+
+
+@functools.lru_cache
+def _digest(path: str, unchanged: tuple[int, ...]) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, new_hash).hexdigest()
 
@@ -268,7 +300,7 @@ def missing_files(prefix: str) -> list[str]:
 
 def has_ending(path: str) -> bool:
     """Return whether a file's name says that it holds JSON records."""
-    return path.lower().endswith((".jsonl", ".json", ".ndjson"))
+    return path.lower().endswith(ENDINGS)
 
 
 def find_source(prefix: str) -> str:
@@ -280,8 +312,10 @@ def find_source(prefix: str) -> str:
     if os.path.isfile(prefix):
         check_holds_records(prefix)
         return prefix
-    if not has_ending(prefix) and os.path.lexists(prefix + ".jsonl"):
-        return prefix + ".jsonl"
+    if not has_ending(prefix):
+        for ending in ENDINGS:
+            if os.path.lexists(prefix + ending):
+                return prefix + ending
     return ""
 
 

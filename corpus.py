@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from binidx import Binidx, Documents, without_ending
-from convert import find_source, has_ending, missing_files, open_converted
+from convert import ENDINGS, find_source, has_ending, missing_files, open_converted
 from tokenizer import CHARACTERS, Vocabulary
 
 # ---- opening ---------------------------------------------------------------------------------
@@ -127,7 +127,9 @@ def _notes_on_pair(prefix: str) -> Iterator[str]:
     if has_ending(prefix):
         yield f"note: {prefix} is not there; the tokens that were kept beside it are used"
         return
-    for ending in (".jsonl", ".json"):
+    if os.path.isfile(prefix):
+        yield f"note: {prefix}.bin is used, and {prefix} beside it is not read"
+    for ending in ENDINGS:
         if os.path.exists(prefix + ending):
             yield (
                 f"note: {prefix}.bin is used, and {prefix}{ending} beside it is not read; "

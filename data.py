@@ -206,7 +206,7 @@ def qa_mask(
 ) -> np.ndarray:
     """Mark the tokens of answers, after `begin` and before `end`: (n) ints -> (n) float32.
 
-    A word in the middle of a line is no marker, see `pattern_of`. mid_line: tokens begin in one.
+    Words are markers only where a line begins, see `pattern_of`. mid_line: tokens begin within one.
     Markers are looked for in bytes, as a token may hold part of a marker and more; it then does not
     count. Token 0, the end of a document, ends an answer and counts, so that models learn to stop.
     """

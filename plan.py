@@ -235,6 +235,7 @@ def plan_of_one_rank(options: Options, built: BuiltModel) -> RunPlan:
         "base": fingerprint(options.load_model),
         "data": training_data.documents.fingerprint(),
         "micro_batches": micro_batches,
+        "markers": "of lines",  # words are markers only where a line begins, since 0.2
     }
     paths = checkpoint_paths(options, steps)
     changed_flags = []

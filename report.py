@@ -159,6 +159,8 @@ def describe_resumed(plan: RunPlan, state: run_state.SavedState) -> str:
     line = f"going on from {state.path}: step {state.progress.step} of {plan.end_step}"
     if plan.changed_flags:
         line += f", with other {', '.join(plan.changed_flags)}"
+    if plan.options.loss_mask in ("qa", "se") and "markers" not in state.metadata:
+        line += "; from here on markers count only at the beginning of a line"
     n = ranks(plan.options)
     if plan.options.accumulate_grad_batches * n != plan.micro_batches_per_step:
         line += (

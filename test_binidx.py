@@ -1,15 +1,18 @@
 """corpus.py: binidx files as the reference tool writes them, damaged ones, missing ones."""
 
+import concurrent.futures
 import itertools
 import json
 import os
 import pathlib
 import shutil
 import struct
+import time
 
 import numpy as np
 import pytest
 
+import convert
 from binidx import Binidx, write_binidx
 from convert import RECORD, jsonl_to_binidx
 from corpus import hold_out, open_data
@@ -315,22 +318,20 @@ def test_a_conversion_that_is_killed_anywhere_passes_for_none(step, monkeypatch)
         assert read() == [text]
 
 
-def test_two_processes_may_convert_at_once(monkeypatch):
-    """The other one writes its files between any two operations of this one."""
-    write_jsonl("a.jsonl", "one")
-    plain, others = os.replace, []
+def test_of_several_that_open_a_file_at_once_one_converts_it(monkeypatch):
+    write_jsonl("a.jsonl", *["one"] * 200)
+    plain, conversions = convert.jsonl_to_binidx, []
 
-    def replace(old, new):
-        plain(old, new)
-        if len(others) < 20 and os.getpid() != 1:
-            others.append(new)
-            with monkeypatch.context() as patch:
-                patch.setattr(os, "getpid", lambda: 1)
-                assert read() == ["one"]
+    def slow(*arguments):
+        conversions.append(arguments)
+        time.sleep(0.2)
+        return plain(*arguments)
 
-    monkeypatch.setattr(os, "replace", replace)
-    assert read() == ["one"]
-    assert len(others) >= 3
+    monkeypatch.setattr(convert, "jsonl_to_binidx", slow)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = [future.result() for future in [pool.submit(read) for _ in range(4)]]
+    assert found == [["one"] * 200] * 4
+    assert len(conversions) == 1
     assert sorted(os.listdir()) == FILES
 
 
@@ -456,7 +457,7 @@ def test_what_is_beside_the_tokens_that_are_read_is_said():
         "note: a.bin is used, and a.jsonl beside it is not read; --data_file a.jsonl takes that, "
         "as it is now"
     ]
-    assert open_data("a.jsonl").notes == ["a.jsonl: 1 documents (text)"]
+    assert open_data("a.jsonl").notes == ["a.jsonl: 1 document (text)"]
     os.unlink("a.jsonl")
     assert open_data("a").notes == []
     assert open_data("a.jsonl").notes == [

@@ -130,7 +130,16 @@ class TrainingData:
         silent, looked_at = check_data.check_mask(documents, batches)
         if held_out:
             # Held-out documents are rows, however the training data are loaded.
-            check_data.check_mask(held_out, dataclasses.replace(batches, dataload="pad"))
+            try:
+                check_data.check_mask(held_out, dataclasses.replace(batches, dataload="pad"))
+            except ValueError as error:
+                if not options.val_split:
+                    raise
+                raise ValueError(
+                    f"--val_split {options.val_split}: none of the {len(held_out)} held-out "
+                    "documents has an answer to measure; hold out more, or take another "
+                    "--random_seed"
+                ) from error
         if silent:
             marker, _ = data.markers_of(loss_mask) or ("", "")
             rows = "windows" if batches.dataload == "get" else "documents"
