@@ -176,7 +176,11 @@ def replace_unprintable() -> None:
 
 
 def end_at_ctrl_c() -> None:
-    """Let Ctrl-C end a program of ours at once, without a traceback, while it imports PyTorch."""
+    """Let Ctrl-C end a program of ours without a traceback while run_cli does not handle it.
+
+    That is while PyTorch is imported, and when the work is done. In a user's own script nothing
+    changes: there Ctrl-C must reach the training, which saves its state.
+    """
     if program_of_ours() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -134,7 +134,7 @@ def add_flag(parser: argparse._ActionsContainer, name: str, about: Flag) -> None
     if default_text(about.default):
         help_text += f" (default: {default_text(about.default)})"
     if about.default is False:
-        parser.add_argument(f"--{name}", action="store_true", help=help_text)
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=help_text)
         return
     rest: dict[str, Any] = {}
     if isinstance(about.default, list):

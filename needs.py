@@ -15,6 +15,7 @@ PYTHON = (3, 11)
 # As in requirements.txt; a test compares them. (Without ninja and matplotlib all programs run.)
 TORCH = (2, 11)
 PACKAGES = ("torch", "numpy", "tqdm", "filelock", "psutil", "pyrwkv_tokenizer")
+PROGRAMS = ("train.py", "merge.py", "generate.py", "data.py", "bench.py")
 INSTALL = "pip install -r requirements.txt (see the README)"
 
 
@@ -46,10 +47,11 @@ def torch_version() -> str:
 
 
 def program_of_ours() -> str:
-    """Return the name of the program that runs, such as train.py; "" for one of somebody else."""
+    """Return the name of the program that runs, such as train.py; "" for a script of a user's."""
     main_file = getattr(sys.modules["__main__"], "__file__", None) or ""
     folder, program = os.path.split(os.path.abspath(main_file))
-    return program if folder == os.path.dirname(os.path.abspath(__file__)) else ""
+    is_here = folder == os.path.dirname(os.path.abspath(__file__))
+    return program if is_here and program in PROGRAMS else ""
 
 
 def check() -> None:

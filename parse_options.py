@@ -88,10 +88,12 @@ def _as_arguments(name: str, value: Any, about: Flag) -> list[str]:
         parts = [value] if isinstance(value, str) else value
         return [flag, *map(str, parts)]
     if isinstance(value, bool):
-        if about.default is False or about.bare is not None:
-            return [flag] if value else []
+        if about.default is False:
+            return [flag if value else f"--no-{name}"]
         if about.choices == SWITCH:
             value = int(value)
+        elif about.bare is not None:
+            return [flag] if value else []
     if isinstance(value, (list, tuple, set)):
         raise ValueError(f"{name}={value!r}: one value is needed")
     if isinstance(value, dict):
@@ -130,7 +132,7 @@ def check(options: Options) -> None:
     require(
         not options.eval_steps or options.val_file or options.val_split,
         f"--eval_steps {options.eval_steps} measures a held-out loss: add --val_file or "
-        "--val_split, or drop it",
+        "--val_split, or give --eval_steps 0",
     )
     check_gpus(options)
 

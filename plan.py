@@ -231,9 +231,11 @@ def plan_of_one_rank(options: Options, built: BuiltModel) -> RunPlan:
         steps_per_epoch=training_data.steps_per_epoch,
         micro_batches=options.accumulate_grad_batches * ranks(options),
     )
+    held_out = training_data.held_out
     metadata = {
         "base": fingerprint(options.load_model),
         "data": training_data.documents.fingerprint(),
+        "held_out": held_out.fingerprint() if held_out else None,
         "micro_batches": micro_batches,
         "markers": "of lines",  # words are markers only where a line begins, since 0.2
     }
@@ -241,6 +243,7 @@ def plan_of_one_rank(options: Options, built: BuiltModel) -> RunPlan:
     changed_flags = []
     if state:
         changed_flags = run_state.check_same_run(state, vars(options), metadata)
+        state.forget_best_of_other(metadata["held_out"])
     plan = RunPlan(
         options=options,
         data=training_data,
@@ -262,12 +265,23 @@ def plan_of_one_rank(options: Options, built: BuiltModel) -> RunPlan:
         unchanged=not changed_flags,
     )
     if options.eval_steps:
-        # Where the state's run had this flag, it has made sure that the name was free.
-        own = state and (state.metadata["args"].get("eval_steps") or state.progress.best_step)
-        run_folder.check_best(options.proj_dir, own=bool(own))
+        check_best(plan)
     if devices.rank():
         return plan
     return look_at_checkpoints(plan, built)
+
+
+def check_best(plan: RunPlan) -> None:
+    """Refuse a folder whose best checkpoint is not this run's own. Raises ValueError."""
+    state = plan.state
+    own = False
+    if state:
+        # Where the state's run had --eval_steps, it has made sure that the name was free.
+        own = bool(state.metadata["args"].get("eval_steps") or state.progress.best_step)
+        # With other flags the steps after the state do not come again, and their best neither.
+        if plan.changed_flags and run_folder.best_is_newer_than(state.path):
+            own = False
+    run_folder.check_best(plan.options.proj_dir, own=own)
 
 
 def look_at_checkpoints(plan: RunPlan, built: BuiltModel) -> RunPlan:

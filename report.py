@@ -159,6 +159,9 @@ def describe_resumed(plan: RunPlan, state: run_state.SavedState) -> str:
     line = f"going on from {state.path}: step {state.progress.step} of {plan.end_step}"
     if plan.changed_flags:
         line += f", with other {', '.join(plan.changed_flags)}"
+    held_out = plan.metadata["held_out"]
+    if plan.options.eval_steps and state.metadata.get("held_out", held_out) != held_out:
+        line += "; the held-out data is another, so the best loss counts anew"
     if plan.options.loss_mask in ("qa", "se") and "markers" not in state.metadata:
         line += "; from here on markers count only at the beginning of a line"
     n = ranks(plan.options)

@@ -47,6 +47,9 @@ def flags_of_earlier_run(given: dict[str, Any]) -> dict[str, Any]:
             )
         return {}
     saved = _read(path)
+    begin = given.get("epoch_begin", saved.get("epoch_begin"))
+    if resume == "auto" and begin != saved.get("epoch_begin"):
+        return {}  # the states are those of the run before this one
     found = {}
     for name in vars(Options()):
         if name in saved and name not in given and name not in OF_A_START:

@@ -91,6 +91,12 @@ def best_checkpoint(folder: str) -> str:
     return os.path.join(folder, "rwkv-best.pth")
 
 
+def best_is_newer_than(path: str) -> bool:
+    """Return whether the best checkpoint, which is beside a file, was written after it."""
+    best = best_checkpoint(os.path.dirname(path))
+    return os.path.exists(best) and os.stat(best).st_mtime_ns > os.stat(path).st_mtime_ns
+
+
 def check_best(folder: str, *, own: bool) -> None:
     """Refuse a run that would replace another one's best checkpoint. own: whether it is its own."""
     path = best_checkpoint(folder)

@@ -85,7 +85,7 @@ class Log:
             # What was written there from this step on, it does not show.
             self.tensorboard = self.new_tensorboard(folder, purge_step=progress.step)
             for row in rows:
-                if row["step"] == str(progress.step):
+                if resumed and row["step"] == str(progress.step) and row["val_loss"]:
                     self._to_tensorboard(progress.step, {"val_loss": float(row["val_loss"])})
         beginning = "RESUMED" if resumed else "NEW RUN"
         self.write(self.text_path, f"{beginning} {json.dumps(vars(self.args))}\n")
@@ -111,8 +111,8 @@ class Log:
 
         if not os.path.exists(self.curve_path):
             return []
-        with open(self.curve_path, encoding="utf-8") as f:
-            lines = [line for line in f if line.endswith("\n")]
+        with open(self.curve_path, encoding="utf-8", errors="replace") as f:
+            lines = [line for line in f if line.endswith("\n") and "\0" not in line]
         columns = tuple(lines[0].rstrip("\n").split(",")) if lines else ()
         rows = list(csv.DictReader(lines))
         if self.args.resume:

@@ -195,6 +195,11 @@ class SavedState:
                 f"{path}: not the state of a training ({type(error).__name__}: {error}); {ADVICE}"
             ) from error
 
+    def forget_best_of_other(self, held_out: int | None) -> None:
+        """Forget the best held-out loss, if it is of other data. held_out: their fingerprint."""
+        if self.metadata.get("held_out", held_out) != held_out:
+            self.progress.best_loss, self.progress.best_step = math.inf, 0
+
     @torch.no_grad()
     def restore(
         self,

@@ -81,7 +81,7 @@ def test_keywords_are_the_flags(keywords, flags):
         ({"load_model": "gone.pth"}, "--load_model gone.pth: No such file or directory"),
         ({"devices": 2}, "devices=2, num_nodes=1: each device needs a process of its own"),
         ({"data_file": ["x", "y"]}, "data_file=['x', 'y']: one value is needed"),
-        ({"fla": 3}, "--fla: ignored explicit argument '3'"),
+        ({"fla": 3}, "--fla/--no-fla: ignored explicit argument '3'"),
     ],
 )
 def test_wrong_keywords_are_refused_in_one_line(keywords, says):

@@ -100,3 +100,11 @@ def test_what_is_needed_is_what_the_requirements_say():
     assert f"torch>={'.'.join(map(str, needs.TORCH))}\n" in requirements
     project = (HERE / "pyproject.toml").read_text()
     assert f'requires-python = ">={".".join(map(str, needs.PYTHON))}"' in project
+
+
+def test_a_user_s_script_in_the_folder_keeps_its_ctrl_c(monkeypatch):
+    """Its training must hear of Ctrl-C, to save the state."""
+    for program, ours in (("train.py", "train.py"), ("mine.py", "")):
+        main = types.SimpleNamespace(__file__=str(HERE / program))
+        monkeypatch.setitem(sys.modules, "__main__", main)
+        assert needs.program_of_ours() == ours

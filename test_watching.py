@@ -426,3 +426,32 @@ def test_torchrun_says_how_many_devices_there_are(monkeypatch):
     for started, expected in (("", 2), ("2", 2), ("3", 1)):
         monkeypatch.setenv("WORLD_SIZE", started)
         assert train.parse_args(["--resume"]).devices == expected
+
+
+def test_a_best_loss_on_other_held_out_data_does_not_count(capsys):
+    run("--val_file x --epoch_steps 2 --eval_steps 1")
+    binidx.write_binidx("other", counting([30, 12, 40]))
+    run("--val_file other --epoch_steps 2 --eval_steps 1 --epoch_count 2 --resume")
+    assert "the held-out data is another, so the best loss counts anew" in capsys.readouterr().out
+    log = pathlib.Path("out/train_log.txt").read_text()
+    assert re.search(r"step 3: held-out loss \S+, the best so far", log)
+
+
+def test_a_best_checkpoint_from_after_the_state_is_not_replaced_with_other_flags(capsys):
+    run("--val_file x --epoch_steps 4 --eval_steps 1 --save_steps 2 --keep 9")
+    for name in ("resume-4.pth", "rwkv-0.pth"):
+        os.unlink(f"out/{name}")
+    later = os.stat("out/resume-2.pth").st_mtime_ns + 10**9
+    os.utime("out/rwkv-best.pth", ns=(later, later))
+    capsys.readouterr()
+    error = refused(capsys, lambda: run("--resume --lr_init 1e-5"))
+    assert "out/rwkv-best.pth: already there" in error
+    run("--resume")  # with the same flags the same best comes again
+
+
+def test_auto_takes_no_flags_of_the_run_before_this_one():
+    run("--epoch_steps 2 --weight_decay 0.1")
+    flags = "--epoch_steps 2 --bone_load out/rwkv-0.pth --epoch_begin 1 --resume auto"
+    run(flags)
+    with open("out/args.json") as f:
+        assert json.load(f)["weight_decay"] == 0
