@@ -162,15 +162,15 @@ class _Reader:
                     return []
                 piece = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise self._not_json(place, error) from error
+            raise self._not_json(place, piece, error) from error
         try:
             return encode(self.texts.text_of(piece))
         except UnicodeError as error:
-            raise self._not_json(place, error) from error
+            raise self._not_json(place, piece, error) from error
         except ValueError as error:
             raise ValueError(f"{self.path}, {place}: {error}") from error
 
-    def _not_json(self, place: str, error: Exception) -> ValueError:
+    def _not_json(self, place: str, piece: Any, error: Exception) -> ValueError:
         # JSON counts lines in what it is given: always 1.
         why = str(error).replace("line 1 ", "")
         advice = LINE_OF_A_JSONL
@@ -178,6 +178,8 @@ class _Reader:
             advice = "save it as UTF-8 (of GBK: iconv -f GBK -t UTF-8 old.jsonl > new.jsonl)"
         elif "Extra data" in why:
             advice = "one record per line, with nothing after it, not even a comma"
+        elif isinstance(piece, bytes) and not piece.endswith(b"\n"):
+            advice += "; the file ends here, and may be cut off"
         return ValueError(f"{self.path}, {place}: not JSON in UTF-8 ({why}); {advice}")
 
 

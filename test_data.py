@@ -439,6 +439,13 @@ def test_a_marker_that_the_cut_goes_through_is_still_a_marker():
     assert mask.sum() == 2
 
 
+def test_a_file_that_ends_within_a_record_may_be_cut_off(capsys):
+    pathlib.Path("data.jsonl").write_text('{"text": "a"}\n{"text": "b')
+    error = run(["data.jsonl"], capsys)
+    assert "line 2: not JSON" in error
+    assert error.endswith("the file ends here, and may be cut off\n")
+
+
 def test_check_mask_refuses_data_without_an_answer_and_counts_documents_without_one():
     silent = [*encode("plain"), 0]
     answered = [*encode("User: a\n\nAssistant: b"), 0]

@@ -14,6 +14,7 @@ import archive
 import binidx
 import bone
 import checkpoint
+import foreign
 import merge
 import rwkv6
 from test_options import refused
@@ -274,3 +275,9 @@ def test_web_rwkv_reads_the_merged_model_and_agrees(version):
         print(f"{version}, {n} tokens: {error:.4f}, without Bone {change:.2f}")
         assert error < 0.01
         assert change > 0.1
+
+
+def test_an_empty_file_is_said_to_be_empty():
+    pathlib.Path("empty.pth").touch()
+    with pytest.raises(ValueError, match=r"^empty\.pth: the file is empty; copy or download it"):
+        foreign.check_is_zip("empty.pth")

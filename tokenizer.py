@@ -71,7 +71,9 @@ class Vocabulary(str):
     END = None  # No token ends a document.
 
     # (It replaces str.encode, which nothing may call on a Vocabulary.)
-    def encode(self, text: str, where: StrPath = "the text") -> np.ndarray:  # type: ignore[override]
+    def encode(  # type: ignore[override]
+        self, text: str, where: StrPath = "the text"
+    ) -> np.ndarray:
         """Look up the characters of a text: (characters) int32. ValueError: one is not there."""
         ids = np.full(0x110000, -1, np.int32)  # for each code point of Unicode
         ids[[ord(character) for character in self]] = range(len(self))
