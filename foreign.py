@@ -47,7 +47,7 @@ def check_is_zip(path: StrPath) -> None:
     if start.startswith(b"PK\x03\x04"):
         return
     if not start:
-        raise ValueError(f"{path}: the file is empty; copy or download it again")
+        raise ValueError(f"{path}: not a PyTorch checkpoint (it is empty); download it again")
     if BEFORE_1_6 in start[:32]:
         again = save_again(path, executing=start[1] > 3)
         raise ValueError(f"{path}: saved in the form before PyTorch 1.6; {again}")
