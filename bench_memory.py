@@ -109,7 +109,8 @@ def prepare_run(
         random_checkpoint(config, base)
     binidx.write_binidx(prefix, torch.randint(1, config.vocab_size, (2, ctx_len + 1)).tolist())
     paths = ["--load_model", base, "--data_file", prefix, "--proj_dir", f"{folder}/out"]
-    flags = f"--ctx_len {ctx_len} --epoch_steps {steps} --bone_r {r} --accelerator {accelerator}"
+    flags = f"--ctx_len {ctx_len} --epoch_steps {steps} --bone_r {r} --accelerator {accelerator} "
+    flags += "--grad_cp 1 --compile 0"
     return [*paths, *flags.split()]
 
 
@@ -205,7 +206,8 @@ def expected_of_ranks(folder: str) -> None:
     for name, (n_layer, n_embd) in LARGE_MODELS.items():
         base = f"{folder}/{name}.pth"
         save_holes(rwkv6.sizes(n_layer, n_embd, VOCAB), base)
-        common = f"--load_model {base} --ctx_len 1024 --bone_r {R} --accelerator cpu --dry_run"
+        common = f"--load_model {base} --ctx_len 1024 --bone_r {R} --accelerator cpu --dry_run "
+        common += "--grad_cp 1 --compile 0"
         for n in (1, 2, 4, 8):
             row = f"{name:<8}{n:>6}"
             for strategy in STRATEGIES:

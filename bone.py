@@ -68,18 +68,18 @@ def block_affine_matmul(x: Tensor, x_b: Tensor, weight: Tensor | Quantized, *, B
     r = B.shape[1]
 
     # z_b = B_b x_b for every segment b; s = sum_b z_b.
-    z = torch.empty(x.shape, dtype=dtype, device=x.device)
-    torch.bmm(x_b, B.mT, out=segments(z, r))
-    s = fold(z, r)
+    z = torch.bmm(x_b, B.mT)
+    s = z.sum(0)
 
     # y = W (x + z) + tile(s)
     #
     # In place, so that no other tensor of the size of x or y is made. z is added to x before x is
     # rounded, and s inside the product's float32 sums: a change smaller than one bfloat16 step of
     # x or y then still counts on average. Added to rounded numbers it would be lost.
-    z.add_(x)
+    u = torch.empty(x.shape, dtype=dtype, device=x.device)
+    torch.add(x.view(len(x), -1, r), z.transpose(0, 1), out=u.view(len(x), -1, r))
     y = tile(s, out_features=weight.shape[0])
-    return y.addmm_(z, to_dense(weight, dtype).t())
+    return y.addmm_(u, to_dense(weight, dtype).t())
 
 
 class BlockAffine(torch.autograd.Function):
@@ -109,9 +109,9 @@ class BlockAffine(torch.autograd.Function):
         gB = torch.bmm(gz.mT, x_b)
 
         # gx_b = gu_b + B_b^T gz_b, in place: gu is not needed any more.
-        gx = gu
-        segments(gx, r).baddbmm_(gz, B)
-        return gx.to(ctx.x_dtype), None, gB
+        gx_b = torch.baddbmm(segments(gu, r), gz, B)
+        gx = gx_b.transpose(0, 1).to(ctx.x_dtype, memory_format=torch.contiguous_format)
+        return gx.reshape(gu.shape), None, gB
 
 
 def shard_sharing(x: Tensor, weight: Tensor | Quantized, bone: Tensor) -> Tensor:

@@ -63,8 +63,8 @@ def build_model(options: Any, device: torch.device) -> BuiltModel:
     torch.manual_seed(options.random_seed)
     built = fine_tuned(options, device) if options.load_model else from_scratch(options, device)
     model = built.model
-    model.grad_cp = bool(options.grad_cp)
-    model.keep_products = options.train_type == "infctx"
+    model.grad_cp = options.grad_cp > 0
+    model.keep_products = options.grad_cp < 1
     if model.config.head_qk and options.train_type == "infctx":
         raise ValueError(
             "--train_type infctx: head_qk looks at every earlier token, so that no state can stand "

@@ -5,6 +5,7 @@ One need not read this to understand Bone.
 
 import contextlib
 import dataclasses
+import functools
 import os
 from typing import Any, NamedTuple
 
@@ -50,10 +51,12 @@ class MemoryCheck(NamedTuple):
 def expected_memory(
     options: Options, device: torch.device, longest: int | None = None
 ) -> MemoryEstimate:
-    """Return what training takes by resolved options, on rows of `longest` tokens.
+    """Return what training takes by settled options, on rows of `longest` tokens.
 
     Without `longest`, the options or the data say it.
     """
+    if options.compile:
+        return memory_of_compiled(options, device, longest)
     built = build_model(options, META)
     longest = longest or longest_row(options)
     at_once = min(longest, chunk_ctx(options) or longest)
@@ -80,6 +83,24 @@ def expected_memory(
         parts["states between chunks"] = states * size
     parts = sharding.memory_of_one_rank(parts, built.model, options.strategy, ranks=ranks(options))
     return MemoryEstimate(built, parts | memory.beside_tensors(parts, device))
+
+
+def memory_of_compiled(
+    options: Options, device: torch.device, longest: int | None
+) -> MemoryEstimate:
+    """Return what training takes with compiled blocks, from what it takes with eager ones.
+
+    Compiled blocks keep for the backward pass what eager ones do that keep the results of matrix
+    products (or, with --grad_cp, a share of these), and all else is computed again.
+    """
+    eager = functools.partial(dataclasses.replace, options, compile=0)
+    nothing_kept = expected_memory(eager(grad_cp=1), device, longest)
+    products_kept = expected_memory(eager(grad_cp=0.5), device, longest)
+    kept = 1 - options.grad_cp
+    parts = {}
+    for part, size in nothing_kept.parts.items():
+        parts[part] = size + kept * (products_kept.parts[part] - size)
+    return MemoryEstimate(nothing_kept.built, parts)
 
 
 def parts_of(
@@ -119,13 +140,17 @@ def parts_of(
     )
 
 
-def check_memory(options: Options, device: torch.device) -> MemoryCheck:
-    """Look whether a run fits into memory. Where not, print what it takes, and raise ValueError."""
-    estimate = expected_memory(options, device)
+def free_memory(options: Options, device: torch.device) -> float:
+    """Return the free bytes that one rank may take."""
     free = memory.available(device)
     if device.type == "cpu":
         free /= int(os.environ.get("LOCAL_WORLD_SIZE", options.devices))
-    check = MemoryCheck(estimate, free)
+    return free
+
+
+def check_memory(options: Options, check: MemoryCheck, device: torch.device) -> None:
+    """Print what a run takes, and raise ValueError, where it does not fit into memory."""
+    estimate, free = check
     if not check.fits:
         print(estimate.built.model.config)
         print_parts(options, check, device)
@@ -135,7 +160,6 @@ def check_memory(options: Options, device: torch.device) -> MemoryCheck:
         )
     if device.type == "cpu" and estimate.total > free / 2:
         memory.give_back_freed()
-    return check
 
 
 def print_parts(options: Options, check: MemoryCheck, device: torch.device) -> None:

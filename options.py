@@ -4,7 +4,9 @@ One need not read this to understand Bone. `python train.py --help` shows what i
 `make docs` writes it to docs/flags.md; parse_options.py reads them from a command line.
 """
 
+import argparse
 import dataclasses
+from typing import Any
 
 from flags import CHANGEABLE, FIXED, Flag, flag, json_object, number
 
@@ -12,6 +14,21 @@ SWITCH = (0, 1)
 RWKV_PEFT = "RWKV-PEFT (github.com/JL-er/RWKV-PEFT) has it"
 ANOTHER_METHOD = f"is another method than Bone; {RWKV_PEFT}"
 ONLY_NF4 = "is not there; nf4 takes as little memory, and is closer to the weights"
+
+
+def share(text: str) -> float | str:
+    """Parse a number from 0 to 1, or auto."""
+    if text == "auto":
+        return text
+    try:
+        value = float(text)
+        if not 0 <= value <= 1:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text} is neither a number from 0 to 1 nor auto"
+        ) from None
+    return int(value) if value in (0, 1) else value
 
 
 @dataclasses.dataclass
@@ -359,11 +376,18 @@ class Options:
         refused={"4bit": ONLY_NF4, "fp4": ONLY_NF4},
         resume=FIXED,
     )
-    grad_cp: int = flag(
-        1,
-        "1: recompute activations block by block in the backward pass, to save memory; 0: keep "
-        "them, which is faster",
-        choices=SWITCH,
+    grad_cp: Any = flag(
+        "auto",
+        "how much of the forward pass the backward pass computes again, which saves memory: 1: "
+        "all; 0: nothing, which is faster; between: a share of the matrix products; auto: as "
+        "little as free memory allows",
+        parse=share,
+    )
+    compile: Any = flag(
+        "auto",
+        "1: run the blocks through PyTorch's compiler, which takes up to a minute or two, once, "
+        "and makes steps faster; 0: do not; auto: where the run is long enough to gain by it",
+        choices=("auto", *SWITCH),
     )
     fla: bool = flag(
         False,

@@ -21,7 +21,7 @@ Codes, scales and float32 values are those of its implementation, bitsandbytes, 
 """
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -106,6 +106,17 @@ def dequantize_nf4(codes: Tensor, scale: Tensor, out: Tensor) -> None:
 # By name: how to quantize blocks, and how to dequantize them.
 FORMATS = {"int8": (quantize_int8, dequantize_int8), "nf4": (quantize_nf4, dequantize_nf4)}
 
+
+def dequantize(
+    codes: Tensor, scale: Tensor, *, kind: str, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """Return the weight of a shape (out, in) that codes and scale stand for, a new tensor."""
+    out = torch.empty(shape, dtype=dtype, device=codes.device)
+    _, dequantize_blocks = FORMATS[kind]
+    dequantize_blocks(codes, scale, out.view(-1, BLOCK))
+    return out
+
+
 # ---- Quantized weights, and the linear layer of a frozen weight ----------------------------------
 
 
@@ -135,10 +146,10 @@ class Quantized(nn.Module):
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight (out, in) in `dtype` (float32, bfloat16 or float16), a new tensor."""
-        out = torch.empty(self.shape, dtype=dtype, device=self.device)
-        _, dequantize_blocks = FORMATS[self.kind]
-        dequantize_blocks(self.codes, self.scale, out.view(-1, BLOCK))
-        return out
+        # For a CPU the compiler takes it as one opaque operator (fused.py), as it does WKV-6.
+        opaque = torch.compiler.is_compiling() and self.device.type == "cpu"
+        function = torch.ops.quant.dequantize if opaque else dequantize
+        return function(self.codes, self.scale, kind=self.kind, shape=self.shape, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = matmul_dtype(x, self)

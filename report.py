@@ -84,6 +84,7 @@ def model_lines(plan: RunPlan, check: MemoryCheck, device: torch.device) -> list
             f"({percent(trained, total)})",
         ),
         ("precision", precision),
+        ("blocks", describe_blocks(options)),
         (
             "memory",
             f"{check.estimate.total / 1e9:.2f} GB expected at the peak{each}, {free} free on "
@@ -91,6 +92,15 @@ def model_lines(plan: RunPlan, check: MemoryCheck, device: torch.device) -> list
         ),
         ("disk", describe_room(plan.room(built))),
     ]
+
+
+def describe_blocks(options: Options) -> str:
+    """Say how the blocks run, and what of them the backward pass computes again."""
+    how = "compiled" if options.compile else "eager"
+    again = {0: "nothing", 1: "everything"}.get(options.grad_cp)
+    if not again:
+        again = f"{options.grad_cp:.0%} of the products" if options.compile else "all but products"
+    return f"{how}; {again} computed again in the backward pass (--grad_cp {options.grad_cp})"
 
 
 def describe_method(options: Options) -> str:
@@ -159,6 +169,8 @@ def describe_resumed(plan: RunPlan, state: run_state.SavedState) -> str:
     line = f"going on from {state.path}: step {state.progress.step} of {plan.end_step}"
     if plan.changed_flags:
         line += f", with other {', '.join(plan.changed_flags)}"
+    if plan.options.compile != state.metadata["args"].get("compile", 0):
+        line += f"; from here on its blocks run {'compiled' if plan.options.compile else 'eager'}"
     held_out = plan.metadata["held_out"]
     if plan.options.eval_steps and state.metadata.get("held_out", held_out) != held_out:
         line += "; the held-out data is another, so the best loss counts anew"

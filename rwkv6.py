@@ -216,13 +216,13 @@ class Block(nn.Module):
             self.att: TimeMix = TimeMix6(c) if c.version == "x060" else TimeMix5(c)
         self.ffn = ChannelMix(c, c.version)
 
-    def forward(
-        self, x: Tensor, state: BlockState = (None, None, None)
-    ) -> tuple[Tensor, BlockState]:
+    def forward(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         """Return x (B, T, C) and the new state of the block."""
+        return self.branches(self.ln0(x) if hasattr(self, "ln0") else x, state)
+
+    def branches(self, x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
+        """The same without ln0: one function of x and the weights, in all blocks (fused.py)."""
         att_last, wkv_state, ffn_last = state
-        if hasattr(self, "ln0"):
-            x = self.ln0(x)
         if hasattr(self, "ffnPre"):
             y, att_last = self.ffnPre(self.ln1(x), att_last)
         else:

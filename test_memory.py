@@ -48,6 +48,7 @@ def folder(tmp_path, monkeypatch):
 
 def arguments(flags=""):
     line = "--load_model base.pth --data_file x --bone_r 32 --ctx_len 96 --micro_bsz 2"
+    line += " --grad_cp 1 --compile 0"
     return resolve_options(train.parse_args(shlex.split(f"{line} --accelerator cpu {flags}")))
 
 
@@ -155,19 +156,19 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded_with_the_fla
 
 
 def test_freed_memory_is_given_back_where_less_than_twice_the_need_is_free(monkeypatch):
-    need = sum(estimate.expected_memory(arguments(), CPU)[1].values())
+    expected = estimate.expected_memory(arguments(), CPU)
     calls = []
     monkeypatch.setattr(memory, "give_back_freed", lambda: calls.append("given back"))
-    monkeypatch.setattr(memory, "available", lambda device: 2.1 * need)
-    estimate.check_memory(arguments(), CPU)
+    check = estimate.MemoryCheck(expected, free=2.1 * expected.total)
+    estimate.check_memory(arguments(), check, CPU)
     assert calls == []
-    monkeypatch.setattr(memory, "available", lambda device: 1.9 * need)
-    estimate.check_memory(arguments(), CPU)
+    check = estimate.MemoryCheck(expected, free=1.9 * expected.total)
+    estimate.check_memory(arguments(), check, CPU)
     assert calls == ["given back"]
 
 
 def test_from_scratch_and_going_on_are_expected_too():
-    flags = "--n_layer 1 --n_embd 64 --data_file x --ctx_len 8"
+    flags = "--n_layer 1 --n_embd 64 --data_file x --ctx_len 8 --grad_cp 1 --compile 0"
     from_scratch = train.parse_args(shlex.split(flags))
     parts = estimate.expected_memory(from_scratch, CPU)[1]
     assert parts["weights"] * 2 == parts["optimizer"]  # everything is trained

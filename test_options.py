@@ -225,6 +225,7 @@ OTHER = {  # values of options that have no list of choices
     "weight_decay": [0.1],
     "devices": [1],
     "num_nodes": [1],
+    "grad_cp": ["auto", 0, 0.5, 1],
     "fla": [""],
     "save_steps": [0, 1],
     "keep": [2],

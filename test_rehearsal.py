@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import csv
 import ctypes
+import functools
 import io
 import itertools
 import json
@@ -36,7 +37,10 @@ if not REAL and (sys.platform != "linux" or not shutil.which(os.environ.get("CXX
 
 HERE = pathlib.Path(__file__).parent
 LR = 2e-3
-FLAGS = f"--data_file x --ctx_len 32 --micro_bsz 2 --epoch_steps 4 --lr_init {LR} --lr_final {LR}"
+FLAGS = (
+    f"--data_file x --ctx_len 32 --micro_bsz 2 --epoch_steps 4 --lr_init {LR} --lr_final {LR} "
+    "--grad_cp 1 --compile 0"
+)
 BASE = "--load_model base.pth --bone_r 16"
 # Of the two a step needs, a copy there and one back, a real GPU's program waits for one.
 WAITS = 1 if REAL else 2
@@ -101,6 +105,22 @@ def train_here(folder, flags, true_memory=False):
             )
         train.train(train.parse_args(flags.split()))
     return output.getvalue(), [after - before for before, after in itertools.pairwise(marks)]
+
+
+def train_compiled_here(folder, flags):
+    """The same with compiled blocks; on a stand-in by `aot_eager`, which makes no kernels of it."""
+    import fused
+    import settle
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not REAL:
+            from torch._dynamo.backends.debugging import aot_eager_decomp_partition as aot_eager
+
+            compile_blocks = functools.partial(fused.compile_blocks, compiler=aot_eager)
+            patch.setattr(fused, "compile_blocks", compile_blocks)
+            patch.setattr(settle, "why_not", lambda *_: "")
+        torch._dynamo.reset()  # or all modes together compile more often than one may
+        return train_here(folder, f"{flags} --compile 1")
 
 
 def generate_here(folder, flags, accelerator):
@@ -274,6 +294,29 @@ def test_a_run_on_a_gpu_is_that_on_the_cpu_and_waits_once_a_step(
     assert waits == [WAITS] * 3
 
     check_same("gpu", "cpu", near)
+
+
+# Two for everyday, the others in the exhaustive tests: tracing a mode takes seconds.
+COMPILED = [
+    pytest.param(*mode, id=name)
+    if name in ("bat, nf4", "bone, fp16, int8")
+    else exhaustive(*mode, id=name)
+    for name, mode in MODES.items()
+    if "fla" not in name
+]
+
+
+@pytest.mark.parametrize("base, flags, near", COMPILED)
+def test_a_compiled_run_on_a_gpu_is_the_eager_one(standin, folder, base, flags, near):
+    if base is not None:
+        write_base(**base)
+    line = f"{FLAGS} {flags} --val_file held --accelerator gpu"
+    standin.submit(train_here, folder, f"{line} --proj_dir eager").result(timeout=300)
+    compiled = f"{line} --grad_cp 0.5 --proj_dir compiled"
+    said, waits = standin.submit(train_compiled_here, folder, compiled).result(timeout=600)
+    assert "compiled in" in said and "failed" not in said
+    assert waits == [WAITS] * 3
+    check_same("compiled", "eager", near)
 
 
 @standin_only

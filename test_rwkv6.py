@@ -236,7 +236,7 @@ def test_pre_ffn_and_head_qk_are_what_rwkv_lm_defines(with_extras, tmp_path):
     pre = block.ffnPre
     k, r = (h * mix + before * (1 - mix) for mix in (pre.time_mix_k, pre.time_mix_r))
     x = x + torch.sigmoid(pre.receptance(r)) * pre.value(torch.relu(pre.key(k)) ** 2)
-    x, _ = model.blocks[1](x + block.ffn(block.ln2(x), None)[0])
+    x, _ = model.blocks[1](x + block.ffn(block.ln2(x), None)[0], (None, None, None))
     x = model.ln_out(x)
     c = (model.head_q(x) @ model.head_k(x).mT / 16).masked_fill(torch.ones(9, 9).tril() == 0, 0)
     expected = model.head(x) + c @ torch.nn.functional.one_hot(idx, 30).float()

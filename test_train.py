@@ -39,7 +39,7 @@ from passes import Passes
 EXPECTED = memory.expected
 DEFAULTS = (
     "--load_model base.pth --data_file x --bone_r 16 --ctx_len 32 --micro_bsz 4 --epoch_steps 4 "
-    "--lr_init 1e-2 --lr_final 1e-2 --accelerator cpu --grad_cp 0 "
+    "--lr_init 1e-2 --lr_final 1e-2 --accelerator cpu --grad_cp 0 --compile 0 "
 )
 
 

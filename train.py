@@ -42,6 +42,7 @@ from report import describe, describe_resumed, dry_run, final_report, report_com
 from run_log import Log
 from run_parts import Run
 from run_state import Progress
+from settle import settle
 from stop_signals import StopSignals
 
 # ---- optimizer ----------------------------------------------------------------------------------
@@ -241,6 +242,10 @@ def set_up(plan: RunPlan, log: Log, device: torch.device) -> Run:
         eps=options.adam_eps,
     )
     passes = make_passes(options, model, device)
+    if options.compile:
+        import fused  # which takes seconds
+
+        fused.try_to_compile(model, passes, plan, device=device)
     weights = {name: p for name, p in model.named_parameters() if name in saved_names}
     progress = Progress(plan.first_step)
     if plan.state:
@@ -286,7 +291,9 @@ def train(options: Options) -> None:
         devices.check_same(flags_of_all_ranks(options))
         with devices.rank0_first():
             options = resolve_options(options)
-            memory_check = check_memory(options, device)
+        options, memory_check = settle(options, device)
+        check_memory(options, memory_check, device)
+        with devices.rank0_first():
             if devices.rank() == 0 and not options.dry_run:
                 held.enter_context(run_folder.lock(options.proj_dir))
         if options.dry_run:

@@ -1,0 +1,110 @@
+"""What the options leave open: --compile auto and --grad_cp auto.
+
+One need not read this to understand Bone. Both are decided once, from the run's steps and sizes and
+from the machine, never by a stopwatch. args.json and the states hold what was decided, so that a
+resumed run goes on with it.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import shutil
+import sys
+
+import torch
+
+import devices
+import sharding
+from build import why_no_fla
+from estimate import MemoryCheck, expected_memory, free_memory
+from options import Options
+from plan import ranks
+from training_data import open_documents
+
+# What compiling gains grows with the work of a run. On a CPU it is passes over memory: by the
+# number of a block's weights times tokens. Measured: compiling took two cores 60 s, and each
+# block's step got faster by 0.9e-11 s per weight and token; here it is to gain three times that.
+CPU_WORK = 2e13
+# A GPU is kept waiting by the host, which has fewer kernels to start: by the number of blocks and
+# micro batches.
+GPU_BLOCKS = 20_000
+
+# The share of what is free that a faster step may take. A CPU's memory also holds other programs,
+# and files that are being read.
+CPU_SHARE, GPU_SHARE = 0.5, 0.9
+
+# Values of --grad_cp to try, the fastest first. Eager blocks know three.
+COMPILED_GRAD_CP = (0, 0.25, 0.5, 0.75, 1)
+EAGER_GRAD_CP = (0, 0.5, 1)
+
+
+def settle(options: Options, device: torch.device) -> tuple[Options, MemoryCheck]:
+    """Return resolved options without `auto`, and whether the run fits. Of all ranks the same."""
+    options = dataclasses.replace(options, compile=settle_compile(options, device))
+    free = free_memory(options, device)
+    room = free * (CPU_SHARE if device.type == "cpu" else GPU_SHARE)
+    values = [options.grad_cp]
+    if options.grad_cp == "auto":
+        values = list(COMPILED_GRAD_CP if options.compile else EAGER_GRAD_CP)
+        if sharding.Sharding.of(options.strategy, ranks(options)).trained:
+            values = [1]  # whoever shares out weights has too little memory
+    for grad_cp in values:
+        options = dataclasses.replace(options, grad_cp=grad_cp)
+        check = MemoryCheck(expected_memory(options, device), free)
+        if check.estimate.total <= room:
+            break
+    most = devices.max_over_ranks([options.grad_cp])[0]
+    if most != options.grad_cp:
+        options = dataclasses.replace(options, grad_cp=most)
+        check = MemoryCheck(expected_memory(options, device), free)
+    return options, check
+
+
+def settle_compile(options: Options, device: torch.device) -> int:
+    """Return whether the blocks are to be compiled, 0 or 1; say so where that was asked for."""
+    if options.compile == 0:
+        return 0
+    problem = why_not(options, device)
+    if problem:
+        if options.compile == 1 and devices.rank() == 0:
+            print(f"note: --compile 1: {problem}; the blocks run without")
+        return 0
+    return int(options.compile == 1 or is_worth_it(options, device))
+
+
+def why_not(options: Options, device: torch.device) -> str:
+    """Return why the blocks cannot be compiled here; "" if nothing is known to be in the way."""
+    if device.type not in ("cpu", "cuda"):
+        return f"PyTorch's compiler has nothing for {device.type} devices"
+    if options.fla and not why_no_fla(options):
+        return "flash-linear-attention's operator is compiled by itself"
+    if sharding.Sharding.of(options.strategy, ranks(options)).trained:
+        return f"--strategy {options.strategy} gathers weights between the blocks' operators"
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed (Linux has it with PyTorch; Windows: triton-windows)"
+        if torch.version.cuda and torch.cuda.get_device_capability() < (7, 0):
+            return "Triton needs an RTX 20 or newer"
+    compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "g++")
+    if not shutil.which(compiler):
+        return f"no C++ compiler ({compiler}) found"
+    return ""
+
+
+def is_worth_it(options: Options, device: torch.device) -> bool:
+    """Return whether a run is long enough to gain by compiling its blocks."""
+    n_layer, n_embd = options.n_layer or 0, options.n_embd or 0
+    rows_per_step = options.micro_bsz * options.accumulate_grad_batches
+    if options.epoch_steps:
+        rows = float(options.epoch_count * options.epoch_steps * rows_per_step)
+        tokens = rows * options.ctx_len
+    elif options.data_file or options.data_type == "dummy":
+        documents, _ = open_documents(options)
+        tokens = float(options.epoch_count * len(documents.tokens)) / ranks(options)
+        rows = max(tokens / options.ctx_len, options.epoch_count * len(documents) / ranks(options))
+    else:
+        return False
+    if device.type == "cuda":
+        return n_layer * rows / options.micro_bsz >= GPU_BLOCKS
+    weights_of_blocks = 13 * n_layer * n_embd**2
+    return weights_of_blocks * tokens >= CPU_WORK
