@@ -5,6 +5,7 @@ One need not read this to understand Bone. Parts alone: `python bench.py layer`,
 
     python bench.py memory      train models of the true sizes, for an hour (bench_memory.py); or
                                 `memory 1.6B nf4`, say, `memory long`, `memory ranks`
+    python bench.py compile     compare eager and compiled blocks (bench_compile.py)
     python bench.py launches    count what a step asks of a GPU (launches.py)
     python bench.py gpu         measure on a GPU, and write a report (bench_gpu.py)
 
@@ -14,6 +15,7 @@ slows both sides. Times, medians too, are for orientation.
 """
 
 import functools
+import importlib
 import statistics
 import sys
 import timeit
@@ -199,8 +201,8 @@ def train_step(model: rwkv6.RWKV, optimizer: torch.optim.Optimizer, T: int) -> f
     return loss
 
 
-def necessary_matrices(model: rwkv6.RWKV) -> list[tuple[Tensor, int]]:
-    """Return what `products` takes. For a quantized weight a random one of its shape stands in."""
+def necessary_matrices(model: rwkv6.RWKV, forwards: int = 2) -> list[tuple[Tensor, int]]:
+    """Return what `products` takes; forwards: 2 with grad_cp. Quantized weights have stand-ins."""
     stand_ins: dict[torch.Size, Tensor] = {}
     matrices = []
     for module in model.modules():
@@ -212,14 +214,14 @@ def necessary_matrices(model: rwkv6.RWKV) -> list[tuple[Tensor, int]]:
             if shape not in stand_ins:
                 stand_ins[shape] = torch.randn(shape, device=weight.device).bfloat16()
             weight = stand_ins[shape]
-        matrices.append((weight, 2))
+        matrices.append((weight, forwards))
     return [*matrices, (model.head.weight, 1)]
 
 
 def products(matrices: Iterable[tuple[Tensor, int]], x: dict[int, Tensor]) -> None:
     """Compute only the matrix products that a step cannot do without.
 
-    matrices: each with how often W x is computed (2: grad_cp repeats it); W^T gy is computed once.
+    matrices: each with how often W x is computed; W^T gy is computed once.
     x: {width: (tokens, width)}.
     """
     for W, times in matrices:
@@ -228,9 +230,9 @@ def products(matrices: Iterable[tuple[Tensor, int]], x: dict[int, Tensor]) -> No
         x[W.shape[0]] @ W
 
 
-def products_function(model: rwkv6.RWKV, tokens: int) -> Callable[[], None]:
+def products_function(model: rwkv6.RWKV, tokens: int, *, forwards: int = 2) -> Callable[[], None]:
     """Return a function that computes the necessary products of a step."""
-    matrices = necessary_matrices(model)
+    matrices = necessary_matrices(model, forwards)
     device = model.head.weight.device
     widths = {n for W, _ in matrices for n in W.shape}
     x = {n: torch.randn(tokens, n, device=device).bfloat16() for n in widths}
@@ -418,7 +420,7 @@ def speed(only: Sequence[str]) -> None:
     """Print the tables of speed, or `only` those."""
     for name in only:
         if name not in SPEED:
-            known = ", ".join([*SPEED, "launches", "gpu", "memory"])
+            known = ", ".join([*SPEED, "compile", "launches", "gpu", "memory"])
             raise ValueError(f"{name} is not a part of the benchmark; its parts are {known}")
     print(f"PyTorch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}")
     print(f"{torch.get_num_threads()} threads, memory from {memory.allocator()}")
@@ -428,18 +430,9 @@ def speed(only: Sequence[str]) -> None:
 
 def main() -> None:
     command, *rest = sys.argv[1:] or [""]
-    if command == "launches":
-        import launches
-
-        launches.main(rest)
-    elif command == "gpu":
-        import bench_gpu
-
-        bench_gpu.main(rest)
-    elif command == "memory":
-        import bench_memory
-
-        bench_memory.main(rest)
+    if command in ("compile", "gpu", "launches", "memory"):
+        name = command if command == "launches" else f"bench_{command}"
+        importlib.import_module(name).main(rest)
     elif {"-h", "--help"} & {*sys.argv[1:]}:
         print(__doc__)
     else:

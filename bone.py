@@ -73,13 +73,14 @@ def block_affine_matmul(x: Tensor, x_b: Tensor, weight: Tensor | Quantized, *, B
 
     # y = W (x + z) + tile(s)
     #
-    # In place, so that no other tensor of the size of x or y is made. z is added to x before x is
-    # rounded, and s inside the product's float32 sums: a change smaller than one bfloat16 step of
-    # x or y then still counts on average. Added to rounded numbers it would be lost.
+    # z is added to x before x is rounded, and s inside the product's float32 sums: a change smaller
+    # than one bfloat16 step of x or y then still counts on average. Added to rounded numbers it
+    # would be lost.
     u = torch.empty(x.shape, dtype=dtype, device=x.device)
     torch.add(x.view(len(x), -1, r), z.transpose(0, 1), out=u.view(len(x), -1, r))
     y = tile(s, out_features=weight.shape[0])
-    return y.addmm_(u, to_dense(weight, dtype).t())
+    y.addmm_(u, to_dense(weight, dtype).t())
+    return y.view_as(y)  # torch.compile in PyTorch 2.11 loses the gradient of y itself
 
 
 class BlockAffine(torch.autograd.Function):
@@ -108,7 +109,7 @@ class BlockAffine(torch.autograd.Function):
         gz = torch.add(segments(gu, r), gs, out=torch.empty_like(x_b))
         gB = torch.bmm(gz.mT, x_b)
 
-        # gx_b = gu_b + B_b^T gz_b, in place: gu is not needed any more.
+        # gx_b = gu_b + B_b^T gz_b. One copy puts the segments together and casts them.
         gx_b = torch.baddbmm(segments(gu, r), gz, B)
         gx = gx_b.transpose(0, 1).to(ctx.x_dtype, memory_format=torch.contiguous_format)
         return gx.reshape(gu.shape), None, gB

@@ -16,14 +16,14 @@ the same for eager blocks.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch._dynamo.config
 import torch._functorch.config
 import torch._inductor.config
-from torch import Tensor
+from torch import Tensor, nn
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
@@ -32,7 +32,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 import devices
 import quant
-from loss import Counts
+from loss import Batch
 from passes import Passes, accumulate_gradients, chunk_losses
 from plan import RunPlan
 from rwkv6 import RWKV, BlockState
@@ -149,38 +149,68 @@ def with_whole_state(branches: Branches, model: RWKV) -> Branches:
 def try_to_compile(model: RWKV, passes: Passes, plan: RunPlan, *, device: torch.device) -> None:
     """Compile the blocks of a run, before its first step; where that fails, say why, and do not.
 
-    What may run is run once: a step on the longest rows, and the held-out loss.
+    What may run is run once: a step on the longest rows, and the held-out loss. The norm of that
+    step's gradients is compared with the eager blocks', since a wrong one would stay unseen.
     """
     options = plan.options
-    compile_blocks(model, options.grad_cp)
     if devices.rank() == 0:
         print("compiling the blocks, once: a minute or two, and seconds when it was done before")
     start = time.monotonic()
-    tokens = longest_row(options, plan.data.documents)
-    if passes.chunk_ctx:
-        tokens = min(tokens, 3 * passes.chunk_ctx)  # the first chunk, another, the last
-    idx = torch.zeros(options.micro_bsz, tokens, dtype=torch.int64, device=device)
-    batch = (idx, idx, torch.ones(idx.shape, device=device))
+    batch = longest_batch(passes, plan, device)
     alone = dataclasses.replace(
         passes, ranks=1, max_over_ranks=int, engine=None, no_gradient_sync=contextlib.nullcontext
     )
-    blocks = model.blocks
-    model.blocks = blocks[:2]
+
+    def gradient_norm() -> float:
+        accumulate_gradients(model, [batch], alone)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return nn.utils.get_total_norm(gradients).item()
+
+    model.grad_cp = True
     try:
-        accumulate_gradients(model, [batch], alone, counts=Counts(1, 1))
-        if plan.data.held_out:
-            chunk_losses(model, batch, alone)
+        with two_blocks(model):
+            expected = gradient_norm()
+        compile_blocks(model, options.grad_cp)
+        with two_blocks(model):
+            norm = gradient_norm()
+            if plan.data.held_out:
+                chunk_losses(model, batch, alone)
+        # Rounding otherwise changes it by some percent.
+        if not expected / 2 <= norm <= 2 * expected:
+            raise RuntimeError(
+                f"a gradient norm of {norm:.3g}, not of {expected:.3g} as without it"
+            )
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         cause = getattr(error, "inner_exception", error)
         reason = str(cause).strip().partition("\n")[0]
         print(f"note: PyTorch's compiler failed, so the blocks run without: {reason}")
-        for block in blocks:
+        for block in model.blocks:
             vars(block).pop("branches", None)
         model.grad_cp = True
-    finally:
-        model.blocks = blocks
         model.zero_grad()
     if devices.rank() == 0:
         print(f"compiled in {time.monotonic() - start:.0f} s")
+
+
+@contextlib.contextmanager
+def two_blocks(model: RWKV) -> Iterator[None]:
+    """Leave the model its first two blocks, and give it all of them back."""
+    blocks = model.blocks
+    model.blocks = blocks[:2]
+    try:
+        yield
+    finally:
+        model.blocks = blocks
+
+
+def longest_batch(passes: Passes, plan: RunPlan, device: torch.device) -> Batch:
+    """Make a batch of the longest rows that a run may have; of chunked rows, three chunks."""
+    options = plan.options
+    tokens = longest_row(options, plan.data.documents)
+    if passes.chunk_ctx:
+        tokens = min(tokens, 3 * passes.chunk_ctx)  # the first, another, the last
+    idx = torch.zeros(options.micro_bsz, tokens, dtype=torch.int64, device=device)
+    return idx, idx, torch.ones(idx.shape, device=device)

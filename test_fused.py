@@ -152,6 +152,25 @@ def test_where_the_compiler_fails_one_line_says_why_and_the_blocks_run_eager(
     assert all(failed[name].equal(eager[name]) for name in eager)
 
 
+def test_a_compiler_whose_gradients_are_wrong_is_not_used(folder, monkeypatch, capsys):  # noqa: F811
+    """PyTorch 2.11 had lost those of an output that was written in place."""
+
+    def lossy(graph, inputs):
+        compiled = aot_eager(graph, inputs)
+        return lambda *inputs: [x.detach() if x.ndim == 3 else x for x in compiled(*inputs)]
+
+    plain = fused.compile_blocks
+    monkeypatch.setattr(
+        fused, "compile_blocks", lambda model, grad_cp: plain(model, grad_cp, compiler=lossy)
+    )
+    run("--compile 1 --grad_cp 1 --proj_dir lossy")
+    [note] = [line for line in capsys.readouterr().out.splitlines() if "compiler failed" in line]
+    assert "gradient norm" in note
+    run("--compile 0 --grad_cp 1 --proj_dir eager")
+    failed, eager = read("lossy/rwkv-0.pth"), read("eager/rwkv-0.pth")
+    assert all(failed[name].equal(eager[name]) for name in eager)
+
+
 # ---- what is decided ---------------------------------------------------------------------------
 
 
