@@ -100,6 +100,8 @@ def memory_of_compiled(
     parts = {}
     for part, size in nothing_kept.parts.items():
         parts[part] = size + kept * (products_kept.parts[part] - size)
+    if device.type == "cpu":
+        parts["compiler"] = memory.COMPILER
     return MemoryEstimate(nothing_kept.built, parts)
 
 

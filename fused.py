@@ -191,6 +191,7 @@ def try_to_compile(model: RWKV, passes: Passes, plan: RunPlan, *, device: torch.
             vars(block).pop("branches", None)
         model.grad_cp = True
         model.zero_grad()
+        return
     if devices.rank() == 0:
         print(f"compiled in {time.monotonic() - start:.0f} s")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from cli import Parser, no_such_file
 from flags import Flag, add_flag
-from options import CONFIGS, SWITCH, Options, flags
+from options import CONFIGS, SWITCH, Options, flags, share
 from resume_flags import flags_of_earlier_run
 
 PARTS = ("time", "ln", "emb", "head")
@@ -90,7 +90,7 @@ def _as_arguments(name: str, value: Any, about: Flag) -> list[str]:
     if isinstance(value, bool):
         if about.default is False:
             return [flag if value else f"--no-{name}"]
-        if about.choices == SWITCH:
+        if about.parse is share or {*SWITCH} <= {*about.choices}:
             value = int(value)
         elif about.bare is not None:
             return [flag] if value else []

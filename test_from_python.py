@@ -38,6 +38,7 @@ KEYWORDS = {
     "lr_final": 1e-2,
     "accelerator": "cpu",
     "grad_cp": False,
+    "compile": False,
 }
 
 
