@@ -91,8 +91,8 @@ class BlockAffine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | Quantized, B: Tensor) -> Tensor:
-        # One copy regroups x into segments and casts it.
-        x_b = segments(x, B.shape[1]).to(B.dtype, copy=True, memory_format=torch.contiguous_format)
+        # Where x has another dtype, the copy that casts it also regroups it into segments.
+        x_b = segments(x, B.shape[1]).to(B.dtype, memory_format=torch.contiguous_format)
         ctx.save_for_backward(x_b, B)
         ctx.weight = weight
         ctx.x_dtype = x.dtype
@@ -106,7 +106,7 @@ class BlockAffine(torch.autograd.Function):
         gu = gy @ to_dense(ctx.weight, gy.dtype)
 
         # gz_b = gu_b + gs, and gB_b = gz_b x_b^T.
-        gz = torch.add(segments(gu, r), gs, out=torch.empty_like(x_b))
+        gz = torch.add(segments(gu, r), gs, out=gu.new_empty(x_b.shape))
         gB = torch.bmm(gz.mT, x_b)
 
         # gx_b = gu_b + B_b^T gz_b. One copy puts the segments together and casts them.

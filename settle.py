@@ -39,7 +39,7 @@ EAGER_GRAD_CP = (0, 0.5, 1)
 
 
 def settle(options: Options, device: torch.device) -> tuple[Options, MemoryCheck]:
-    """Return resolved options without `auto`, and whether the run fits. Of all ranks the same."""
+    """Return resolved options without `auto`, and whether the run fits, as this rank sees it."""
     options = dataclasses.replace(options, compile=settle_compile(options, device))
     free = free_memory(options, device)
     room = free * (CPU_SHARE if device.type == "cpu" else GPU_SHARE)
@@ -53,11 +53,18 @@ def settle(options: Options, device: torch.device) -> tuple[Options, MemoryCheck
         check = MemoryCheck(expected_memory(options, device), free)
         if check.estimate.total <= room:
             break
-    most = devices.max_over_ranks([options.grad_cp])[0]
-    if most != options.grad_cp:
-        options = dataclasses.replace(options, grad_cp=most)
-        check = MemoryCheck(expected_memory(options, device), free)
     return options, check
+
+
+def same_on_all_ranks(
+    options: Options, check: MemoryCheck, device: torch.device
+) -> tuple[Options, MemoryCheck]:
+    """Return settled options with the --grad_cp of the rank that has the least memory."""
+    grad_cp = devices.max_over_ranks([options.grad_cp])[0]
+    if grad_cp == options.grad_cp:
+        return options, check
+    options = dataclasses.replace(options, grad_cp=grad_cp)
+    return options, MemoryCheck(expected_memory(options, device), check.free)
 
 
 def settle_compile(options: Options, device: torch.device) -> int:

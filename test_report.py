@@ -84,6 +84,7 @@ def test_the_report_of_a_run(capsys):
         "model": "base.pth, RWKV-6 x060: n_layer 2, n_embd 64, vocab_size 300, head size 64",
         "trained": f"Bone bat r 16, time, ln: {trained:,} of {total:,} parameters (36 %)",
         "precision": "bf16 on cpu, base not quantized",
+        "blocks": "eager; nothing computed again in the backward pass (--grad_cp 0)",
     }
     assert re.fullmatch(
         r"0\.\d\d GB expected at the peak, beyond PyTorch itself, [\d,.]+ GB free on cpu", memory
@@ -280,6 +281,8 @@ def test_the_sizes_of_checkpoints_and_states_are_those_of_the_files(capsys):
     "flags, name, text",
     [
         ("--quant nf4", "precision", "bf16 on cpu, base in nf4"),
+        ("--grad_cp 1", "blocks", "eager; everything computed again in the backward pass"),
+        ("--grad_cp 0.3", "blocks", "eager; all but products computed again"),
         ("--devices 2 --precision fp32", "precision", "fp32 on 2 x cpu, by DDP, base not"),
         ("--train_parts", "trained", "Bone bat r 16: 21,504 of"),
         ("--bone_mode bone --train_parts emb", "trained", "Bone bone r 16, emb: 40,704 of"),

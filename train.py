@@ -42,7 +42,7 @@ from report import describe, describe_resumed, dry_run, final_report, report_com
 from run_log import Log
 from run_parts import Run
 from run_state import Progress
-from settle import settle
+from settle import same_on_all_ranks, settle
 from stop_signals import StopSignals
 
 # ---- optimizer ----------------------------------------------------------------------------------
@@ -290,10 +290,10 @@ def train(options: Options) -> None:
     with devices.world(device), contextlib.ExitStack() as held:
         devices.check_same(flags_of_all_ranks(options))
         with devices.rank0_first():
-            options = resolve_options(options)
-        options, memory_check = settle(options, device)
-        check_memory(options, memory_check, device)
+            options, memory_check = settle(resolve_options(options), device)
+        options, memory_check = same_on_all_ranks(options, memory_check, device)
         with devices.rank0_first():
+            check_memory(options, memory_check, device)
             if devices.rank() == 0 and not options.dry_run:
                 held.enter_context(run_folder.lock(options.proj_dir))
         if options.dry_run:
