@@ -4,6 +4,7 @@ Each mode runs compiled in test_rehearsal.py.
 """
 
 import csv
+import itertools
 import os
 import re
 import shlex
@@ -21,6 +22,7 @@ import rwkv6
 import settle
 import train
 from bone import add_bone
+from conftest import exhaustive
 from loss import Counts, loss_fn
 from plan import resolve_options
 from quant import quantize
@@ -78,8 +80,14 @@ def loss_and_gradients(model, idx):
     return loss, dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
-@pytest.mark.parametrize("quant", [None, "nf4", "int8"])
-@pytest.mark.parametrize("grad_cp", [0, 1])
+@pytest.mark.parametrize(
+    "quant, grad_cp",
+    [
+        ("nf4", 0),
+        *(exhaustive(*case) for case in itertools.product((None, "int8"), (0, 1))),
+        exhaustive("nf4", 1),
+    ],
+)
 def test_a_compiled_model_has_the_same_loss_and_gradients_for_rows_of_any_length(quant, grad_cp):
     eager, compiled = model_with_bone(quant), model_with_bone(quant)
     fused.compile_blocks(compiled, grad_cp, compiler=aot_eager)
@@ -93,7 +101,7 @@ def test_a_compiled_model_has_the_same_loss_and_gradients_for_rows_of_any_length
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("quant", [None, "nf4"])
+@pytest.mark.parametrize("quant", [exhaustive(None), "nf4"])
 def test_grad_cp_sets_what_is_kept_and_no_dequantized_weight_is(quant):
     T = 512
     kept = {}
