@@ -36,7 +36,7 @@ from rwkv6 import RWKV
 PROGRAM = 0.20e9 if torch.version.cuda is None else 0.26e9
 
 # The same of PyTorch's compiler: what it imports, and what it holds while it compiles.
-COMPILER = 0.3e9
+COMPILER = 0.15e9
 
 # On a GPU: the code of the kernels, loaded on first use (0.24 GB on an H100), and cuBLAS's
 # workspaces (32 MB each there). CUDA's context exists before anybody asks what is free.
