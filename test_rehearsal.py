@@ -296,11 +296,12 @@ def test_a_run_on_a_gpu_is_that_on_the_cpu_and_waits_once_a_step(
     check_same("gpu", "cpu", near)
 
 
-# One for everyday, the others in the exhaustive tests: tracing a mode takes seconds.
+# One for everyday, the others in the exhaustive tests: tracing a mode takes half a minute. Modes
+# that are left out have not been rehearsed compiled yet.
 COMPILED = [
     pytest.param(*mode, id=name) if name == "bat, nf4" else exhaustive(*mode, id=name)
     for name, mode in MODES.items()
-    if "fla" not in name
+    if name.startswith(("bat", "bone"))
 ]
 
 
