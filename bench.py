@@ -4,7 +4,7 @@ One need not read this to understand Bone. Parts alone: `python bench.py layer`,
 `quantized`, `infctx`, `loss`, `wkv`. Beside speed:
 
     python bench.py memory      train models of the true sizes, for an hour (bench_memory.py); or
-                                `memory 1.6B nf4`, say, `memory long`, `memory ranks`
+                                `memory 1.6B nf4`, say, `memory long`, `ranks`, `compiled`
     python bench.py compile     compare eager and compiled blocks (bench_compile.py)
     python bench.py launches    count what a step asks of a GPU (launches.py)
     python bench.py gpu         measure on a GPU, and write a report (bench_gpu.py)

@@ -1,8 +1,8 @@
 """What compiling the blocks gains: `python bench.py compile`, or `compile bf16`, `nf4`, `int8`.
 
-One need not read this to understand Bone. A whole training step of 2 blocks of the 1.6B model:
-eager with --grad_cp 1, compiled with three values of it; and other methods, with as many trained
-parameters, eager and compiled. The first time compiling all of them takes some ten minutes.
+One need not read this to understand Bone. A whole training step of 2 blocks of the 1.6B model,
+eager and compiled, with three values of --grad_cp each; and other methods, with as many trained
+parameters. The first time compiling all of them takes some ten minutes.
 """
 
 import functools
@@ -65,6 +65,10 @@ def compiled(model: rwkv6.RWKV, grad_cp: float = 0) -> rwkv6.RWKV:
 def models_of(quant: str | None) -> dict[str, rwkv6.RWKV]:
     """Return the models to compare, {name: model}. Other methods only without quantization."""
     models = {EAGER: bench.model_2_blocks("bone", quant)}
+    models["eager, products kept"] = bench.model_2_blocks("bone", quant)
+    models["eager, products kept"].keep_products = True
+    models["eager, grad_cp 0"] = bench.model_2_blocks("bone", quant)
+    models["eager, grad_cp 0"].grad_cp = False
     for grad_cp, name in COMPILED.items():
         models[name] = compiled(bench.model_2_blocks("bone", quant), grad_cp)
     if quant:

@@ -137,10 +137,10 @@ def with_whole_state(branches: Branches, model: RWKV) -> Branches:
 
     def call(x: Tensor, state: BlockState) -> tuple[Tensor, BlockState]:
         att_last, wkv_state, ffn_last = state
-        zeros = torch.zeros_like(x[:, 0])
-        att_last = zeros if att_last is None else att_last
-        wkv_state = model.empty_wkv_state(x) if wkv_state is None else wkv_state
-        ffn_last = zeros if ffn_last is None else ffn_last
+        if att_last is None:
+            att_last, ffn_last = x.new_zeros(2, *x[:, 0].shape)
+        if wkv_state is None:
+            wkv_state = model.empty_wkv_state(x)
         return branches(x, (att_last, wkv_state, ffn_last))
 
     return call
@@ -156,7 +156,7 @@ def try_to_compile(model: RWKV, passes: Passes, plan: RunPlan, *, device: torch.
     if devices.rank() == 0:
         print("compiling the blocks, once: a minute or two, and seconds when it was done before")
     start = time.monotonic()
-    batch = longest_batch(passes, plan, device)
+    batch = longest_batch(model, passes, plan, device=device)
     alone = dataclasses.replace(
         passes, ranks=1, max_over_ranks=int, engine=None, no_gradient_sync=contextlib.nullcontext
     )
@@ -168,6 +168,7 @@ def try_to_compile(model: RWKV, passes: Passes, plan: RunPlan, *, device: torch.
         return nn.utils.get_total_norm(gradients).item()
 
     model.grad_cp = True
+    problem = ""
     try:
         with two_blocks(model):
             expected = gradient_norm()
@@ -176,24 +177,33 @@ def try_to_compile(model: RWKV, passes: Passes, plan: RunPlan, *, device: torch.
             norm = gradient_norm()
             if plan.data.held_out:
                 chunk_losses(model, batch, alone)
-        # Rounding otherwise changes it by some percent.
-        if not expected / 2 <= norm <= 2 * expected:
-            raise RuntimeError(
-                f"a gradient norm of {norm:.3g}, not of {expected:.3g} as without it"
-            )
+        # Rounding otherwise, in 16 bits, changes it by some percent.
+        if not 0.8 * expected <= norm <= 1.25 * expected:
+            problem = f"it gave a gradient norm of {norm:.3g}, and eager blocks {expected:.3g}"
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         cause = getattr(error, "inner_exception", error)
-        reason = str(cause).strip().partition("\n")[0]
-        print(f"note: PyTorch's compiler failed, so the blocks run without: {reason}")
-        for block in model.blocks:
-            vars(block).pop("branches", None)
-        model.grad_cp = True
-        model.zero_grad()
-        return
+        problem = str(cause).strip().partition("\n")[0] or type(cause).__name__
+    # Where one rank cannot, none does.
+    somewhere = devices.max_over_ranks([float(problem != "")])[0]
+    if somewhere:
+        run_eager(model, options.grad_cp)
     if devices.rank() == 0:
-        print(f"compiled in {time.monotonic() - start:.0f} s")
+        if somewhere:
+            problem = problem or "on another rank"
+            print(f"note: PyTorch's compiler failed, so the blocks run without: {problem}")
+        else:
+            print(f"compiled in {time.monotonic() - start:.0f} s")
+
+
+def run_eager(model: RWKV, grad_cp: float) -> None:
+    """Take back what compile_blocks did, in no more memory than compiled blocks would take."""
+    for block in model.blocks:
+        vars(block).pop("branches", None)
+    model.grad_cp = True
+    model.keep_products = grad_cp == 0
+    model.zero_grad()
 
 
 @contextlib.contextmanager
@@ -207,11 +217,13 @@ def two_blocks(model: RWKV) -> Iterator[None]:
         model.blocks = blocks
 
 
-def longest_batch(passes: Passes, plan: RunPlan, device: torch.device) -> Batch:
+def longest_batch(model: RWKV, passes: Passes, plan: RunPlan, *, device: torch.device) -> Batch:
     """Make a batch of the longest rows that a run may have; of chunked rows, three chunks."""
     options = plan.options
     tokens = longest_row(options, plan.data.documents)
     if passes.chunk_ctx:
         tokens = min(tokens, 3 * passes.chunk_ctx)  # the first, another, the last
-    idx = torch.zeros(options.micro_bsz, tokens, dtype=torch.int64, device=device)
+    # Each differs from the one before it, or mixing the two would have no gradient.
+    idx = torch.arange(options.micro_bsz * tokens, device=device) % model.config.vocab_size
+    idx = idx.view(options.micro_bsz, tokens)
     return idx, idx, torch.ones(idx.shape, device=device)

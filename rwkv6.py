@@ -296,8 +296,8 @@ class RWKV(nn.Module):
         x = self.emb(idx).to(self.ln_out.weight.dtype)
         block_states = state
         if block_states is None:
-            empty = (None, self.empty_wkv_state(x), None)  # made once; no block writes to it
-            block_states = [empty] * self.config.n_layer
+            last = x.new_zeros(2, *x[:, 0].shape)  # made once, as the rest; no block writes to it
+            block_states = [(last[0], self.empty_wkv_state(x), last[1])] * self.config.n_layer
         new_state: State = []
         for block, block_state in zip(self.blocks, block_states, strict=False):
             x, block_state = self.run_block(block, x, block_state)
