@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ def expected_memory(
     Without `longest`, the options or the data say it.
     """
     if options.compile:
-        return memory_of_compiled(options, device, longest)
+        return memory_of_compiled(options, device, longest)(options.grad_cp)
     built = build_model(options, META)
     longest = longest or longest_row(options)
     at_once = min(longest, chunk_ctx(options) or longest)
@@ -86,9 +87,9 @@ def expected_memory(
 
 
 def memory_of_compiled(
-    options: Options, device: torch.device, longest: int | None
-) -> MemoryEstimate:
-    """Return what training takes with compiled blocks, from what it takes with eager ones.
+    options: Options, device: torch.device, longest: int | None = None
+) -> Callable[[float], MemoryEstimate]:
+    """Return a function of grad_cp: what training takes then, from what it takes with eager blocks.
 
     Compiled blocks keep for the backward pass what eager ones do that keep the results of matrix
     products (or, with --grad_cp, a share of these), and all else is computed again.
@@ -96,13 +97,16 @@ def memory_of_compiled(
     eager = functools.partial(dataclasses.replace, options, compile=0)
     nothing_kept = expected_memory(eager(grad_cp=1), device, longest)
     products_kept = expected_memory(eager(grad_cp=0.5), device, longest)
-    kept = 1 - options.grad_cp
-    parts = {}
-    for part, size in nothing_kept.parts.items():
-        parts[part] = size + kept * (products_kept.parts[part] - size)
-    if device.type == "cpu":
-        parts["compiler"] = memory.COMPILER
-    return MemoryEstimate(nothing_kept.built, parts)
+
+    def at(grad_cp: float) -> MemoryEstimate:
+        parts = {}
+        for part, size in nothing_kept.parts.items():
+            parts[part] = size + (1 - grad_cp) * (products_kept.parts[part] - size)
+        if device.type == "cpu":
+            parts["compiler"] = memory.COMPILER
+        return MemoryEstimate(nothing_kept.built, parts)
+
+    return at
 
 
 def parts_of(

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import gc
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -86,6 +87,8 @@ def settings_of_torch_as_found() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
         matmul.allow_bf16_reduced_precision_reduction = reduced[0]
         matmul.allow_fp16_reduced_precision_reduction = reduced[1]
+        # Compiled blocks and their model hold one another, and with them a GPU's memory.
+        gc.collect()
 
 
 def result_of(options: Options) -> Result:

@@ -117,6 +117,25 @@ def dequantize(
     return out
 
 
+# On a CPU torch.compile would make a loop of the look-up in nf4's table that takes three times as
+# long. So there dequantizing is one operator, into which it does not look. For GPUs it makes a good
+# kernel of it.
+
+
+@torch.library.custom_op("quant::dequantize", mutates_args=())
+def opaque_dequantize(
+    codes: Tensor, scale: Tensor, *, kind: str, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    return dequantize(codes, scale, kind=kind, shape=shape, dtype=dtype)
+
+
+@opaque_dequantize.register_fake
+def _(
+    codes: Tensor, scale: Tensor, *, kind: str, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    return codes.new_empty(shape, dtype=dtype)
+
+
 # ---- Quantized weights, and the linear layer of a frozen weight ----------------------------------
 
 
@@ -146,9 +165,8 @@ class Quantized(nn.Module):
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight (out, in) in `dtype` (float32, bfloat16 or float16), a new tensor."""
-        # For a CPU the compiler takes it as one opaque operator (fused.py), as it does WKV-6.
         opaque = torch.compiler.is_compiling() and self.device.type == "cpu"
-        function = torch.ops.quant.dequantize if opaque else dequantize
+        function = opaque_dequantize if opaque else dequantize
         return function(self.codes, self.scale, kind=self.kind, shape=self.shape, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:

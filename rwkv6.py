@@ -142,7 +142,7 @@ class TimeMix6(TimeMix):
         constant = torch.stack(
             [self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g]
         )
-        xw, xk, xv, xr, xg = Mixture.apply(x, previous, constant + by_token)
+        xw, xk, xv, xr, xg = Mixture.apply(x, previous, constant + by_token).unbind()
         w = self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
         return xr, xk, xv, xg, w
 
@@ -162,7 +162,7 @@ class TimeMix5(TimeMix):
 
     def mix(self, x: Tensor, previous: Tensor) -> tuple[Tensor, ...]:
         kept = torch.stack([self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g])
-        xk, xv, xr, xg = Mixture.apply(x, previous, 1 - kept)
+        xk, xv, xr, xg = Mixture.apply(x, previous, 1 - kept).unbind()
         w = self.time_decay.view(1, 1, -1).expand(x.shape)
         return xr, xk, xv, xg, w
 
@@ -190,7 +190,7 @@ class ChannelMix(nn.Module):
             mix = torch.stack([self.time_maa_k, self.time_maa_r])  # (2, 1, 1, C)
         else:
             mix = 1 - torch.stack([self.time_mix_k, self.time_mix_r])
-        xk, xr = Mixture.apply(x, time_shift(x, last), mix)
+        xk, xr = Mixture.apply(x, time_shift(x, last), mix).unbind()
         k = SquaredReLU.apply(self.key(xk))
         r = torch.sigmoid(self.receptance(xr))
         return r * self.value(k), x[:, -1]

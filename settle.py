@@ -10,13 +10,20 @@ import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Callable
 
 import torch
 
 import devices
 import sharding
 from build import why_no_fla
-from estimate import MemoryCheck, expected_memory, free_memory
+from estimate import (
+    MemoryCheck,
+    MemoryEstimate,
+    expected_memory,
+    free_memory,
+    memory_of_compiled,
+)
 from options import Options
 from plan import ranks
 from training_data import open_documents
@@ -26,8 +33,8 @@ from training_data import open_documents
 # block's step got faster by 0.9e-11 s per weight and token; here it is to gain three times that.
 CPU_WORK = 2e13
 # A GPU waits for its host, which then has fewer kernels to start: by the number of blocks times
-# micro batches. Measured: 15 ms each on an H100 with a slow host (nf4), and 35 s of compiling; here
-# 5 ms each are to gain three times that.
+# micro batches. Measured: 35 s of compiling on an H100, and 15 ms gained each (nf4), with a slow
+# host. Others are faster: 5 ms each are to gain three times those 35 s.
 GPU_BLOCKS = 20_000
 
 # The share of what is free that a faster step may take. A CPU's memory also holds other programs,
@@ -48,36 +55,49 @@ def settle(options: Options, device: torch.device) -> tuple[Options, MemoryCheck
     if options.grad_cp == "auto":
         values = list(COMPILED_GRAD_CP if options.compile else EAGER_GRAD_CP)
         if sharding.Sharding.of(options.strategy, ranks(options)).trained:
-            values = [1]  # whoever shares out weights has too little memory
+            values = [1]  # who shares out weights is short of memory
+    expected = memory_by_grad_cp(options, device)
     for grad_cp in values:
-        options = dataclasses.replace(options, grad_cp=grad_cp)
-        check = MemoryCheck(expected_memory(options, device), free)
+        check = MemoryCheck(expected(grad_cp), free)
         if check.estimate.total <= room:
             break
-    return options, check
+    return dataclasses.replace(options, grad_cp=grad_cp), check
+
+
+def memory_by_grad_cp(options: Options, device: torch.device) -> Callable[[float], MemoryEstimate]:
+    """Return a function of grad_cp: what training takes with it."""
+    if options.compile:
+        return memory_of_compiled(options, device)
+    return lambda grad_cp: expected_memory(dataclasses.replace(options, grad_cp=grad_cp), device)
 
 
 def same_on_all_ranks(
-    options: Options, check: MemoryCheck, device: torch.device
+    given: Options, settled: Options, check: MemoryCheck, *, device: torch.device
 ) -> tuple[Options, MemoryCheck]:
-    """Return settled options with the --grad_cp of the rank that has the least memory."""
-    grad_cp = devices.max_over_ranks([options.grad_cp])[0]
-    if grad_cp == options.grad_cp:
-        return options, check
-    options = dataclasses.replace(options, grad_cp=grad_cp)
-    return options, MemoryCheck(expected_memory(options, device), check.free)
+    """Return settled options as all ranks can have them, and whether the run fits.
+
+    given: the options before. The blocks are compiled where every rank can, and --grad_cp is that
+    of the rank with the least memory.
+    """
+    [eager_somewhere] = devices.max_over_ranks([1 - settled.compile])
+    if settled.compile and eager_somewhere:
+        print("note: on another rank the blocks cannot be compiled, so on none they are")
+        settled, check = settle(dataclasses.replace(given, compile=0), device)
+    [grad_cp] = devices.max_over_ranks([settled.grad_cp])
+    if grad_cp == settled.grad_cp:
+        return settled, check
+    settled = dataclasses.replace(settled, grad_cp=grad_cp)
+    return settled, MemoryCheck(expected_memory(settled, device), check.free)
 
 
 def settle_compile(options: Options, device: torch.device) -> int:
     """Return whether the blocks are to be compiled, 0 or 1; say so where that was asked for."""
-    if options.compile == 0:
+    if options.compile == 0 or (options.compile == "auto" and not is_worth_it(options, device)):
         return 0
     problem = why_not(options, device)
-    if problem:
-        if options.compile == 1 and devices.rank() == 0:
-            print(f"note: --compile 1: {problem}; the blocks run without")
-        return 0
-    return int(options.compile == 1 or is_worth_it(options, device))
+    if problem and options.compile == 1:
+        print(f"note: --compile 1: {problem}; the blocks run without")
+    return int(not problem)
 
 
 def why_not(options: Options, device: torch.device) -> str:
@@ -96,23 +116,32 @@ def why_not(options: Options, device: torch.device) -> str:
     compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "g++")
     if not shutil.which(compiler):
         return f"no C++ compiler ({compiler}) found"
+    try:
+        import fused  # noqa: F401 (it takes parts of PyTorch that may move)
+    except (ImportError, AttributeError) as error:
+        return f"PyTorch {torch.__version__} is newer than this program knows ({error})"
     return ""
 
 
 def is_worth_it(options: Options, device: torch.device) -> bool:
     """Return whether a run is long enough to gain by compiling its blocks."""
-    n_layer, n_embd = options.n_layer or 0, options.n_embd or 0
-    rows_per_step = options.micro_bsz * options.accumulate_grad_batches
-    if options.epoch_steps:
-        rows = float(options.epoch_count * options.epoch_steps * rows_per_step)
-        tokens = rows * options.ctx_len
-    elif options.data_file or options.data_type == "dummy":
-        documents, _ = open_documents(options)
-        tokens = float(options.epoch_count * len(documents.tokens)) / ranks(options)
-        rows = max(tokens / options.ctx_len, options.epoch_count * len(documents) / ranks(options))
-    else:
+    if not options.data_file and options.data_type != "dummy":
         return False
+    documents, _ = open_documents(options)
+    rows = float(len(documents))
+    tokens_per_row = len(documents.tokens) / rows
+    if options.dataload == "get":
+        tokens_per_row = options.ctx_len
+        rows = len(documents.tokens) / tokens_per_row
+    elif options.train_type != "infctx":
+        tokens_per_row = min(tokens_per_row, options.ctx_len)
+    rows *= options.epoch_count / ranks(options)
+    if options.epoch_steps:
+        rows_per_step = options.micro_bsz * options.accumulate_grad_batches
+        rows = options.epoch_count * options.epoch_steps * rows_per_step
+
+    n_layer, n_embd = options.n_layer or 0, options.n_embd or 0
     if device.type == "cuda":
         return n_layer * rows / options.micro_bsz >= GPU_BLOCKS
     weights_of_blocks = 13 * n_layer * n_embd**2
-    return weights_of_blocks * tokens >= CPU_WORK
+    return weights_of_blocks * rows * tokens_per_row >= CPU_WORK

@@ -296,12 +296,20 @@ def test_a_run_on_a_gpu_is_that_on_the_cpu_and_waits_once_a_step(
     check_same("gpu", "cpu", near)
 
 
-# One for everyday, the others in the exhaustive tests: tracing a mode takes half a minute. Modes
-# that are left out have not been rehearsed compiled yet.
+# One for everyday, the others in the exhaustive tests: tracing a mode takes half a minute. Those
+# that are left out differ from one that is here in what is not compiled.
+NOT_COMPILED = (
+    "x052, fp32, nf4",
+    "infctx, fp16, nf4",
+    "emb and head, fp32",
+    "Bone alone, grad_cp 0",
+    "accumulation",
+    "fla, which is not there",
+)
 COMPILED = [
     pytest.param(*mode, id=name) if name == "bat, nf4" else exhaustive(*mode, id=name)
     for name, mode in MODES.items()
-    if name.startswith(("bat", "bone"))
+    if name not in NOT_COMPILED
 ]
 
 

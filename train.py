@@ -290,8 +290,9 @@ def train(options: Options) -> None:
     with devices.world(device), contextlib.ExitStack() as held:
         devices.check_same(flags_of_all_ranks(options))
         with devices.rank0_first():
-            options, memory_check = settle(resolve_options(options), device)
-        options, memory_check = same_on_all_ranks(options, memory_check, device)
+            given = resolve_options(options)
+            options, memory_check = settle(given, device)
+        options, memory_check = same_on_all_ranks(given, options, memory_check, device=device)
         with devices.rank0_first():
             check_memory(options, memory_check, device)
             if devices.rank() == 0 and not options.dry_run:
