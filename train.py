@@ -5,8 +5,8 @@
     python train.py --resume --proj_dir out
 
 Data flows one way: file -> tokens -> batch -> model -> loss -> gradient -> update -> checkpoint.
-A batch is a function of (seed, step). So a run is a function of its command line, wherever it is
-interrupted and resumed.
+A batch is a function of (seed, step). So a run is a function of its options, as args.json has them,
+wherever it is interrupted and resumed.
 
 Read from top to bottom: the optimizer, the loop, then how a run is set up and how it ends.
 """
