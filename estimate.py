@@ -23,6 +23,8 @@ from plan import ranks, resolve_options
 from training_data import longest_row
 
 META = torch.device("meta")
+# What compiled blocks keep, in proportion to the results of matrix products. Measured.
+KEPT = 1.2
 
 
 class MemoryEstimate(NamedTuple):
@@ -92,7 +94,8 @@ def memory_of_compiled(
     """Return a function of grad_cp: what training takes then, from what it takes with eager blocks.
 
     Compiled blocks keep for the backward pass what eager ones do that keep the results of matrix
-    products (or, with --grad_cp, a share of these), and all else is computed again.
+    products (or, with --grad_cp, a share of these), and some operands of WKV-6 besides; all else is
+    computed again.
     """
     eager = functools.partial(dataclasses.replace, options, compile=0)
     nothing_kept = expected_memory(eager(grad_cp=1), device, longest)
@@ -101,7 +104,7 @@ def memory_of_compiled(
     def at(grad_cp: float) -> MemoryEstimate:
         parts = {}
         for part, size in nothing_kept.parts.items():
-            parts[part] = size + (1 - grad_cp) * (products_kept.parts[part] - size)
+            parts[part] = size + KEPT * (1 - grad_cp) * (products_kept.parts[part] - size)
         if device.type == "cpu":
             parts["compiler"] = memory.COMPILER
         return MemoryEstimate(nothing_kept.built, parts)

@@ -79,7 +79,7 @@ class KeepNoDequantizedWeight(CustomPartitionerFn):
         return min_cut_rematerialization_partition(gm, joint_inputs, **options)
 
     def uuid(self) -> Any:
-        """Return what tells PyTorch's cache on disk whether this partitioner has changed."""
+        """Return what tells PyTorch's cache on disk that this file has changed, and all in it."""
         return get_hash_for_files((__file__,))
 
 
@@ -92,17 +92,19 @@ def sum_of_rows(
     """Stand in for x.sum(dim, keepdim) on a CPU: 16 rows at a time, then those sums.
 
     The gradient of whatever all tokens share is a sum over the rows of x (..., tokens, C). The
-    compiler's loop takes a few columns from the first row to the last, a page of memory each time.
-    16 rows of all columns stay in the cache: a third of the time.
+    compiler's loop goes down a few columns at a time, so that each row touches another page of
+    memory. Sixteen whole rows stay in the cache, and take a third of the time.
     """
+    if x.ndim < 2:
+        return NotImplemented
     rows = x.ndim - 2
     dims = {d % x.ndim for d in dim or []}
-    # The number of tokens is the one size that is not known when compiling.
+    # Sizes of a batch are not known when compiling.
     over_tokens = rows in dims and rows + 1 not in dims and isinstance(x.shape[rows], torch.SymInt)
     if dtype or not over_tokens or x.device.type != "cpu" or not x.is_floating_point():
         return NotImplemented  # an ordinary sum
     wide = torch.promote_types(x.dtype, torch.float32)
-    # With 16 more: at least two groups, since a tensor of one would be traced apart.
+    # Pad by 16 more, so that there are two groups at least: a size of 1 would be compiled apart.
     x = F.pad(x, (0, 0, 0, 16 + -x.shape[rows] % 16)).unflatten(rows, (-1, 16))
     return x.sum(rows + 1, dtype=wide).sum(dim, keepdim, dtype=wide).to(x.dtype)
 
@@ -121,7 +123,9 @@ def inductor(graph: GraphModule, inputs: list[Tensor]) -> Any:
 
 
 def compile_blocks(model: RWKV, grad_cp: float, compiler: Callable[..., Any] = inductor) -> None:
-    """Have the blocks run as compiled code. A block that first runs is compiled, and may raise.
+    """Have the blocks run as compiled code.
+
+    Each is compiled when it first runs; that may raise whatever the compiler raises.
 
     grad_cp: the share of the results of matrix products that the backward pass computes again, from
     0 to 1. compiler: the backend of torch.compile.
@@ -143,8 +147,8 @@ def compile_blocks(model: RWKV, grad_cp: float, compiler: Callable[..., Any] = i
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             # The table has to be there: it cannot be made while a block is traced.
             quant.nf4_pairs(model.head.weight.device, dtype)
-    # Each of these is a function of its own: block 0, whose input needs no gradient; held-out loss;
-    # a row's first chunk, and the others; a batch of one row.
+    # Each of these is compiled separately: block 0, whose input needs no gradient; held-out loss; a
+    # row's first chunk, and the others; a batch of one row.
     torch._dynamo.config.recompile_limit = 32
     remove_from_cache(Block.branches)  # what an earlier model in this process had compiled
     block: Any
@@ -214,13 +218,13 @@ def try_to_compile(model: RWKV, passes: Passes, plan: RunPlan, *, device: torch.
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler's faults have no common class
-        cause = getattr(error, "inner_exception", error)
-        problem = str(cause).strip().partition("\n")[0] or type(cause).__name__
+        problem = first_line(getattr(error, "inner_exception", error))
     # Where one rank cannot, none does.
     failed_somewhere = devices.max_over_ranks([float(problem != "")])[0]
     if failed_somewhere:
+        # args.json, the log and the states are to say it, so that a resumed run is the same.
+        options.compile, options.grad_cp = 0, 0.5 if options.grad_cp == 0 else 1
         run_eager(model, options.grad_cp)
-        options.compile = 0  # args.json, the log and the states say it
         problem = problem or "on another rank"
         print(f"note: PyTorch's compiler failed, so the blocks run without: {problem}")
     else:
@@ -228,12 +232,18 @@ def try_to_compile(model: RWKV, passes: Passes, plan: RunPlan, *, device: torch.
 
 
 def run_eager(model: RWKV, grad_cp: float) -> None:
-    """Take back what compile_blocks did, in no more memory than compiled blocks would take."""
+    """Take back what compile_blocks did. grad_cp: 1, or 0.5 to keep products."""
     for block in model.blocks:
         vars(block).pop("branches", None)
     model.grad_cp = True
-    model.keep_products = grad_cp == 0
+    model.keep_products = grad_cp < 1
     model.zero_grad()
+
+
+def first_line(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def block_gradients(model: RWKV, batch: Batch, passes: Passes) -> dict[str, Tensor]:

@@ -379,8 +379,8 @@ class Options:
     grad_cp: Any = flag(
         "auto",
         "how much of the forward pass the backward pass computes again, which saves memory: 1: "
-        "all; 0: nothing, which is faster; between: a share of the matrix products where blocks "
-        "are compiled, else none of these; auto: as little as free memory allows",
+        "all; 0: nothing, which is faster; between: a share of the matrix products (blocks that "
+        "are not compiled keep all of them); auto: as little as free memory allows",
         parse=share,
     )
     compile: Any = flag(

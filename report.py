@@ -97,9 +97,13 @@ def model_lines(plan: RunPlan, check: MemoryCheck, device: torch.device) -> list
 def describe_blocks(options: Options) -> str:
     """Say how the blocks run, and what of them the backward pass computes again."""
     how = "compiled" if options.compile else "eager"
-    again = {0: "nothing", 1: "everything"}.get(options.grad_cp)
-    if not again:
-        again = f"{options.grad_cp:.0%} of the products" if options.compile else "all but products"
+    again = "all but products"
+    if options.grad_cp == 1:
+        again = "everything"
+    elif options.grad_cp == 0 and not options.compile:
+        again = "nothing"
+    elif options.grad_cp > 0 and options.compile:
+        again = f"all but {1 - options.grad_cp:.0%} of the products"
     return f"{how}; {again} computed again in the backward pass (--grad_cp {options.grad_cp})"
 
 

@@ -29,9 +29,9 @@ from plan import ranks
 from training_data import open_documents
 
 # What compiling gains grows with the work of a run. On a CPU it is passes over memory: by the
-# number of a block's weights times tokens. Measured: compiling took two cores 60 s, and each
-# block's step got faster by 0.9e-11 s per weight and token; here it is to gain three times that.
-CPU_WORK = 2e13
+# number of the blocks' weights times tokens. Measured: compiling took two cores 60 s, and a step
+# got faster by 0.2e-11 to 0.4e-11 s per weight and token; at 0.3e-11 a run gains three times 60 s.
+CPU_WORK = 6e13
 # A GPU waits for its host, which then has fewer kernels to start: by the number of blocks times
 # micro batches. Measured: 35 s of compiling on an H100, and 15 ms gained each (nf4), with a slow
 # host. Others are faster: 5 ms each are to gain three times those 35 s.
@@ -55,7 +55,7 @@ def settle(options: Options, device: torch.device) -> tuple[Options, MemoryCheck
     if options.grad_cp == "auto":
         values = list(COMPILED_GRAD_CP if options.compile else EAGER_GRAD_CP)
         if sharding.Sharding.of(options.strategy, ranks(options)).trained:
-            values = [1]  # who shares out weights is short of memory
+            values = [1]  # whoever shares out weights is short of memory
     expected = memory_by_grad_cp(options, device)
     for grad_cp in values:
         check = MemoryCheck(expected(grad_cp), free)

@@ -179,7 +179,8 @@ def test_where_the_compiler_fails_one_line_says_why_and_the_blocks_run_eager(
     [note] = [line for line in capsys.readouterr().out.splitlines() if "compiler failed" in line]
     assert words in note
     with open("failed/args.json", encoding="utf-8") as f:
-        assert json.load(f)["compile"] == 0
+        args = json.load(f)
+    assert (args["compile"], args["grad_cp"]) == (0, 1)
     run("--compile 0 --grad_cp 1 --proj_dir eager")
     failed, eager = read("failed/rwkv-0.pth"), read("eager/rwkv-0.pth")
     assert all(failed[name].equal(eager[name]) for name in eager)
@@ -199,7 +200,7 @@ def test_where_one_rank_cannot_compile_none_does(monkeypatch, capsys):
         fused.try_to_compile(model, Passes(), plan, device=CPU)
         assert all(("branches" in vars(block)) == compiled for block in model.blocks)
         assert ("on another rank" in capsys.readouterr().out) == (not compiled)
-        fused.run_eager(model, grad_cp=0)
+        fused.run_eager(model, grad_cp=0.5)
 
 
 # ---- what is decided ---------------------------------------------------------------------------
@@ -269,10 +270,10 @@ def test_where_one_rank_cannot_compile_the_others_settle_for_eager_blocks(monkey
 @pytest.mark.parametrize(
     "flags, worth",
     [
-        ("--epoch_steps 2000000 --ctx_len 6000", True),
-        ("--epoch_steps 400000 --ctx_len 6000", False),  # documents have 26 tokens, in the mean
-        ("--epoch_steps 400000 --ctx_len 200 --dataload get", True),
-        ("--epoch_steps 2000000 --ctx_len 2", False),
+        ("--epoch_steps 6000000 --ctx_len 6000", True),
+        ("--epoch_steps 1200000 --ctx_len 6000", False),  # documents have 26 tokens, in the mean
+        ("--epoch_steps 1200000 --ctx_len 200 --dataload get", True),
+        ("--epoch_steps 6000000 --ctx_len 2", False),
     ],
 )
 def test_the_tokens_that_a_run_sees_say_whether_compiling_is_worth_it(flags, worth):
