@@ -30,7 +30,8 @@ import data
 import memory
 import rwkv6
 import train
-from bone import BoneLinear, add_bone
+from adapt import add_bone
+from bone import BoneLinear
 from cli import run_cli
 from loss import count_tokens
 from passes import Passes

@@ -24,6 +24,21 @@ Backward, with gy = dL/dy:
     gB_b = gz_b x_b^T                          summed over tokens
     gx_b = gu_b + B_b^T gz_b
 
+By hand, with W of 4 x 4 and r = 2:
+
+        1 0 | 2 1                                            1 2 | 5 1
+    W = 0 1 | 1 0    B_0 = 0 1   B_1 = 1 0      so that      0 1 | 2 0
+        ----+----          0 0         0 0              W' = ----+----
+        1 1 | 0 0                                            1 3 | 1 0
+        2 0 | 0 1                                            2 2 | 0 1
+
+W'_01, for instance, is W_01 + W_01 B_1 + B_1 = (2 1, 1 0) + (2 0, 1 0) + (1 0, 0 0) = (5 1, 2 0).
+Now x = (1 1, 1 2), with and without W':
+
+    W' x                                                       = (10 3, 5 6)
+    z = (B_0 x_0, B_1 x_1) = (1 0, 1 0)    s = z_0 + z_1 = (2 0)
+    W (x + z) = W (2 1, 2 2) = (8 3, 3 6)    + (2 0, 2 0)      = (10 3, 5 6)
+
 `bone`, shard sharing, has one trainable tensor `bone` of shape (r, out):
 
     y = W x + bone^T (sum_b x_b)               x is padded with zeros to a multiple of r
@@ -131,14 +146,17 @@ def bone_shape(weight_shape: tuple[int, ...], r: int, mode: str) -> tuple[int, .
 class BoneLinear(nn.Module):
     """A frozen linear layer with its trainable `bone`: (..., in) -> (..., out).
 
-    weight: (out, in), of any floating dtype or Quantized; it is frozen and kept as it is.
-    r: the rank, which is the side of a block. mode: `bat` or `bone`.
+    weight: (out, in), of any floating dtype or Quantized. bias: (out), or None. Both are frozen and
+    kept as they are. r: the rank, which is the side of a block. mode: `bat` or `bone`.
     The output is in the autocast dtype where autocast is on, else in the weight's.
     """
 
     weight: Quantized | nn.Parameter
+    bias: nn.Parameter | None
 
-    def __init__(self, weight: Tensor | Quantized, r: int, mode: str = "bat"):
+    def __init__(
+        self, weight: Tensor | Quantized, r: int, mode: str = "bat", *, bias: Tensor | None = None
+    ):
         super().__init__()
         self.r = r
         self.mode = mode
@@ -146,6 +164,9 @@ class BoneLinear(nn.Module):
             self.weight = weight
         else:
             self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        if bias is not None:
+            bias = nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", bias)
         shape = bone_shape(weight.shape, r, mode)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.bone = nn.Parameter(torch.zeros(shape, dtype=dtype, device=weight.device))
@@ -157,49 +178,25 @@ class BoneLinear(nn.Module):
         with torch.autocast(device, enabled=False):
             bone = self.bone.to(dtype)
             if self.mode == "bone":
-                return shard_sharing(x.to(dtype), self.weight, bone)
-            # x keeps its dtype until z has been added to it.
-            y = BlockAffine.apply(x.reshape(-1, x.shape[-1]), self.weight, bone)
-            return y.view(*x.shape[:-1], -1)
+                y = shard_sharing(x.to(dtype), self.weight, bone)
+            else:
+                # x keeps its dtype until z has been added to it.
+                y = BlockAffine.apply(x.reshape(-1, x.shape[-1]), self.weight, bone)
+                y = y.view(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias.to(dtype)
 
+    def extra_repr(self) -> str:
+        out_features, in_features = self.weight.shape
+        return f"{in_features}, {out_features}, r={self.r}, mode={self.mode}"
 
-def check_rank(weights: dict[str, Tensor | Quantized], r: int) -> None:
-    """Raise ValueError, naming ranks that fit, where r does not divide both sides of a weight."""
-    sizes = {size for weight in weights.values() for size in weight.shape}
-    for name, weight in weights.items():
+    def merged(self) -> nn.Linear:
+        """Return a plain layer with the weight W', in the weight's dtype, not quantized."""
+        weight = merge_weight(to_dense(self.weight, self.weight.dtype), self.bone.detach())
         out_features, in_features = weight.shape
-        if in_features % r or out_features % r:
-            ranks = (8, 16, 32, 64, 128, 256)
-            fitting = [rank for rank in ranks if all(size % rank == 0 for size in sizes)]
-            raise ValueError(
-                f"bone_r {r} does not divide {name} ({out_features} x {in_features}); "
-                f"this model takes {fitting}, or any with mode bone"
-            )
-
-
-def add_bone(model: nn.Module, r: int, mode: str = "bat") -> nn.Module:
-    """Freeze `model` and give every linear layer inside its blocks a bone of rank r.
-
-    A layer inside a block has a dot in its name (blocks.0.att.key); the output head has none.
-    Returns the model, changed in place; only the bones require gradients afterwards.
-    ValueError if r does not divide a layer (mode `bat` needs it to).
-    """
-    if mode not in ("bat", "bone"):
-        raise ValueError(
-            f"bone mode {mode!r} is unknown: use bat (block affine) or bone (shard sharing)"
-        )
-    if r < 1:
-        raise ValueError(f"bone_r {r} must be at least 1; 64 is the usual choice")
-    weights: dict[str, Tensor | Quantized] = {}
-    for name, module in model.named_modules():
-        if "." in name and isinstance(module, nn.Linear | Quantized):
-            weights[name] = module.weight if isinstance(module, nn.Linear) else module
-    if mode == "bat":
-        check_rank(weights, r)
-    model.requires_grad_(False)
-    for name, weight in weights.items():
-        model.set_submodule(name, BoneLinear(weight, r, mode))
-    return model
+        linear = nn.Linear(in_features, out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.register_parameter("bias", self.bias)
+        return linear
 
 
 @torch.no_grad()

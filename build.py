@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import bone
+import adapt
 import checkpoint
 import devices
 import memory
@@ -116,7 +116,7 @@ def fine_tuned(options: Any, device: torch.device) -> BuiltModel:
     if options.bone_load:
         checkpoint.load_bone(model, options.bone_load)
     else:
-        bone.add_bone(model, options.bone_r, options.bone_mode)
+        adapt.add_bone(model, options.bone_r, options.bone_mode)
     for name, p in model.named_parameters():
         if not name.endswith(".bone") and any(part in name for part in options.train_parts):
             p.data = p.data.float()

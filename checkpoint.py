@@ -10,8 +10,9 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from adapt import add_bone
 from archive import all_finite, drop_mapped_pages, read_checkpoint
-from bone import add_bone, bone_shape
+from bone import bone_shape
 from quant import CHUNK_NUMEL, Quantized, quantize
 from rwkv6 import RWKV, Config, storage_dtype
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import bone
+import adapt
 import devices
 import loss
 import quant
@@ -122,7 +122,7 @@ def model_1_6b(n_layer: int, quantization: str, *, with_bone: bool = True) -> rw
             if name.startswith("blocks.") and isinstance(module, rwkv6.Linear):
                 model.set_submodule(name, quant.quantize(module.weight, quantization))
     if with_bone:
-        bone.add_bone(model, 64)
+        adapt.add_bone(model, 64)
     for name, p in model.named_parameters():
         p.requires_grad_(any(part in name for part in ("bone", "time", "ln")))
     model.grad_cp = True

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bone import BoneLinear, add_bone, merge_weight
+from adapt import add_bone
+from bone import BoneLinear, merge_weight
 from checkpoint import load_bone
 
 
@@ -30,6 +31,19 @@ def layer(mode, out_features=24, in_features=32, r=8, dtype=torch.float64):
     linear = BoneLinear(torch.randn(out_features, in_features, dtype=dtype), r, mode)
     nn.init.normal_(linear.bone, std=0.3)
     return linear
+
+
+def test_the_case_that_is_traced_by_hand():
+    """That of the head of bone.py."""
+    W = torch.tensor([[1, 0, 2, 1], [0, 1, 1, 0], [1, 1, 0, 0], [2, 0, 0, 1.0]])
+    B = torch.tensor([[[0, 1], [0, 0]], [[1, 0], [0, 0.0]]])
+    x = torch.tensor([1, 1, 1, 2.0])
+    merged = torch.tensor([[1, 2, 5, 1], [0, 1, 2, 0], [1, 3, 1, 0], [2, 2, 0, 1.0]])
+    assert merge_weight(W, B).equal(merged)
+    assert (merged @ x).tolist() == [10, 3, 5, 6]
+    linear = BoneLinear(W, 2)
+    linear.bone.data = B
+    assert linear(x).tolist() == [10, 3, 5, 6]
 
 
 CASES = [

@@ -24,7 +24,7 @@ import memory
 import rwkv6
 import settle
 import train
-from bone import add_bone
+from adapt import add_bone
 from conftest import exhaustive
 from loss import Counts, loss_fn
 from passes import Passes

@@ -10,9 +10,9 @@ import re
 import pytest
 import torch
 
+import adapt
 import archive
 import binidx
-import bone
 import checkpoint
 import foreign
 import merge
@@ -252,7 +252,7 @@ def test_web_rwkv_reads_the_merged_model_and_agrees(version):
     # 12 layers, as web-rwkv halves the activations after 6 and 12.
     base = rwkv6.init_model(12, 128, 256, version=version)
     torch.save(disturbed(dict(base.named_parameters()), 0.05), "base.pth")
-    tuned = bone.add_bone(checkpoint.load_model("base.pth"), 32)
+    tuned = adapt.add_bone(checkpoint.load_model("base.pth"), 32)
     trained = {
         name: p
         for name, p in tuned.named_parameters()

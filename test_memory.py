@@ -13,10 +13,10 @@ import zipfile
 import pytest
 import torch
 
+import adapt
 import archive
 import bench_memory
 import binidx
-import bone
 import build
 import checkpoint
 import estimate
@@ -41,7 +41,7 @@ def folder(tmp_path, monkeypatch):
     binidx.write_binidx("x", [[5] * 97, [6] * 97])
     base = rwkv6.init_model(5, 128, 1000)
     torch.save({name: p.detach().bfloat16() for name, p in base.named_parameters()}, "base.pth")
-    model = bone.add_bone(checkpoint.load_model("base.pth"), 32)
+    model = adapt.add_bone(checkpoint.load_model("base.pth"), 32)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     torch.save({name: torch.randn_like(p).bfloat16() for name, p in trained.items()}, "ckpt.pth")
 

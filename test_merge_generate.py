@@ -19,9 +19,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import adapt
 import archive
 import binidx
-import bone
 import bone_record
 import checkpoint
 import cli
@@ -49,7 +49,7 @@ def trained(base, mode="bat", r=16):
     """A checkpoint as training leaves it: bones, time and ln parts, in the dtype of file `base`."""
     torch.manual_seed(1)
     dtype = torch.load(base, weights_only=True)["emb.weight"].dtype
-    model = bone.add_bone(checkpoint.load_model(base), r, mode)
+    model = adapt.add_bone(checkpoint.load_model(base), r, mode)
     parts = {
         name: p.detach()
         for name, p in model.named_parameters()

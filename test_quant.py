@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import adapt
 import archive
 import binidx
 import bone
@@ -249,7 +250,7 @@ def test_quantized_training_reaches_the_loss_of_bfloat16(base):
     losses = {}
     first = None
     for kind in ("none", "int8", "nf4"):
-        model = bone.add_bone(checkpoint.load_model("base.pth", torch.bfloat16, quant=kind), 32)
+        model = adapt.add_bone(checkpoint.load_model("base.pth", torch.bfloat16, quant=kind), 32)
         for name, p in model.named_parameters():
             p.requires_grad_(p.requires_grad or "time" in name or "ln" in name)
         optimizer = train.make_optimizer(model, 2e-3)

@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 
+import adapt
 import bone
 import checkpoint
 import rwkv6
@@ -46,7 +47,7 @@ def load(folder, fixture, bone_from="ckpt.pth"):
     if bone_from:
         checkpoint.load_bone(model, folder / bone_from)
     else:
-        bone.add_bone(model, fixture["config"]["bone_r"])
+        adapt.add_bone(model, fixture["config"]["bone_r"])
     for name, p in model.named_parameters():
         p.requires_grad_(name in fixture["ckpt"])
     return model

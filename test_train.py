@@ -19,9 +19,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import adapt
 import archive
 import binidx
-import bone
 import check_data
 import checkpoint
 import cli
@@ -55,7 +55,7 @@ def tiny(dtype=torch.bfloat16, n_embd=64, vocab_size=300):
 
 def bone_of(base, r=16, mode="bat"):
     """A checkpoint of new bones and the time and ln parts of the base in the file `base`."""
-    model = bone.add_bone(checkpoint.load_model(base), r, mode)
+    model = adapt.add_bone(checkpoint.load_model(base), r, mode)
     return {
         name: p.detach()
         for name, p in model.named_parameters()
@@ -491,7 +491,7 @@ def test_a_run_follows_the_curve():
 @pytest.mark.parametrize("version", ["x060", "x052"])
 @pytest.mark.parametrize("layerwise_lr, weight_decay", [(1, 0.0), (1, 0.1), (0, 0.0), (0, 0.1)])
 def test_parameters_are_grouped_as_the_reference_groups_them(version, layerwise_lr, weight_decay):
-    model = bone.add_bone(rwkv6.init_model(2, 64, 300, version=version), 16).requires_grad_(True)
+    model = adapt.add_bone(rwkv6.init_model(2, 64, 300, version=version), 16).requires_grad_(True)
     names = {p: name for name, p in model.named_parameters()}
     found = {
         names[p]: (group["lr"], group["lr_scale"], group["weight_decay"])

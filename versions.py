@@ -305,12 +305,12 @@ def fake_forward_of(base: str, *, mode: str, quant: str, form: str) -> None:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    import bone
+    import adapt
     import checkpoint
     import rwkv6
 
     model = checkpoint.load_model(base, torch.bfloat16, "meta", quant=quant)
-    bone.add_bone(model, 32, mode)
+    adapt.add_bone(model, 32, mode)
     for module in model.modules():
         if isinstance(module, rwkv6.TimeMix):
             module.impl = form
