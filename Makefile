@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo docs test test-all lint format test-versions interop bench torture clean
+.PHONY: demo docs notebooks test test-all lint format test-versions interop bench torture clean
 
 demo: $(VENV)/ready
 	bash demo.sh $(BIN)/python
@@ -10,6 +10,10 @@ demo: $(VENV)/ready
 # docs/flags.md and docs/zh/flags.md, from the options of train.py.
 docs:
 	$(PYTHON) docs/make_flags.py
+
+# learn_bone.ipynb and learn_bone.zh.ipynb, with the outputs of a new run.
+notebooks: $(VENV)/ready
+	$(BIN)/python docs/make_notebooks.py
 
 # What a newcomer runs once: lint, and all tests but the exhaustive ones.
 test: lint
