@@ -15,31 +15,29 @@ run() {
     "$python" "$@"
 }
 
-ask() {
-    run generate.py "$1" --prompt "$2" --length 40 --temperature 0.5
-}
-
 rm -rf demo
 run demo_data.py demo
-run data.py demo/docs.jsonl demo/docs --ctx_len 128
+run data.py demo/text.jsonl demo/text --ctx_len 128
 
-echo; echo "--- a small base model, pretrained from scratch on Python's help topics"
-run train.py --data_file demo/docs --proj_dir demo/base \
+echo; echo "--- a small base model, pretrained from scratch on help topics and dialogues"
+run train.py --data_file demo/text --proj_dir demo/base \
     --n_layer 4 --n_embd 128 --dataload get --ctx_len 128 --micro_bsz 8 \
-    --epoch_steps 130 --lr_init 4e-3 --lr_final 4e-4 --warmup_steps 10 --grad_cp 0
+    --epoch_steps 240 --lr_init 4e-3 --lr_final 4e-4 --warmup_steps 10
 
-echo; echo "--- Bone fine-tuning on dialogues (emb and head too: their words are new to this base)"
+echo; echo "--- Bone fine-tuning on 20 facts, each asked in three ways; held out: other dialogues"
 run train.py --load_model demo/base/rwkv-0.pth --proj_dir demo/out \
-    --data_file demo/chat.jsonl --val_file demo/chat_val.jsonl \
-    --bone_r 64 --train_parts time ln emb head --loss_mask qa --ctx_len 128 --micro_bsz 16 \
-    --epoch_count 2 --lr_init 4e-3 --lr_final 4e-4
-run merge.py demo/base/rwkv-0.pth demo/out/rwkv-1.pth demo/tuned.pth
+    --data_file demo/facts.jsonl --val_file demo/text_val.jsonl \
+    --bone_r 64 --loss_mask qa --ctx_len 128 --micro_bsz 10 \
+    --epoch_steps 60 --epoch_count 4 --lr_init 4e-3 --lr_final 4e-4
+run merge.py demo/base/rwkv-0.pth demo/out/rwkv-3.pth demo/tuned.pth
 
-echo; echo "--- the same questions to the base and to the tuned model"
-for prompt in $'User: What is your favorite food?\n\nAssistant:' $'User: 你是谁\n\nAssistant:'; do
-    ask demo/base/rwkv-0.pth "$prompt"
-    ask demo/tuned.pth "$prompt"
-done
+echo; echo "--- the facts, asked of both models"
+run demo_ask.py demo/questions.json demo/base/rwkv-0.pth demo/tuned.pth
 
-echo; echo "--- held-out loss: before fine-tuning, after each epoch (picture: demo/out/loss.png)"
-awk -F, 'NR > 1 && $4 != "" { printf "step %5d   %.4f\n", $1, $4 }' demo/out/loss.csv
+echo; echo "loss on the answers of held-out dialogues, of the base's own kind"
+awk -F, 'NR > 1 && $4 != "" { if (!n++) first = $4; last = $4 }
+    END { printf "    before fine-tuning %.2f, after %.2f\n", first, last }' demo/out/loss.csv
+echo
+echo "As taught: the facts were learnt by heart. In other words: also for a question whose form was"
+echo "not in the training data. A higher loss on other dialogues: what it forgot meanwhile, since it"
+echo "saw nothing else; mix other data in, or take fewer steps. Pictures: demo/{base,out}/loss.png"
