@@ -14,6 +14,7 @@ import re
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 
 from bone import BoneLinear
 from quant import Quantized
@@ -22,24 +23,51 @@ from quant import Quantized
 OUTPUT_HEAD = re.compile(r"(lm_)?head(_\w+)?|embed_out")
 
 
-def layers_to_adapt(model: nn.Module, names: str | None) -> dict[str, nn.Linear | Quantized]:
-    """Return {name: layer} of the linear layers that `add_bone` adapts."""
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear | Quantized]:
+    """Return {name: layer} of the linear layers of a model; one that has two names, by both."""
     layers: dict[str, nn.Linear | Quantized] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         # nn.MultiheadAttention multiplies by the weight of its out_proj without calling it.
         is_called = not isinstance(module, NonDynamicallyQuantizableLinear)
-        if names is None:
-            wanted = not OUTPUT_HEAD.fullmatch(name.rpartition(".")[2])
-        else:
-            wanted = re.fullmatch(names, name) is not None
-        if isinstance(module, nn.Linear | Quantized) and is_called and wanted:
+        if isinstance(module, nn.Linear | Quantized) and is_called:
             layers[name] = module
+    return layers
+
+
+def is_output_head(model: nn.Module, name: str, layer: nn.Module) -> bool:
+    """Return whether a layer is an output head, by its name or by what `transformers` says."""
+    get = getattr(model, "get_output_embeddings", None)
+    return (get and get() is layer) or OUTPUT_HEAD.fullmatch(name.rpartition(".")[2]) is not None
+
+
+def layers_to_adapt(model: nn.Module, names: str | None) -> dict[str, nn.Linear | Quantized]:
+    """Return {name: layer} of the linear layers that `add_bone` adapts.
+
+    ValueError where there are none, or one that cannot be adapted.
+    """
+    layers = {}
+    for name, layer in linear_layers(model).items():
+        if re.fullmatch(names, name) if names else not is_output_head(model, name, layer):
+            layers[name] = layer
+    if not layers:
+        some = ", ".join([*linear_layers(model)][:10]) or "none"
+        raise ValueError(f"no layer is to get a bone; linear layers of this model: {some}")
+    if "" in layers:
+        raise ValueError("the model is itself a linear layer: use BoneLinear of bone.py")
+    for name, layer in layers.items():
+        weight = None if isinstance(layer, Quantized) else layer.weight
+        if weight is not None and (is_lazy(weight) or not weight.is_floating_point()):
+            raise ValueError(
+                f"{name} is a {type(layer).__name__} whose weight is not a matrix of "
+                "floating-point numbers; quant.py quantizes for Bone"
+            )
     return layers
 
 
 def bone_layers(model: nn.Module) -> dict[str, BoneLinear]:
     """Return {name: layer} of the layers of a model that have a bone."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, BoneLinear)}
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if isinstance(module, BoneLinear)}
 
 
 def check_rank(layers: dict[str, nn.Linear | Quantized], r: int) -> None:
@@ -66,7 +94,7 @@ def add_bone(model: nn.Module, r: int, mode: str = "bat", *, names: str | None =
 
     names: a regular expression for the whole name of a layer, as in r".*\\.(q_proj|v_proj)";
     without it, every linear layer but an output head gets one. out_proj of nn.MultiheadAttention
-    never does: that multiplies by its weights itself.
+    never does: that multiplies by its weights itself. A subclass of nn.Linear is taken for one.
     Returns the model, changed in place; only the bones require gradients afterwards.
     ValueError where no layer is to be adapted, where the model has bones already, and where r does
     not divide a layer (mode `bat` needs it to); the model is unchanged then.
@@ -80,30 +108,44 @@ def add_bone(model: nn.Module, r: int, mode: str = "bat", *, names: str | None =
     if bone_layers(model):
         raise ValueError("the model has bones already; merge_bone puts them into its weights")
     layers = layers_to_adapt(model, names)
-    if not layers:
-        linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Quantized)]
-        raise ValueError(f"no layer is to get a bone; linear layers of this model: {linear}")
     if mode == "bat":
         check_rank(layers, r)
     model.requires_grad_(False)
+    adapted: dict[nn.Module, BoneLinear] = {}
     for name, layer in layers.items():
-        if isinstance(layer, Quantized):
-            bone_layer = BoneLinear(layer, r, mode)
-        else:
-            bone_layer = BoneLinear(layer.weight, r, mode, bias=layer.bias)
-        model.set_submodule(name, bone_layer)
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            # Without gradients it would multiply by the weights itself, past the bones. This tells
-            # it that it cannot.
-            module.activation_relu_or_gelu = 0
+        if layer not in adapted:
+            adapted[layer] = with_bone(layer, r, mode)
+        model.set_submodule(name, adapted[layer])
+    leave_fast_paths(model)
     return model
 
 
+def with_bone(layer: nn.Linear | Quantized, r: int, mode: str) -> BoneLinear:
+    """Return the layer with a new bone."""
+    if isinstance(layer, Quantized):
+        return BoneLinear(layer, r, mode)
+    return BoneLinear(layer.weight, r, mode, bias=layer.bias)
+
+
+def leave_fast_paths(model: nn.Module) -> None:
+    """Have PyTorch's encoder call its layers: in eval mode it would use their weights itself."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and bone_layers(module):
+            module.activation_relu_or_gelu = 0  # an activation for which it has no other way
+        if isinstance(module, nn.TransformerEncoder) and bone_layers(module):
+            module.use_nested_tensor = False  # padded rows stay rows
+
+
 def merge_bone(model: nn.Module) -> nn.Module:
-    """Put plain linear layers with the merged weights back, in place; return the model."""
+    """Put plain linear layers with the merged weights back, in place; return the model.
+
+    All of it stays frozen. PyTorch's encoder does not get its fast path back.
+    """
+    merged: dict[nn.Module, nn.Linear] = {}
     for name, layer in bone_layers(model).items():
-        model.set_submodule(name, layer.merged())
+        if layer not in merged:
+            merged[layer] = layer.merged()
+        model.set_submodule(name, merged[layer])
     return model
 
 
@@ -119,9 +161,11 @@ def load_bone_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     ValueError, with the model unchanged, unless names and shapes are those of its bones.
     """
     bones = bone_state(model)
-    for name in sorted(bones.keys() | state.keys()):
-        found, wanted = (b[name].shape if name in b else "missing" for b in (state, bones))
-        if found != wanted:
-            raise ValueError(f"{name}: {found} in the state, {wanted} in the model")
+    for name in sorted(bones.keys() ^ state.keys()):
+        where = "state" if name in bones else "model"
+        raise ValueError(f"{name} is missing in the {where}; names, r and mode have to be the same")
+    for name, bone in bones.items():
+        if bone.shape != state[name].shape:
+            raise ValueError(f"{name}: {state[name].shape} in the state, {bone.shape} in the model")
     for name, bone in bones.items():
         bone.copy_(state[name])

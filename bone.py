@@ -19,7 +19,7 @@ backward pass. Neither is needed. Cut x into segments x_b of length r, and multi
 Backward, with gy = dL/dy:
 
     gs   = fold(gy)                            the transpose of tile: gy's segments, added up
-    gu   = W^T gy                              the frozen product, once: no gradient of W's shape
+    gu   = W^T gy    (of u = x + z)            the frozen product, once: no gradient of W's shape
     gz_b = gu_b + gs
     gB_b = gz_b x_b^T                          summed over tokens
     gx_b = gu_b + B_b^T gz_b
@@ -60,12 +60,12 @@ from quant import FrozenLinear, Quantized, cached_matmul, matmul_dtype, to_dense
 
 def segments(x: Tensor, r: int) -> Tensor:
     """View x (tokens, n * r) as n matrices (n, tokens, r): matrix b has segment b of each token."""
-    return x.view(len(x), -1, r).transpose(0, 1)
+    return x.unflatten(1, (-1, r)).transpose(0, 1)
 
 
 def fold(x: Tensor, r: int) -> Tensor:
     """Add up the segments of each token: (tokens, n * r) -> (tokens, r)."""
-    return x.view(len(x), -1, r).sum(1, dtype=x.dtype)
+    return x.unflatten(1, (-1, r)).sum(1, dtype=x.dtype)
 
 
 def tile(s: Tensor, out_features: int) -> Tensor:
@@ -92,7 +92,7 @@ def block_affine_matmul(x: Tensor, x_b: Tensor, weight: Tensor | Quantized, *, B
     # than one bfloat16 step of x or y then still counts on average. Added to rounded numbers it
     # would be lost.
     u = torch.empty(x.shape, dtype=dtype, device=x.device)
-    torch.add(x.view(len(x), -1, r), z.transpose(0, 1), out=u.view(len(x), -1, r))
+    torch.add(x.unflatten(1, (-1, r)), z.transpose(0, 1), out=u.unflatten(1, (-1, r)))
     y = tile(s, out_features=weight.shape[0])
     y.addmm_(u, to_dense(weight, dtype).t())
     return y.view_as(y)  # torch.compile in PyTorch 2.11 loses the gradient of y itself
@@ -147,7 +147,7 @@ class BoneLinear(nn.Module):
     """A frozen linear layer with its trainable `bone`: (..., in) -> (..., out).
 
     weight: (out, in), of any floating dtype or Quantized. bias: (out), or None. Both are frozen and
-    kept as they are. r: the rank, which is the side of a block. mode: `bat` or `bone`.
+    kept as they are. r: the side of a block (`bat`), or the rows of the shard (`bone`).
     The output is in the autocast dtype where autocast is on, else in the weight's.
     """
 
@@ -182,7 +182,7 @@ class BoneLinear(nn.Module):
             else:
                 # x keeps its dtype until z has been added to it.
                 y = BlockAffine.apply(x.reshape(-1, x.shape[-1]), self.weight, bone)
-                y = y.view(*x.shape[:-1], -1)
+                y = y.view(*x.shape[:-1], self.weight.shape[0])
             return y if self.bias is None else y + self.bias.to(dtype)
 
     def extra_repr(self) -> str:

@@ -38,6 +38,6 @@ echo; echo "loss on the answers of held-out dialogues, of the base's own kind"
 awk -F, 'NR > 1 && $4 != "" { if (!n++) first = $4; last = $4 }
     END { printf "    before fine-tuning %.2f, after %.2f\n", first, last }' demo/out/loss.csv
 echo
-echo "As taught: the facts were learnt by heart. In other words: also for a question whose form was"
+echo "Right as taught: learnt by heart. Right in other words: for a form of question, too, that was"
 echo "not in the training data. A higher loss on other dialogues: what it forgot meanwhile, since it"
 echo "saw nothing else; mix other data in, or take fewer steps. Pictures: demo/{base,out}/loss.png"

@@ -8,6 +8,7 @@ import pytest
 
 nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
 
 ROOT = pathlib.Path(__file__).parent
 
