@@ -30,6 +30,7 @@ import memory
 import rwkv6
 from adapt import add_bone
 from bench import add_lora
+from cli import run_cli
 from loss import Batch
 from passes import Passes, accumulate_gradients, chunk_losses
 
@@ -287,4 +288,4 @@ def draw(runs: dict[str, list[Trained]], sweeps: dict[str, dict[float, Trained]]
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
+    run_cli(lambda: main(int(sys.argv[1]) if len(sys.argv) > 1 else 0))

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import checkpoint
+from cli import run_cli
 from generate import WORLD, Settings, stream
 from rwkv6 import RWKV
 
@@ -47,4 +48,4 @@ def main(questions_path: Path, model_paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    run_cli(lambda: main(Path(sys.argv[1]), sys.argv[2:]))
