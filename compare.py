@@ -1,7 +1,7 @@
 """Bone beside LoRA and full fine-tuning, on what two cores can do in 20 minutes.
 
-    python compare.py          # writes compare.png, prints the table
-    python compare.py 1        # the same with other seeds
+    python compare.py          # prints the table, writes compare.png
+    python compare.py 1        # the same with other seeds: another base, other held-out dialogues
 
 One need not read this to understand Bone. A small RWKV-6 of characters is pretrained on Python's
 help topics. Then it is fine-tuned on English dialogues of chatterbot-corpus, by five methods:
@@ -9,9 +9,10 @@ Bone (bat), Bone (shard sharing) and LoRA (scale 1), each with as many trained n
 and with the same time_* and ln* parameters beside them. Beside them stand these parameters alone,
 and full fine-tuning.
 
-All have the same data, steps, batches and schedule, and the same learning rates are tried for each.
-The best is the one with the least loss on one part of the held-out dialogues. What is reported is
-the loss on another part, for three seeds (of the batches, and of LoRA's first values).
+All have the same data, steps, batches and schedule. The learning rate is the one with the least
+loss on one part of the held-out dialogues (validation); the same four are tried for each method,
+and more by the same rule. What is reported is the loss on another part (test), for three seeds of
+the batches and of LoRA's first values. Steps of all methods are timed in turn.
 """
 
 import copy
@@ -38,8 +39,12 @@ N_LAYER, N_EMBD, CTX_LEN = 4, 256, 128
 BONE_R = 32
 PRETRAINING_STEPS, STEPS, ROWS = 1200, 150, 8
 EVALUATE_EVERY = 15
-LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+LEARNING_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+FIRST_TRIED: tuple[float, ...] = LEARNING_RATES[
+    3:7
+]  # then on towards the best, until it has one on each side
 SEEDS = 3
+TIMED_STEPS = 20
 PASSES = Passes(autocast=torch.autocast("cpu", torch.bfloat16))
 
 
@@ -53,8 +58,8 @@ class Texts:
     vocab_size: int
     base: Tensor  # to pretrain on
     train: Tensor  # dialogues to fine-tune on
-    choose: Tensor  # held-out dialogues, which the learning rate is chosen by
-    test: Tensor  # others, which are reported
+    validation: Tensor  # held-out dialogues, by which the learning rate is chosen
+    test: Tensor  # others, for what is reported
 
 
 def read_texts(seed: int) -> Texts:
@@ -65,7 +70,7 @@ def read_texts(seed: int) -> Texts:
     parts = {
         "base": list(topics.values()),
         "train": shuffled[2 * tenth :],
-        "choose": shuffled[:tenth],
+        "validation": shuffled[:tenth],
         "test": shuffled[tenth : 2 * tenth],
     }
     joined = {name: "\n\n\n".join(documents) for name, documents in parts.items()}
@@ -133,48 +138,54 @@ METHODS: dict[str, Callable[[rwkv6.RWKV], None]] = {
 
 
 @dataclasses.dataclass
-class Trained:
+class Run:
     """What came of a training."""
 
     steps: list[int]  # after which the loss was measured
-    losses: list[float]  # on the text that is reported
-    choose: float  # the last on the text that the learning rate is chosen by
-    step_seconds: float  # median
-    peak: float  # bytes of tensors beyond the model's, at the peak of a step
-    trained: int  # numbers
+    test_losses: list[float]
+    validation_loss: float  # after the last step
+
+
+def make_step(model: rwkv6.RWKV, lr: float) -> Callable[[Batch, float], None]:
+    """Return step(batch, factor of the learning rate), which trains a model."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+
+    def step(batch: Batch, factor: float) -> None:
+        optimizer.param_groups[0]["lr"] = lr * factor
+        accumulate_gradients(model, [batch], PASSES)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def train(
     model: rwkv6.RWKV, ids: Tensor, *, steps: int, lr: float, seed: int, evaluate: Callable
-) -> tuple[float, float]:
-    """Train; call evaluate(step) now and then. Return seconds of a step, bytes at its peak."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+) -> None:
+    """Train; call evaluate(step) now and then."""
+    train_step = make_step(model, lr)
     generator = seeded(seed)
-    seconds = []
     evaluate(0)
-    with memory.LiveBytes(memory.tensors(model)) as live:
-        accumulate_gradients(model, [random_batch(ids, seeded(seed))], PASSES)
-    model.zero_grad()
     for step in range(steps):
-        start = time.perf_counter()
         warmup = min(1.0, (step + 1) / 20)
-        optimizer.param_groups[0]["lr"] = lr * warmup * (1 - 0.9 * step / steps)
-        accumulate_gradients(model, [random_batch(ids, generator)], PASSES)
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
+        train_step(random_batch(ids, generator), warmup * (1 - 0.9 * step / steps))
         if (step + 1) % EVALUATE_EVERY == 0:
             evaluate(step + 1)
-    return statistics.median(seconds), live.peak
 
 
-def fine_tune(base: rwkv6.RWKV, texts: Texts, method: str, *, lr: float, seed: int) -> Trained:
-    """Fine-tune a copy of the base."""
+def prepare(base: rwkv6.RWKV, method: str, seed: int = 0) -> rwkv6.RWKV:
+    """Return a copy of the base, ready to be trained by a method."""
     torch.manual_seed(seed)  # of LoRA's first values
     model = copy.deepcopy(base)
     METHODS[method](model)
+    return model
+
+
+def fine_tune(base: rwkv6.RWKV, texts: Texts, method: str, *, lr: float, seed: int) -> Run:
+    """Fine-tune a copy of the base."""
+    model = prepare(base, method, seed)
     steps: list[int] = []
     losses: list[float] = []
 
@@ -182,10 +193,8 @@ def fine_tune(base: rwkv6.RWKV, texts: Texts, method: str, *, lr: float, seed: i
         steps.append(step)
         losses.append(loss_on(model, texts.test))
 
-    seconds, peak = train(model, texts.train, steps=STEPS, lr=lr, seed=seed, evaluate=evaluate)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    choose = loss_on(model, texts.choose)
-    return Trained(steps, losses, choose, seconds, peak + 8 * trained, trained)
+    train(model, texts.train, steps=STEPS, lr=lr, seed=seed, evaluate=evaluate)
+    return Run(steps, losses, loss_on(model, texts.validation))
 
 
 def pretrain(texts: Texts, seed: int) -> rwkv6.RWKV:
@@ -210,79 +219,126 @@ def pretrain(texts: Texts, seed: int) -> rwkv6.RWKV:
 # ---- the comparison ----------------------------------------------------------------------------
 
 
-def sweep(
-    base: rwkv6.RWKV, texts: Texts, method: str, *, seed: int
-) -> tuple[dict[float, Trained], float]:
-    """Return {learning rate: what came of it}, and the best."""
+def sweep(base: rwkv6.RWKV, texts: Texts, method: str, *, seed: int) -> dict[float, Run]:
+    """Return {learning rate: what came of it}, at the best and at its neighbours at least."""
+    runs: dict[float, Run] = {}
+    to_try = FIRST_TRIED
+    while to_try:
+        for lr in to_try:
+            runs[lr] = fine_tune(base, texts, method, lr=lr, seed=seed)
+            print(
+                f"{method:<17} learning rate {lr:<6g} "
+                f"loss {runs[lr].validation_loss:.4f}, test {runs[lr].test_losses[-1]:.4f}",
+                flush=True,
+            )
+        i = LEARNING_RATES.index(best_rate(runs))
+        neighbours = LEARNING_RATES[max(i - 1, 0) : i + 2]
+        to_try = tuple(lr for lr in neighbours if lr not in runs)
+    return dict(sorted(runs.items()))
+
+
+def best_rate(runs: dict[float, Run]) -> float:
+    return min(runs, key=lambda lr: runs[lr].validation_loss)
+
+
+@dataclasses.dataclass
+class Cost:
+    """What training by a method takes."""
+
+    trained: int  # numbers
+    step_seconds: float  # median
+    peak_bytes: int  # of tensors beside the model's, at the peak of a step
+
+
+def costs(base: rwkv6.RWKV, ids: Tensor) -> dict[str, Cost]:
+    """Measure all methods, step by step in turn, so that none has a quieter machine."""
+    models = {method: prepare(base, method) for method in METHODS}
+    train_steps = {method: make_step(model, 1e-3) for method, model in models.items()}
+    batch = random_batch(ids, seeded(0))
     found = {}
-    for lr in LEARNING_RATES:
-        found[lr] = fine_tune(base, texts, method, lr=lr, seed=seed)
-        print(
-            f"{method:<14} lr {lr:<8g} loss {found[lr].choose:.4f}, reported part "
-            f"{found[lr].losses[-1]:.4f}, {1000 * found[lr].step_seconds:.0f} ms a step",
-            flush=True,
-        )
-    return found, min(found, key=lambda lr: found[lr].choose)
+    for method, model in models.items():
+        with memory.LiveBytes(memory.tensors(model)) as live:
+            accumulate_gradients(model, [batch], PASSES)
+        model.zero_grad()
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        moments = 8 * trained
+        found[method] = Cost(trained, 0.0, live.peak + moments)
+    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+    for _ in range(TIMED_STEPS):
+        for method, train_step in train_steps.items():
+            start = time.perf_counter()
+            train_step(batch, 1.0)
+            seconds[method].append(time.perf_counter() - start)
+    for method, cost in found.items():
+        cost.step_seconds = statistics.median(seconds[method])
+    return found
 
 
 def main(seed: int) -> None:
     """Compare, print the table, draw the picture."""
-    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, seed {seed}")
     texts = read_texts(seed)
-    sizes = {name: len(getattr(texts, name)) for name in ("base", "train", "choose", "test")}
+    sizes = {name: len(getattr(texts, name)) for name in ("base", "train", "validation", "test")}
     print("characters:", ", ".join(f"{name} {size:,}" for name, size in sizes.items()))
     base = pretrain(texts, seed)
-    sweeps, chosen, runs = {}, {}, {}
+    cost = costs(base, texts.train)
+    sweeps, runs = {}, {}
     for method in METHODS:
-        sweeps[method], chosen[method] = sweep(base, texts, method, seed=100 * seed)
-        more = [
-            fine_tune(base, texts, method, lr=chosen[method], seed=100 * seed + i)
-            for i in range(1, SEEDS)
+        sweeps[method] = sweep(base, texts, method, seed=100 * seed)
+        lr = best_rate(sweeps[method])
+        others = [
+            fine_tune(base, texts, method, lr=lr, seed=100 * seed + i) for i in range(1, SEEDS)
         ]
-        runs[method] = [sweeps[method][chosen[method]], *more]
-    print_table(runs, chosen)
-    draw(runs, sweeps)
+        runs[method] = [sweeps[method][lr], *others]
+    print_table(runs, sweeps, cost)
+    draw(runs, sweeps, cost)
 
 
-def print_table(runs: dict[str, list[Trained]], chosen: dict[str, float]) -> None:
+def print_table(
+    runs: dict[str, list[Run]], sweeps: dict[str, dict[float, Run]], cost: dict[str, Cost]
+) -> None:
     """Print a row for each method, in Markdown."""
     early_step = STEPS // 5
-    titles = f"trained | learning rate | loss, step {early_step} | loss, step {STEPS} (3 seeds)"
-    print(f"\n| | {titles} | ms a step | MB beside the weights |\n|---|---|---|---|---|---|---|")
+    print(
+        f"\n| | trained | learning rate | test loss, step {early_step} | step {STEPS} "
+        "| less LoRA's, seed by seed | ms a step | MB beside the weights |"
+        "\n|---|---|---|---|---|---|---|---|"
+    )
+    lora = [run.test_losses[-1] for run in runs["LoRA"]]
     for method, found in runs.items():
-        last = [run.losses[-1] for run in found]
-        early = statistics.mean(run.losses[run.steps.index(early_step)] for run in found)
-        spread = ", ".join(f"{loss:.3f}" for loss in sorted(last))
-        ms = 1000 * statistics.median(run.step_seconds for run in found)
+        last = [run.test_losses[-1] for run in found]
+        early = statistics.mean(run.test_losses[run.steps.index(early_step)] for run in found)
+        differences = ", ".join(f"{a - b:+.3f}" for a, b in zip(last, lora, strict=True))
         print(
-            f"| {method} | {found[0].trained:,} | {chosen[method]:g} | {early:.3f} | "
-            f"{statistics.mean(last):.3f} ({spread}) | {ms:.0f} | {found[0].peak / 1e6:.0f} |"
+            f"| {method} | {cost[method].trained:,} | {best_rate(sweeps[method]):g} | {early:.3f} "
+            f"| {statistics.mean(last):.3f} | {differences} "
+            f"| {1000 * cost[method].step_seconds:.0f} | {cost[method].peak_bytes / 1e6:.0f} |"
         )
 
 
-def draw(runs: dict[str, list[Trained]], sweeps: dict[str, dict[float, Trained]]) -> None:
+def draw(
+    runs: dict[str, list[Run]], sweeps: dict[str, dict[float, Run]], cost: dict[str, Cost]
+) -> None:
     """Draw loss over steps, over seconds, and over learning rates."""
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(13, 4), layout="tight")
-    over_steps, over_seconds, over_rates = figure.subplots(1, 3)
+    over_steps, over_seconds, over_rates = figure.subplots(1, 3, sharey=True)
     for method, found in runs.items():
         steps = found[0].steps
-        seconds = [step * found[0].step_seconds for step in steps]
-        losses = list(zip(*(run.losses for run in found), strict=True))
+        seconds = [step * cost[method].step_seconds for step in steps]
+        losses = list(zip(*(run.test_losses for run in found), strict=True))
         mean = [statistics.mean(at_step) for at_step in losses]
         for axis, x in ((over_steps, steps), (over_seconds, seconds)):
             [line] = axis.plot(x, mean, label=method)
             axis.fill_between(x, list(map(min, losses)), list(map(max, losses)), alpha=0.2)
         rates = sweeps[method]
-        over_rates.semilogx(
-            list(rates), [run.choose for run in rates.values()], "o-", color=line.get_color()
-        )
-    over_steps.set(
-        xlabel="step", ylabel="loss on held-out dialogues", title="mean, range of 3 seeds"
-    )
+        last = [run.validation_loss for run in rates.values()]
+        over_rates.semilogx(list(rates), last, "o-", color=line.get_color())
+    over_steps.set(xlabel="step", ylabel="loss per character", title="test, mean of 3 seeds")
     over_seconds.set(xlabel="seconds", title="the same over time")
-    over_rates.set(xlabel="learning rate", title="last loss, to choose the learning rate by")
+    over_rates.set(xlabel="learning rate", title=f"validation, after {STEPS} steps")
+    over_steps.set_ylim(1.2, 2.2)
     over_steps.legend()
     figure.savefig("compare.png", dpi=100)
 
