@@ -6,6 +6,9 @@
     load_bone_state(model, torch.load("bones.pth"))    # into a model prepared in the same way
     merge_bone(model)                                  # plain layers again
 
+What else you train (a new classifier, say) you save yourself. Wrap the model in
+DistributedDataParallel or compile it after add_bone.
+
 One need not read this to understand Bone: the layer itself is BoneLinear in bone.py.
 """
 
@@ -14,6 +17,7 @@ import re
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from bone import BoneLinear
@@ -94,10 +98,12 @@ def add_bone(model: nn.Module, r: int, mode: str = "bat", *, names: str | None =
 
     names: a regular expression for the whole name of a layer, as in r".*\\.(q_proj|v_proj)";
     without it, every linear layer but an output head gets one. out_proj of nn.MultiheadAttention
-    never does: that multiplies by its weights itself. A subclass of nn.Linear is taken for one.
+    never does: that multiplies by its weights itself. A subclass of nn.Linear is taken for one. A
+    head that shares its weight with an embedding no longer does once it is merged.
     Returns the model, changed in place; only the bones require gradients afterwards.
-    ValueError where no layer is to be adapted, where the model has bones already, and where r does
-    not divide a layer (mode `bat` needs it to); the model is unchanged then.
+    ValueError where no layer is to be adapted, where the model has bones already or is wrapped in
+    DistributedDataParallel, which would not see them, and where r does not divide a layer (mode
+    `bat` needs it to); the model is unchanged then.
     """
     if mode not in ("bat", "bone"):
         raise ValueError(
@@ -107,6 +113,8 @@ def add_bone(model: nn.Module, r: int, mode: str = "bat", *, names: str | None =
         raise ValueError(f"bone_r {r} must be at least 1; 64 is the usual choice")
     if bone_layers(model):
         raise ValueError("the model has bones already; merge_bone puts them into its weights")
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError("DistributedDataParallel would not see the bones: wrap after add_bone")
     layers = layers_to_adapt(model, names)
     if mode == "bat":
         check_rank(layers, r)

@@ -158,6 +158,7 @@ class BoneLinear(nn.Module):
         self, weight: Tensor | Quantized, r: int, mode: str = "bat", *, bias: Tensor | None = None
     ):
         super().__init__()
+        self.out_features, self.in_features = weight.shape
         self.r = r
         self.mode = mode
         if isinstance(weight, Quantized):
@@ -182,18 +183,16 @@ class BoneLinear(nn.Module):
             else:
                 # x keeps its dtype until z has been added to it.
                 y = BlockAffine.apply(x.reshape(-1, x.shape[-1]), self.weight, bone)
-                y = y.view(*x.shape[:-1], self.weight.shape[0])
+                y = y.view(*x.shape[:-1], self.out_features)
             return y if self.bias is None else y + self.bias.to(dtype)
 
     def extra_repr(self) -> str:
-        out_features, in_features = self.weight.shape
-        return f"{in_features}, {out_features}, r={self.r}, mode={self.mode}"
+        return f"{self.in_features}, {self.out_features}, r={self.r}, mode={self.mode}"
 
     def merged(self) -> nn.Linear:
         """Return a plain layer with the weight W', in the weight's dtype, not quantized."""
         weight = merge_weight(to_dense(self.weight, self.weight.dtype), self.bone.detach())
-        out_features, in_features = weight.shape
-        linear = nn.Linear(in_features, out_features, bias=False, device="meta")
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.register_parameter("bias", self.bias)
         return linear

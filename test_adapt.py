@@ -201,6 +201,29 @@ def test_in_bfloat16_under_autocast_and_compiled_it_is_the_same_layer():
     torch.testing.assert_close(*gradients)
 
 
+def in_rank(rank, init_method, path):
+    """Save the bones' gradient of one of two ranks, each with half of the rows."""
+    torch.distributed.init_process_group("gloo", init_method, rank=rank, world_size=2)
+    model = fill_bones(add_bone(mlp(), 16))
+    with pytest.raises(ValueError, match="wrap after add_bone"):
+        add_bone(nn.parallel.DistributedDataParallel(mlp()), 16)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    wrapped(torch.arange(128.0).view(4, 32).cos()[2 * rank : 2 * rank + 2]).mean().backward()
+    torch.save([layer.bone.grad for layer in bone_layers(model).values()], path / f"{rank}.pth")
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_take_the_mean_of_their_gradients(tmp_path):
+    arguments = (f"file://{tmp_path}/store", tmp_path)
+    torch.multiprocessing.spawn(in_rank, arguments, nprocs=2)
+    model = fill_bones(add_bone(mlp(), 16))
+    model(torch.arange(128.0).view(4, 32).cos()).mean().backward()
+    for rank in range(2):
+        gradients = torch.load(tmp_path / f"{rank}.pth")
+        for layer, gradient in zip(bone_layers(model).values(), gradients, strict=True):
+            torch.testing.assert_close(gradient, layer.bone.grad)
+
+
 # ---- saving and loading ------------------------------------------------------------------------
 
 
