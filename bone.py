@@ -46,7 +46,8 @@ Now x = (1 1, 1 2), with and without W':
 Later papers and PEFT call this mode Bone, and nowadays MiSS.
 
 Source: Jiale Kang, "Bone: Block-Affine Adaptation of Large Language Models" (arXiv 2409.15371), and
-RWKV-PEFT, whose names and shapes are kept. The rearrangement is exact; test_bone.py checks it.
+RWKV-PEFT, whose names and shapes are kept. The rearrangement is exact but for rounding, as
+test_bone.py checks.
 """
 
 from typing import Any
@@ -65,7 +66,7 @@ def segments(x: Tensor, r: int) -> Tensor:
 
 def fold(x: Tensor, r: int) -> Tensor:
     """Add up the segments of each token: (tokens, n * r) -> (tokens, r)."""
-    return x.unflatten(1, (-1, r)).sum(1, dtype=x.dtype)
+    return x.unflatten(1, (-1, r)).sum(1, dtype=x.dtype)  # in autocast it would be float32
 
 
 def tile(s: Tensor, out_features: int) -> Tensor:
@@ -109,8 +110,9 @@ class BlockAffine(torch.autograd.Function):
         # Where x has another dtype, the copy that casts it also regroups it into segments.
         x_b = segments(x, B.shape[1]).to(B.dtype, memory_format=torch.contiguous_format)
         ctx.save_for_backward(x_b, B)
-        ctx.weight = weight
+        ctx.weight = weight  # not saved as a tensor, since it may be Quantized
         ctx.x_dtype = x.dtype
+        # block_affine_matmul(x, x_b, weight, B=B); with grad_cp, its result can be kept (quant.py).
         return cached_matmul(block_affine_matmul, x, x_b, weight, B=B)
 
     @staticmethod
@@ -138,8 +140,15 @@ def shard_sharing(x: Tensor, weight: Tensor | Quantized, bone: Tensor) -> Tensor
 
 
 def bone_shape(weight_shape: tuple[int, ...], r: int, mode: str) -> tuple[int, ...]:
-    """Return the shape of the trainable tensor for a weight of shape (out, in)."""
+    """Return the shape of the trainable tensor for a weight of shape (out, in).
+
+    ValueError where r does not divide both, which mode `bat` needs.
+    """
     out_features, in_features = weight_shape
+    if mode == "bat" and (in_features % r or out_features % r):
+        raise ValueError(
+            f"r = {r} does not divide both sides of a weight {out_features, in_features}"
+        )
     return (in_features // r, r, r) if mode == "bat" else (r, out_features)
 
 
@@ -211,8 +220,8 @@ def merge_weight(weight: Tensor, bone: Tensor) -> Tensor:
     if bone.ndim == 3:
         r = bone.shape[1]
         for row, merged_row in zip(weight.split(r), merged.split(r), strict=True):
-            # W'_ab = W_ab + W_ab B_b + B_b for all b of one block row a: (in/r, r, r). (The r rows
-            # of W stand where `segments` says tokens.)
+            # W'_ab = W_ab + W_ab B_b + B_b for all b of one block row a: (in/r, r, r). `segments`
+            # cuts its columns; what it calls tokens are the r rows of W here.
             W = segments(row.to(dtype), r)
             segments(merged_row, r).copy_(torch.baddbmm(W + bone, W, bone))
         return merged

@@ -4,15 +4,15 @@
     python compare.py 1        # the same with other seeds: another base, other held-out dialogues
 
 One need not read this to understand Bone. A small RWKV-6 of characters is pretrained on Python's
-help topics. Then it is fine-tuned on English dialogues of chatterbot-corpus, by five methods:
-Bone (bat), Bone (shard sharing) and LoRA (scale 1), each with as many trained numbers in its layers
-and with the same time_* and ln* parameters beside them. Beside them stand these parameters alone,
-and full fine-tuning.
+help topics. Then it is fine-tuned on English dialogues of chatterbot-corpus, by five methods: Bone
+(bat), Bone (shard sharing) and LoRA (scale 1), each with as many trained numbers in a layer, and
+with the time_* and ln* parameters beside them, as in train.py; these parameters alone; all weights.
 
 All have the same data, steps, batches and schedule. The learning rate is the one with the least
-loss on one part of the held-out dialogues (validation); the same four are tried for each method,
-and more by the same rule. What is reported is the loss on another part (test), for three seeds of
-the batches and of LoRA's first values. Steps of all methods are timed in turn.
+loss on one part of the held-out dialogues (validation). The same four are tried for each method,
+and further ones while the best is the smallest or largest tried. What is reported is the loss on
+another part (test), for three seeds of the batches and of LoRA's first values. Steps of all methods
+are timed in turn.
 """
 
 import copy
