@@ -194,8 +194,9 @@ def train_step(model: rwkv6.RWKV, optimizer: torch.optim.Optimizer, T: int) -> f
     device = model.head.weight.device
     micro = [random_micro_batch(model.config.vocab_size, T)]
     counts = count_tokens(micro)
-    passes = Passes(autocast=torch.autocast(device.type, torch.bfloat16))
-    losses = train.accumulate_gradients(model, data.to_device(micro, device), passes, counts=counts)
+    to_device = functools.partial(data.to_device, device=device)
+    passes = Passes(autocast=torch.autocast(device.type, torch.bfloat16), to_device=to_device)
+    losses = train.accumulate_gradients(model, micro, passes, counts=counts)
     norm, scale = train.update(optimizer, passes.scaler, torch.stack(losses).sum())
     # The only wait for a GPU.
     [loss, *_] = torch.stack([*losses, norm, scale]).tolist()

@@ -16,11 +16,13 @@ from torch import Tensor
 
 import adapt
 import checkpoint
+import data
 import devices
 import memory
 import rwkv6
 import sharding
 from archive import read_checkpoint
+from host_embedding import HostEmbedding
 from loss import loss_fn
 from passes import Passes
 from quant import Quantized
@@ -55,14 +57,19 @@ def build_for_training(options: Any, device: torch.device) -> BuiltModel:
     return build_model(options, device)
 
 
-def build_model(options: Any, device: torch.device) -> BuiltModel:
+def build_model(
+    options: Any, device: torch.device, *, for_device: torch.device | None = None
+) -> BuiltModel:
     """Build the model of resolved options; on the meta device without its numbers.
 
+    for_device: where a model on the meta device would run.
     Exactly the trained parameters require gradients, and are float32.
     """
     torch.manual_seed(options.random_seed)
     built = fine_tuned(options, device) if options.load_model else from_scratch(options, device)
     model = built.model
+    if keeps_embedding_on_host(built, options, for_device or device):
+        model.emb = HostEmbedding(model.emb.weight.detach(), device)
     model.grad_cp = options.grad_cp > 0
     model.keep_products = options.grad_cp < 1
     if model.config.head_qk and options.train_type == "infctx":
@@ -75,6 +82,18 @@ def build_model(options: Any, device: torch.device) -> BuiltModel:
             if isinstance(module, rwkv6.TimeMix):
                 module.impl = "fla"
     return built
+
+
+def keeps_embedding_on_host(built: BuiltModel, options: Any, device: torch.device) -> bool:
+    """Return whether the embedding stays in the memory of a GPU's host.
+
+    Not where it is trained, where the ids are needed on the device, too, or where it is shared out
+    among the ranks.
+    """
+    if device.type in ("cpu", "meta") or built.model.config.head_qk:
+        return False
+    shared = sharding.Sharding.of(options.strategy, sharding.ranks(options)).frozen
+    return not built.model.emb.weight.requires_grad and not shared
 
 
 def why_no_fla(options: Any) -> str:
@@ -213,7 +232,9 @@ def make_passes(options: Any, model: rwkv6.RWKV, device: torch.device) -> Passes
     """Say how batches pass through the model, as the options have it."""
     autocast, scaler = precision(options, device)
     engine = sharding.wrap(model, loss_fn, options.strategy)
+    embedding = model.emb if isinstance(model.emb, HostEmbedding) else None
     return Passes(
+        to_device=functools.partial(data.to_device, device=device, embedding=embedding),
         autocast=autocast,
         scaler=scaler,
         chunk_ctx=chunk_ctx(options),

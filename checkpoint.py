@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from adapt import add_bone
 from archive import all_finite, drop_mapped_pages, read_checkpoint
 from bone import bone_shape
+from host_embedding import HostEmbedding
 from quant import CHUNK_NUMEL, Quantized, quantize
 from rwkv6 import RWKV, Config, storage_dtype
 
@@ -259,6 +260,8 @@ def weight_shapes(model: nn.Module) -> dict[str, Shape]:
     for name, module in model.named_modules():
         if isinstance(module, Quantized):
             shapes[f"{name}.weight"] = module.shape
+        if isinstance(module, HostEmbedding):
+            shapes[f"{name}.weight"] = module.weight.shape
     return shapes
 
 
@@ -303,15 +306,15 @@ def check_fits(
     for name, tensor in checkpoint.items():
         where = f"{path}: {name}"
         adapted = adapted_shape(name, shapes)
-        needed = bone_shape(adapted, r, mode) if adapted else shapes.get(name)
-        if needed is None:
-            raise ValueError(
-                f"{where} has no counterpart in the base model; it was trained on another model"
-            )
         if adapted and mode == "bat" and any(size % r for size in adapted):
             raise ValueError(
                 f"{path}: r {r} of {name} does not divide {tuple(adapted)}; "
                 "it was trained on another model"
+            )
+        needed = bone_shape(adapted, r, mode) if adapted else shapes.get(name)
+        if needed is None:
+            raise ValueError(
+                f"{where} has no counterpart in the base model; it was trained on another model"
             )
         if without_ones(tensor.shape) != without_ones(needed):
             raise ValueError(

@@ -16,12 +16,13 @@ from torch import Tensor
 
 import devices
 import sharding
+from adamw8bit import moments_like
 from archive import ABOUT, all_finite, save_stream
 from bone_record import make_records
 from cli import command_to_resume, silence_broken_pipes
 from run_folder import delete_old_states, lock, states
 from run_log import Log
-from run_state import ADAM_KEYS, Progress, own_optimizer
+from run_state import Progress, own_optimizer
 from stop_signals import StopNow, only_ctrl_c
 
 
@@ -183,14 +184,13 @@ class Checkpointer:
         for name, p in self.weights.items():
             if not p.requires_grad:
                 continue
-            for key in ADAM_KEYS:
+            for key, like in moments_like(self.optimizer, p).items():
                 if p in adam:
                     moments[f"{key}.{name}"] = adam[p][key]
-                elif key == "step":
-                    moments[f"{key}.{name}"] = torch.zeros(())
                 else:
                     # As large, but without memory of its own.
-                    moments[f"{key}.{name}"] = torch.zeros(()).expand(p.shape)
+                    zero = torch.zeros((), dtype=like.dtype)
+                    moments[f"{key}.{name}"] = zero.expand(like.shape)
         return moments
 
     def _gather_and_write(

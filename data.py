@@ -30,6 +30,7 @@ from torch import Tensor
 
 from binidx import Documents
 from convert import main
+from host_embedding import HostEmbedding
 from tokenizer import token_bytes
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -155,17 +156,22 @@ def empty_batch(B: int = 1, device: torch.device | str = "cpu") -> Batch:
     return idx, torch.full_like(idx, -100), torch.zeros(B, 1, device=device)
 
 
-def to_device(batches: Sequence[Batch], device: torch.device) -> Sequence[Batch]:
-    """Copy batches of any shapes to a device, all in one piece; masks become int64, too."""
+def to_device(batch: Batch, device: torch.device, embedding: HostEmbedding | None = None) -> Batch:
+    """Copy a batch to a device, all in one piece; its mask becomes int64, too.
+
+    embedding: of a model that keeps it on the host. The rows of the batch's ids are sent then, in
+    place of the ids.
+    """
     if device.type == "cpu":
-        return batches
-    tensors = [tensor for triple in batches for tensor in triple]
-    numbers = torch.cat([tensor.flatten().long() for tensor in tensors])
+        return batch
+    idx, targets, mask = batch
+    first = embedding.rows(idx) if embedding else idx
+    tensors = (first.contiguous().view(torch.int64), targets, mask.long())
+    numbers = torch.cat([tensor.flatten() for tensor in tensors])
     # From pinned memory a GPU copies while the host goes on. (Apple's does not keep it alive.)
     numbers = numbers.pin_memory().to(device, non_blocking=device.type != "mps")
     pieces = numbers.split([tensor.numel() for tensor in tensors])
-    copies = [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
-    return list(zip(copies[0::3], copies[1::3], copies[2::3], strict=True))
+    return pieces[0].view(first.dtype).view(first.shape), *(x.view(mask.shape) for x in pieces[1:])
 
 
 def markers_of(loss_mask: LossMask) -> Markers | None:

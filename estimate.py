@@ -15,11 +15,12 @@ from torch import Tensor
 
 import memory
 import sharding
-from build import BuiltModel, build_model, chunk_ctx, count_parameters, precision
+from build import DTYPES, BuiltModel, build_model, chunk_ctx, count_parameters, precision
+from host_embedding import HostEmbedding
 from loss import LOGITS, Counts, loss_fn
 from options import Options
 from passes import detach_state, state_tensors
-from plan import ranks, resolve_options
+from plan import resolve_options
 from training_data import longest_row
 
 META = torch.device("meta")
@@ -60,7 +61,7 @@ def expected_memory(
     """
     if options.compile:
         return memory_of_compiled(options, device, longest)(options.grad_cp)
-    built = build_model(options, META)
+    built = build_model(options, META, for_device=device)
     longest = longest or longest_row(options)
     at_once = min(longest, chunk_ctx(options) or longest)
     in_chunks = at_once < longest
@@ -84,7 +85,9 @@ def expected_memory(
             states += 2  # those before and after a group of chunks
         size = built.model.state_bytes(options.micro_bsz)
         parts["states between chunks"] = states * size
-    parts = sharding.memory_of_one_rank(parts, built.model, options.strategy, ranks=ranks(options))
+    parts = sharding.memory_of_one_rank(
+        parts, built.model, options.strategy, ranks=sharding.ranks(options)
+    )
     return MemoryEstimate(built, parts | memory.beside_tensors(parts, device))
 
 
@@ -119,23 +122,27 @@ def parts_of(
 
     in_chunks: whether that is a chunk of a longer row, with states before and after it.
     """
-    model = build_model(options, META).model  # which has other tensors afterwards
+    model = build_model(options, META, for_device=device).model  # it has other tensors afterwards
     autocast, _ = precision(options, device)
+    dtype = DTYPES[options.precision]
 
     def outputs() -> list[Tensor]:
         idx = torch.zeros(options.micro_bsz, tokens, dtype=torch.int64, device=device)
         mask = torch.ones(idx.shape, device=device)
         counts = Counts(1, idx.numel())
+        x = idx
+        if isinstance(model.emb, HostEmbedding):
+            x = torch.zeros(*idx.shape, model.config.n_embd, dtype=dtype, device=device)
         with autocast:
             state = None
             if in_chunks:
                 with torch.no_grad():
-                    _, state = model.hidden(idx[:, :1], model.empty_state())
+                    _, state = model.hidden(x[:, :1], model.empty_state())
                 state = detach_state(state, requires_grad=True)
-            loss, state = loss_fn(model, idx, idx, mask, counts=counts, state=state)
+            loss, state = loss_fn(model, x, idx, mask, counts=counts, state=state)
             return [loss, *state_tensors(state)]
 
-    n = ranks(options)
+    n = sharding.ranks(options)
     shares_gradients = sharding.Sharding.of(options.strategy, n).trained
     # DDP keeps the place of the gradients from step to step.
     keeps_gradients = n > 1 and not shares_gradients
@@ -146,6 +153,7 @@ def parts_of(
         device,
         accumulate=earlier,
         gradient_shards=n if shares_gradients else 1,
+        optim=options.optim,
     )
 
 
@@ -175,8 +183,8 @@ def print_parts(options: Options, check: MemoryCheck, device: torch.device) -> N
     """Print what is trained and frozen, the parts of the peak, and what is free."""
     estimate, free = check
     model = estimate.built.model
-    if ranks(options) > 1:
-        print(f"each of {ranks(options)} ranks, by {sharding.describe(options.strategy)}:")
+    if sharding.ranks(options) > 1:
+        print(f"each of {sharding.ranks(options)} ranks, by {sharding.describe(options.strategy)}:")
     numbers = {}
     numbers["trained"], total = count_parameters(model)
     numbers["frozen"] = total - numbers["trained"]
@@ -216,7 +224,7 @@ def suggestions(options: Options) -> dict[str, Any]:
     flags[shorter] = (getattr(options, shorter) + 1) // 2
     if options.ctx_len > options.chunk_ctx:
         flags["train_type"] = "infctx"
-    if ranks(options) > 1:
+    if sharding.ranks(options) > 1:
         flags["strategy"] = "deepspeed_stage_3"
     if options.load_model:
         flags["quant"] = "nf4"

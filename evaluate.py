@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import data
 import devices
 import run_folder
 from loss import count_tokens
@@ -26,7 +25,6 @@ def val_loss(run: Run, *, check: Check | None = None) -> float:
     # Each document is seen once, by one of the ranks.
     for batch in run.plan.data.held_out_batches():
         tokens += count_tokens([batch]).tokens
-        [batch] = data.to_device([batch], run.device)
         losses += chunk_losses(run.model, batch, run.passes)
         if check:
             check()

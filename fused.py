@@ -191,7 +191,7 @@ def try_to_compile(model: RWKV, passes: Passes, plan: RunPlan, *, device: torch.
     options = plan.options
     print("compiling the blocks: a minute or two the first time, seconds afterwards")
     start = time.monotonic()
-    batch = longest_batch(model, passes, plan, device=device)
+    batch = longest_batch(model, passes, plan)
     passes_of_trial = dataclasses.replace(
         passes,
         # The scale with which a run begins may be too large.
@@ -277,13 +277,13 @@ def two_blocks(model: RWKV) -> Iterator[None]:
         model.blocks = blocks
 
 
-def longest_batch(model: RWKV, passes: Passes, plan: RunPlan, *, device: torch.device) -> Batch:
+def longest_batch(model: RWKV, passes: Passes, plan: RunPlan) -> Batch:
     """Make a batch of the longest rows that a run may have; of chunked rows, three chunks."""
     options = plan.options
     tokens = longest_row(options, plan.data.documents)
     if passes.chunk_ctx:
         tokens = min(tokens, 3 * passes.chunk_ctx)  # the first, another, the last
     # Neighbouring tokens differ: if they were equal, mixing them would have no gradient.
-    idx = torch.arange(options.micro_bsz * tokens, device=device) % model.config.vocab_size
+    idx = torch.arange(options.micro_bsz * tokens) % model.config.vocab_size
     idx = idx.view(options.micro_bsz, tokens)
-    return idx, idx, torch.ones(idx.shape, device=device)
+    return idx, idx, torch.ones(idx.shape)

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import adamw8bit
 from rwkv6 import RWKV
 
 # Bytes of a process beyond importing PyTorch and its tensors: libraries, the interpreter, all that
@@ -110,6 +111,7 @@ def expected(
     *,
     accumulate: bool = False,
     gradient_shards: int = 1,
+    optim: str = "adamw",
 ) -> dict[str, float]:
     """Return the bytes of tensors at the peak of training, {part: bytes}; their sum is the peak.
 
@@ -118,9 +120,9 @@ def expected(
     loss and states. It is called with fake tensors, so it must not look at a value.
     accumulate: whether the gradients of an earlier micro batch exist already.
     gradient_shards: the number of ranks that each hold a part of every gradient.
+    optim: adamw or adamw8bit.
     """
-    weights = sum(t.nbytes for t in tensors(model))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    moments, in_update = optimizer_bytes(model, optim, device)
     blocks = model.blocks
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=device)
@@ -142,15 +144,27 @@ def expected(
     further_blocks = len(blocks) - 1
     activations = further_blocks * (two.activations - one.activations)
     gradients = further_blocks * (two.gradients - one.gradients)
+    in_update += one.gradients + gradients
     in_forward = one.forward_peak + activations
     in_backward = one.backward_peak + max(activations, gradients)
-    peak = max(in_forward, in_backward)
+    peak = max(in_forward, in_backward, in_update)
     return {
-        "weights": weights,
-        "optimizer": 8 * trained,  # Adam's two moments in float32
+        "weights": sum(t.nbytes for t in tensors(model)),
+        "optimizer": moments,
         "activations, gradients": max(activations, gradients),
         "workspace": peak - max(activations, gradients),
     }
+
+
+def optimizer_bytes(model: RWKV, optim: str, device: torch.device) -> tuple[float, float]:
+    """Return the bytes of Adam's moments, and of what is temporary in the optimizer's step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if optim == "adamw":
+        return 8 * sum(p.numel() for p in trained), 0
+    meta = (torch.empty(p.shape, device="meta") for p in trained)
+    moments = sum(x.nbytes for p in meta for x in adamw8bit.new_moments(p).values())
+    together = min(adamw8bit.chunk_numel(device), sum(p.numel() for p in trained))
+    return moments, adamw8bit.UPDATE_BYTES * together
 
 
 def _run_step(model: RWKV, outputs: Callable[[], list[Tensor]], *, accumulate: bool) -> StepBytes:

@@ -303,6 +303,13 @@ class Options:
         parse=number(int, -1),
         resume=CHANGEABLE,
     )
+    optim: str = flag(
+        "adamw",
+        "adamw8bit: AdamW with moments in 8 bits, which take a quarter of the memory; steps take a "
+        "little longer",
+        choices=("adamw", "adamw8bit"),
+        resume=FIXED,
+    )
     beta1: float = flag(
         0.9, "decay of the mean of gradients", parse=number(float, 0, below=1), resume=CHANGEABLE
     )

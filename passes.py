@@ -21,6 +21,7 @@ One need not read this to understand Bone.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -49,6 +50,8 @@ class Passes:
     chunk_ctx: int = 0
     # Chunks that the gradient flows back through; 0: all of a row's.
     bptt: int = 0
+    # How a chunk gets from the host to the model's device. Nothing waits for it.
+    to_device: Callable[[Batch], Batch] = lambda batch: batch
 
     # Of several ranks (devices.py): how many they are; the largest of a number over all of them;
     # loss_fn of the model by an engine, whose backward pass takes the mean of all ranks' gradients;
@@ -62,10 +65,9 @@ class Passes:
         self, model: RWKV, chunk: Batch, *, counts: Counts, state: State | None = None
     ) -> tuple[Tensor, State | None]:
         """Return loss_fn of a chunk, with a graph."""
+        compute = self.engine or functools.partial(loss_fn, model)
         with self.autocast:
-            if self.engine is not None:
-                return self.engine(*chunk, counts=counts, state=state)
-            return loss_fn(model, *chunk, counts=counts, state=state)
+            return compute(*self.to_device(chunk), counts=counts, state=state)
 
     def backward(self, loss: Tensor, ends: list[tuple[Tensor, Tensor | None]]) -> None:
         """Run the backward pass from a loss, and from tensors whose gradients are known."""
@@ -108,7 +110,8 @@ def states_before(
 ) -> list[State | None]:
     """Return the states before each of some successive chunks, without a graph."""
     states = [state]
-    for idx, _, _ in chunks[:-1]:
+    for chunk in chunks[:-1]:
+        idx, _, _ = passes.to_device(chunk)
         with torch.no_grad(), passes.autocast:
             states.append(model.hidden(idx, states[-1])[1])
     return states
@@ -189,6 +192,7 @@ def chunk_losses(model: RWKV, batch: Batch, passes: Passes) -> list[Tensor]:
     losses = []
     for chunk in chunks:
         with passes.autocast:
-            loss, state = loss_fn(model, *chunk, counts=Counts(1, 1), state=state)
+            batch = passes.to_device(chunk)
+            loss, state = loss_fn(model, *batch, counts=Counts(1, 1), state=state)
         losses.append(loss)
     return losses

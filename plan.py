@@ -8,8 +8,6 @@ import dataclasses
 import os
 from typing import Any
 
-import torch
-
 import check_data
 import checkpoint
 import corpus
@@ -18,6 +16,7 @@ import devices
 import resume_flags
 import run_folder
 import run_state
+import sharding
 from archive import fingerprint, read_checkpoint
 from bone_record import check_base, trained_quant
 from build import BuiltModel
@@ -91,11 +90,6 @@ def flags_of_all_ranks(options: Options) -> dict[str, Any]:
     return same
 
 
-def ranks(options: Options) -> int:
-    """Return how many ranks there are, or would be if this were no dry run."""
-    return max(devices.size(), options.devices * options.num_nodes)
-
-
 def starts_ranks(options: Options) -> bool:
     """Return whether this process is to start others, one for each device.
 
@@ -160,8 +154,8 @@ class RunPlan:
         """Return whether --save_steps has the state saved after so many steps."""
         return self.options.save_steps > 0 and step % self.options.save_steps == 0
 
-    def load_step(self, step: int, device: torch.device) -> StepData:
-        """Return this rank's share of a step, on its device.
+    def load_step(self, step: int) -> StepData:
+        """Return this rank's share of a step.
 
         Every rank gets as many micro batches. Where they do not come out even, some get an empty
         one, which does not count.
@@ -174,7 +168,7 @@ class RunPlan:
             micro_batches.append(data.empty_batch())
         size = sum(idx.numel() for idx, _, _ in micro_batches)
         totals = devices.sum_over_ranks([*count_tokens(micro_batches), size])
-        return StepData(data.to_device(micro_batches, device), Counts(*totals[:2]), totals[2])
+        return StepData(micro_batches, Counts(*totals[:2]), totals[2])
 
     def room(self, built: BuiltModel) -> run_folder.Room:
         """Return what the run is going to write, and the room for it. built: see `plan_run`."""
@@ -229,7 +223,7 @@ def plan_of_one_rank(options: Options, built: BuiltModel) -> RunPlan:
         options.resume,
         options.epoch_begin,
         steps_per_epoch=training_data.steps_per_epoch,
-        micro_batches=options.accumulate_grad_batches * ranks(options),
+        micro_batches=options.accumulate_grad_batches * sharding.ranks(options),
     )
     held_out = training_data.held_out
     metadata = {

@@ -18,7 +18,7 @@ from cli import path_of
 from data_report import are_dialogues, counted, data_lines, percent
 from estimate import MemoryCheck, print_parts
 from options import Options
-from plan import RunPlan, plan_run, ranks
+from plan import RunPlan, plan_run
 from run_log import draw
 
 # ---- the beginning ------------------------------------------------------------------------------
@@ -64,8 +64,10 @@ def model_lines(plan: RunPlan, check: MemoryCheck, device: torch.device) -> list
     options, built = plan.options, check.estimate.built
     trained, total = count_parameters(built.model)
     where = device.type
-    if ranks(options) > 1:
-        where = f"{ranks(options)} x {device.type}, by {sharding.describe(options.strategy)}"
+    if sharding.ranks(options) > 1:
+        where = (
+            f"{sharding.ranks(options)} x {device.type}, by {sharding.describe(options.strategy)}"
+        )
     precision = f"{options.precision} on {where}"
     if options.load_model:
         how = "not quantized" if options.quant == "none" else f"in {options.quant}"
@@ -73,7 +75,7 @@ def model_lines(plan: RunPlan, check: MemoryCheck, device: torch.device) -> list
     free = "nobody knows how much is"
     if math.isfinite(check.free):
         free = f"{check.free / 1e9:,.2f} GB"
-    each = " on each rank" if ranks(options) > 1 else ""
+    each = " on each rank" if sharding.ranks(options) > 1 else ""
     if device.type == "cpu":
         each += ", beyond PyTorch itself"
     return [
@@ -160,7 +162,7 @@ def notes(plan: RunPlan, device: torch.device) -> list[str]:
             "--fla is for the operator of flash-linear-attention, which "
             f"{why_no_fla(options)}; the WKV-6 kernel of this project is used"
         )
-    if "deepspeed" in options.strategy and ranks(options) == 1:
+    if "deepspeed" in options.strategy and sharding.ranks(options) == 1:
         lines.append(
             f"{options.strategy} shares out what several devices hold; on one, plain PyTorch "
             "stands in for it (--dry_run says the memory)"
@@ -180,7 +182,7 @@ def describe_resumed(plan: RunPlan, state: run_state.SavedState) -> str:
         line += "; the held-out data is another, so the best loss counts anew"
     if plan.options.loss_mask in ("qa", "se") and "markers" not in state.metadata:
         line += "; from here on markers count only at the beginning of a line"
-    n = ranks(plan.options)
+    n = sharding.ranks(plan.options)
     if plan.options.accumulate_grad_batches * n != plan.micro_batches_per_step:
         line += (
             f"; a step still has {plan.micro_batches_per_step} micro batches, shared out among {n}"

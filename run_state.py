@@ -6,7 +6,8 @@ proj_dir/resume-N.pth is the state after N optimizer steps, a dict of tensors as
 
     weights.NAME                                what a checkpoint holds: the trained parameters,
                                                 float32, whole, on however many devices
-    step.NAME, exp_avg.NAME, exp_avg_sq.NAME    Adam's, of each trained parameter
+    step.NAME, exp_avg.NAME, exp_avg_sq.NAME    Adam's, of each trained parameter; with adamw8bit
+                                                codes, and exp_avg_scale.NAME, exp_avg_sq_scale.NAME
     rng                                         PyTorch's random state
     about                                       the metadata, as JSON in bytes (uint8): Progress,
                                                 gradient scaler, command line, fingerprints
@@ -19,7 +20,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -28,11 +29,9 @@ from torch import Tensor
 import devices
 import options
 import sharding
+from adamw8bit import moments_like
 from archive import ABOUT, all_finite, drop_mapped_pages, read_tensors
 from run_folder import states
-
-# What Adam holds of each parameter.
-ADAM_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 MAX_BAD_STEPS_IN_A_ROW = 10
 
@@ -211,7 +210,8 @@ class SavedState:
 
         Raises ValueError, with the weights as they were, where it does not fit.
         """
-        self._check_tensors(weights)
+        optimizer = own_optimizer(optimizer)
+        self._check_tensors(weights, optimizer)
         try:
             scaler.load_state_dict(self.metadata["scaler"])
             torch.set_rng_state(self.tensors["rng"].clone())
@@ -221,31 +221,34 @@ class SavedState:
                 f"{self.path}: its gradient scaler or random state is invalid ({first_line}); "
                 "move it away"
             ) from error
-        optimizer = own_optimizer(optimizer)
         mine = {p for group in optimizer.param_groups for p in group["params"]}
         for name, p in weights.items():
             p.copy_(sharding.local_shard(self.tensors[f"weights.{name}"], p))
             if p in mine and f"step.{name}" in self.tensors:
-                optimizer.state[p] = self._adam_of(name, p)
+                optimizer.state[p] = self._moments_of(name, p, moments_like(optimizer, p))
         # Otherwise the file would stay mapped, and its room on the disk taken when it is deleted.
         self.tensors.clear()
         return self.progress
 
-    def _adam_of(self, name: str, p: torch.nn.Parameter) -> dict[str, Tensor]:
+    def _moments_of(
+        self, name: str, p: torch.nn.Parameter, keys: Iterable[str]
+    ) -> dict[str, Tensor]:
         """Return what Adam holds of a parameter, on its device, and this rank's part of it."""
         adam = {}
-        for key in ADAM_KEYS:
+        for key in keys:
             tensor = self.tensors[f"{key}.{name}"]
             if key != "step":
                 tensor = sharding.local_shard(tensor, p)
             adam[key] = tensor.to(p.device, copy=True)
         return adam
 
-    def _check_tensors(self, weights: dict[str, torch.nn.Parameter]) -> None:
+    def _check_tensors(
+        self, weights: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> None:
         """Refuse tensors that are not those of a run with these weights."""
         # Earlier versions saved this, too; nothing random happens on a GPU.
         self.tensors.pop("rng_cuda", None)
-        expected = self._expected(weights)
+        expected = self._expected(weights, optimizer)
         wrong_names = sorted(expected.keys() ^ self.tensors.keys())
         if wrong_names:
             name = wrong_names[0]
@@ -253,7 +256,7 @@ class SavedState:
             raise ValueError(
                 f"{self.path}: {name} {what}; it was saved by a run with other parameters"
             )
-        at_least = {"step": 1, "exp_avg_sq": 0}
+        at_least = {"step": 1, "exp_avg_sq": 0, "exp_avg_scale": 0, "exp_avg_sq_scale": 0}
         for name, tensor in self.tensors.items():
             key, _, _ = name.partition(".")
             least = at_least.get(key, -math.inf)
@@ -266,7 +269,7 @@ class SavedState:
             drop_mapped_pages(tensor)
 
     def _expected(
-        self, weights: dict[str, torch.nn.Parameter]
+        self, weights: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Return {name: (shape, dtype)} of the tensors that the state must hold."""
         expected = {"rng": (torch.get_rng_state().shape, torch.uint8)}
@@ -275,9 +278,8 @@ class SavedState:
         for name, p in weights.items():
             expected[f"weights.{name}"] = (p.shape, p.dtype)
             if has_moments and p.requires_grad:
-                expected[f"step.{name}"] = (torch.Size(), torch.float32)
-                expected[f"exp_avg.{name}"] = (p.shape, p.dtype)
-                expected[f"exp_avg_sq.{name}"] = (p.shape, p.dtype)
+                for key, moment in moments_like(optimizer, p).items():
+                    expected[f"{key}.{name}"] = (moment.shape, moment.dtype)
         return expected
 
 
@@ -324,10 +326,9 @@ def _means_the_same(flag: str, now: dict[str, Any], then: dict[str, Any]) -> boo
         return True
     if flag == "train_parts":
         return sorted(now[flag]) == sorted(then.get(flag) or [])
-    # A state that was saved before this flag came has none.
-    if flag == "val_split":
-        return now[flag] == then.get(flag, 0)
-    return now[flag] == then.get(flag)
+    # A state that was saved before such a flag came has none.
+    before = {"val_split": 0, "optim": "adamw"}
+    return now[flag] == then.get(flag, before.get(flag))
 
 
 def check_same_run(state: SavedState, flags: dict[str, Any], metadata: dict[str, Any]) -> list[str]:

@@ -25,7 +25,6 @@ from estimate import (
     memory_of_compiled,
 )
 from options import Options
-from plan import ranks
 from training_data import open_documents
 
 # What compiling gains grows with the work of a run. On a CPU it is passes over memory: by the
@@ -54,7 +53,7 @@ def settle(options: Options, device: torch.device) -> tuple[Options, MemoryCheck
     values = [options.grad_cp]
     if options.grad_cp == "auto":
         values = list(COMPILED_GRAD_CP if options.compile else EAGER_GRAD_CP)
-        if sharding.Sharding.of(options.strategy, ranks(options)).trained:
+        if sharding.Sharding.of(options.strategy, sharding.ranks(options)).trained:
             values = [1]  # whoever shares out weights is short of memory
     expected = memory_by_grad_cp(options, device)
     for grad_cp in values:
@@ -106,7 +105,7 @@ def why_not(options: Options, device: torch.device) -> str:
         return f"PyTorch's compiler has nothing for {device.type} devices"
     if options.fla and not why_no_fla(options):
         return "flash-linear-attention's operator is compiled by itself"
-    if sharding.Sharding.of(options.strategy, ranks(options)).trained:
+    if sharding.Sharding.of(options.strategy, sharding.ranks(options)).trained:
         return f"--strategy {options.strategy} gathers weights between the blocks' operators"
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
@@ -135,7 +134,7 @@ def is_worth_it(options: Options, device: torch.device) -> bool:
         rows = len(documents.tokens) / tokens_per_row
     elif options.train_type != "infctx":
         tokens_per_row = min(tokens_per_row, options.ctx_len)
-    rows *= options.epoch_count / ranks(options)
+    rows *= options.epoch_count / sharding.ranks(options)
     if options.epoch_steps:
         rows_per_step = options.micro_bsz * options.accumulate_grad_batches
         rows = options.epoch_count * options.epoch_steps * rows_per_step

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import devices
+from adamw8bit import AdamW8bit
 from quant import Quantized
 from rwkv6 import RWKV
 
@@ -56,6 +57,11 @@ def describe(strategy: str) -> str:
     if strategy.endswith("_offload"):
         return f"{engine}, kept in the memory of the CPU"
     return engine
+
+
+def ranks(options: Any) -> int:
+    """Return how many ranks there are, or would be if this were no dry run."""
+    return max(devices.size(), options.devices * options.num_nodes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,18 +244,21 @@ def summed_on_cpu(tensor: Tensor) -> Tensor:
 # ---- the optimizer -----------------------------------------------------------------------------
 
 
-def adamw(groups: Sequence[dict[str, Any]], strategy: str, **options: Any) -> torch.optim.Optimizer:
-    """Return AdamW over groups of parameters.
+def adamw(
+    groups: Sequence[dict[str, Any]], strategy: str, *, in_8_bits: bool = False, **options: Any
+) -> torch.optim.Optimizer:
+    """Return AdamW over groups of parameters; in_8_bits: with its moments in 8 bits.
 
     With deepspeed_stage_1 each rank has the moments of its share of the parameters, and sends the
     others these parameters after a step.
     """
     shared = Sharding.of(strategy)
+    kind = AdamW8bit if in_8_bits else torch.optim.AdamW
     if shared.optimizer_state and not shared.trained:
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
-        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
-    return torch.optim.AdamW(groups, **options)
+        return ZeroRedundancyOptimizer(groups, kind, **options)
+    return kind(groups, **options)
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, number: Tensor) -> None:

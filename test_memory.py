@@ -20,6 +20,7 @@ import binidx
 import build
 import checkpoint
 import estimate
+import host_embedding
 import loss
 import memory
 import rwkv6
@@ -254,3 +255,26 @@ def test_the_peak_of_a_whole_run_is_the_expected_one(tmp_path, quant):
     # In GB. The program takes 0.14 to 0.2, and 0.2 is expected.
     expected = sum(parts.values())
     assert expected - 0.09 < measured < expected + 0.03
+
+
+@pytest.mark.parametrize(
+    ("flags", "stays"),
+    [
+        ("", True),
+        ("--optim adamw8bit --quant nf4", True),
+        ("--strategy deepspeed_stage_2 --devices 2", True),
+        ("--strategy deepspeed_stage_3 --devices 2", False),
+        ("--train_parts time ln emb", False),
+    ],
+)
+def test_a_gpu_leaves_the_embedding_to_its_host(flags, stays):
+    options = arguments(flags)
+    counts = []
+    for device in ("cpu", "cuda"):
+        built = build.build_model(options, torch.device("meta"), for_device=torch.device(device))
+        on_host = isinstance(built.model.emb, host_embedding.HostEmbedding)
+        assert on_host == (stays and device == "cuda")
+        counts.append(build.count_parameters(built.model))
+        names = {name for name, _ in built.model.named_parameters()}
+        assert ("emb.weight" in names) == (not on_host)
+    assert counts[0] == counts[1]

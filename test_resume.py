@@ -88,6 +88,7 @@ def curve(proj_dir):
         "--dataload get",
         "--precision fp32 --bone_mode bone",
         "--quant nf4 --loss_mask none",
+        "--optim adamw8bit",
         "--precision fp16 --train_parts time ln emb head --weight_decay 0.1 --warmup_steps 4",
         "--load_model '' --n_layer 2 --n_embd 64 --vocab_size 300",
     ],

@@ -55,12 +55,14 @@ def make_optimizer(
     weight_decay: float = 0.0,
     layerwise_lr: bool = True,
     strategy: str = "auto",
+    optim: str = "adamw",
     **adam: Any,
 ) -> torch.optim.Optimizer:
     """Return Adam over the parameters that require gradients, grouped as RWKV-LM groups them.
 
     With layerwise_lr, time_decay (not its _w1, _w2) learns at twice the rate, and no time parameter
     decays. Whatever else has two dimensions decays, as in AdamW, by lr * weight_decay.
+    optim: adamw, or adamw8bit, whose moments take a byte a number (adamw8bit.py).
     adam: betas and eps, where they are to be others than RWKV-LM's.
     """
     groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -76,7 +78,9 @@ def make_optimizer(
         new_group = {"params": [], "lr": lr * lr_scale, "lr_scale": lr_scale, "weight_decay": decay}
         groups.setdefault((lr_scale, decay), new_group)["params"].append(p)
     adam = {"betas": (0.9, 0.99), "eps": 1e-8} | adam
-    return sharding.adamw(list(groups.values()), strategy, lr=lr, fused=True, **adam)
+    in_8_bits = optim == "adamw8bit"
+    adam |= {"lr": lr, "fused": True}
+    return sharding.adamw(list(groups.values()), strategy, in_8_bits=in_8_bits, **adam)
 
 
 def learning_rate(step: int, plan: RunPlan) -> float:
@@ -146,7 +150,7 @@ def train_epoch(run: Run, epoch: int, stop: StopSignals) -> None:
     next_data = None
     with run.log.display.steps(plan, epoch, progress.step) as steps:
         for step in steps:
-            step_data = next_data or plan.load_step(step, run.device)
+            step_data = next_data or plan.load_step(step)
 
             # Forward and backward over this rank's share of the step's micro batches. Where no
             # token counts, there is nothing to learn: the L2 wrap alone moves no weights.
@@ -158,7 +162,7 @@ def train_epoch(run: Run, epoch: int, stop: StopSignals) -> None:
 
             # While a GPU is still at work, prepare the next step. (An error there costs this step,
             # too: the state that is saved then is the one before it.)
-            next_data = plan.load_step(step + 1, run.device) if step + 1 < end else None
+            next_data = plan.load_step(step + 1) if step + 1 < end else None
 
             # Update, and report.
             if losses:
@@ -238,6 +242,7 @@ def set_up(plan: RunPlan, log: Log, device: torch.device) -> Run:
         weight_decay=options.weight_decay,
         layerwise_lr=bool(options.layerwise_lr),
         strategy=options.strategy,
+        optim=options.optim,
         betas=(options.beta1, options.beta2),
         eps=options.adam_eps,
     )

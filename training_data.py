@@ -88,7 +88,7 @@ def longest_row(options: Options, documents: Any = None) -> int:
 class StepData(NamedTuple):
     """What a rank needs for an optimizer step."""
 
-    micro_batches: Sequence[Batch]  # this rank's, on its device
+    micro_batches: Sequence[Batch]  # this rank's, on the host
     counts: Counts  # of all ranks' micro batches
     size: float  # tokens in all of them, padding included
 
