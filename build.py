@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import adamw8bit
 import adapt
 import checkpoint
 import data
@@ -77,11 +78,27 @@ def build_model(
             "--train_type infctx: head_qk looks at every earlier token, so that no state can stand "
             "for them; leave infctx out"
         )
+    keep_small_gradients(model, options)
     if options.fla and not why_no_fla(options):
         for module in model.modules():
             if isinstance(module, rwkv6.TimeMix):
                 module.impl = "fla"
     return built
+
+
+def keep_small_gradients(model: rwkv6.RWKV, options: Any) -> None:
+    """Keep the gradients of matrices in bfloat16, as autocast computes them, with adamw8bit.
+
+    Not where the gradients of several batches, chunks or ranks are added up, which needs float32.
+    """
+    one_batch = options.accumulate_grad_batches == 1 and options.train_type == "none"
+    if options.optim != "adamw8bit" or options.precision != "bf16" or not one_batch:
+        return
+    if sharding.ranks(options) > 1:
+        return
+    for p in model.parameters():
+        if p.requires_grad and adamw8bit.block_size(p.shape):
+            p.grad_dtype = torch.bfloat16
 
 
 def keeps_embedding_on_host(built: BuiltModel, options: Any, device: torch.device) -> bool:

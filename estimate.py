@@ -15,7 +15,15 @@ from torch import Tensor
 
 import memory
 import sharding
-from build import DTYPES, BuiltModel, build_model, chunk_ctx, count_parameters, precision
+from build import (
+    DTYPES,
+    BuiltModel,
+    build_model,
+    chunk_ctx,
+    count_parameters,
+    keep_small_gradients,
+    precision,
+)
 from host_embedding import HostEmbedding
 from loss import LOGITS, Counts, loss_fn
 from options import Options
@@ -127,6 +135,7 @@ def parts_of(
     dtype = DTYPES[options.precision]
 
     def outputs() -> list[Tensor]:
+        keep_small_gradients(model, options)  # moving the model has made new parameters
         idx = torch.zeros(options.micro_bsz, tokens, dtype=torch.int64, device=device)
         mask = torch.ones(idx.shape, device=device)
         counts = Counts(1, idx.numel())

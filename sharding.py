@@ -261,6 +261,17 @@ def adamw(
     return kind(groups, **options)
 
 
+def clip_gradients(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Scale the gradients down to a norm of 1, if it is larger. Return the norm, a tensor ()."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    # clip_grad_norm_ would compute the norm of a bfloat16 gradient in bfloat16.
+    norms = torch._foreach_norm(gradients, 2, torch.float32)
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
+    return full_tensor(norm)
+
+
 def step_if_finite(optimizer: torch.optim.Optimizer, number: Tensor) -> None:
     """Take the optimizer's step if `number`, a tensor (), is finite on all ranks.
 

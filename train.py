@@ -120,8 +120,7 @@ def update(
     """
     scale = scaler.scale(torch.ones_like(loss))
     scaler.unscale_(optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = sharding.full_tensor(nn.utils.clip_grad_norm_(parameters, 1.0)).to(loss.device)
+    norm = sharding.clip_gradients(optimizer).to(loss.device)
     sharding.step_if_finite(optimizer, loss + norm)
     scaler.update()
     optimizer.zero_grad()
