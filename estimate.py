@@ -3,12 +3,11 @@
 One need not read this to understand Bone.
 """
 
-import contextlib
 import dataclasses
 import functools
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +27,6 @@ from host_embedding import HostEmbedding
 from loss import LOGITS, Counts, loss_fn
 from options import Options
 from passes import detach_state, state_tensors
-from plan import resolve_options
 from training_data import longest_row
 
 META = torch.device("meta")
@@ -174,20 +172,6 @@ def free_memory(options: Options, device: torch.device) -> float:
     return free
 
 
-def check_memory(options: Options, check: MemoryCheck, device: torch.device) -> None:
-    """Print what a run takes, and raise ValueError, where it does not fit into memory."""
-    estimate, free = check
-    if not check.fits:
-        print(estimate.built.model.config)
-        print_parts(options, check, device)
-        raise ValueError(
-            f"training would take {estimate.total / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; "
-            f"{advice(options, estimate.total, device)}"
-        )
-    if device.type == "cpu" and estimate.total > free / 2:
-        memory.give_back_freed()
-
-
 def print_parts(options: Options, check: MemoryCheck, device: torch.device) -> None:
     """Print what is trained and frozen, the parts of the peak, and what is free."""
     estimate, free = check
@@ -208,33 +192,3 @@ def print_parts(options: Options, check: MemoryCheck, device: torch.device) -> N
     }
     for part, part_size in lines.items():
         print(f"{part:<26}{part_size / 1e9:8.2f} GB")
-
-
-def advice(options: Options, need: float, device: torch.device) -> str:
-    """Say which flag saves the most memory of a run that takes `need` bytes."""
-    longest = longest_row(options)
-    least, best_flag = need, ""
-    for flag, value in suggestions(options).items():
-        length = value if flag == "ctx_len" else longest
-        with contextlib.suppress(ValueError):  # of a flag that this run cannot take
-            other = resolve_options(dataclasses.replace(options, **{flag: value}))
-            with_it = expected_memory(other, device, length).total
-            if with_it < least:
-                least, best_flag = with_it, f"--{flag} {value}"
-    if not best_flag:
-        return "no flag helps: take a smaller model"
-    return f"what helps most is {best_flag}, with which it would take {least / 1e9:.2f} GB"
-
-
-def suggestions(options: Options) -> dict[str, Any]:
-    """Return flags that may save memory, each with a value."""
-    flags: dict[str, Any] = {"grad_cp": 1, "micro_bsz": 1}
-    shorter = "chunk_ctx" if chunk_ctx(options) else "ctx_len"
-    flags[shorter] = (getattr(options, shorter) + 1) // 2
-    if options.ctx_len > options.chunk_ctx:
-        flags["train_type"] = "infctx"
-    if sharding.ranks(options) > 1:
-        flags["strategy"] = "deepspeed_stage_3"
-    if options.load_model:
-        flags["quant"] = "nf4"
-    return flags

@@ -20,6 +20,7 @@ from estimate import MemoryCheck, print_parts
 from options import Options
 from plan import RunPlan, plan_run
 from run_log import draw
+from savings import print_savings
 
 # ---- the beginning ------------------------------------------------------------------------------
 
@@ -33,7 +34,7 @@ def dry_run(options: Options, check: MemoryCheck, device: torch.device) -> None:
     built = check.estimate.built
     if not options.data_file and options.data_type != "dummy":
         print(built.model.config)
-        print_parts(options, check, device)
+        print_memory(options, check, device)
         return
     with devices.rank0_first():
         if devices.rank() == 0:
@@ -46,7 +47,14 @@ def dry_run(options: Options, check: MemoryCheck, device: torch.device) -> None:
     if plan.state:
         print(describe_resumed(plan, plan.state))
     print()
+    print_memory(options, check, device)
+
+
+def print_memory(options: Options, check: MemoryCheck, device: torch.device) -> None:
+    """Print the parts of the peak, and what would make it less."""
     print_parts(options, check, device)
+    if devices.rank() == 0:
+        print_savings(options, check.estimate, device)
 
 
 def describe(plan: RunPlan, check: MemoryCheck, device: torch.device) -> None:

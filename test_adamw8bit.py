@@ -1,11 +1,17 @@
 """AdamW with moments in 8 bits: its codes, its steps beside AdamW's, what it keeps."""
 
+import types
+
 import pytest
 import torch
 
 import adamw8bit
+import build
 import memory
+import rwkv6
 from adamw8bit import AdamW8bit, block_size, dequantize, dynamic_values, quantize
+from adapt import add_bone
+from loss import loss_fn
 
 CPU = torch.device("cpu")
 # Of a bone, a low-rank matrix with blocks of 32, an LN, and a matrix without blocks.
@@ -127,6 +133,39 @@ def test_a_step_that_is_not_finite_changes_nothing(monkeypatch, without_looking)
     train(optimizer, 1)
     assert optimizer.state[optimizer.param_groups[0]["params"][0]]["step"] == 3
     assert not any(x.equal(y) for x, y in zip(bits(optimizer)[:1], before[:1], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("flags", "small"),
+    [
+        ({}, True),
+        ({"optim": "adamw"}, False),
+        ({"precision": "fp16"}, False),
+        ({"accumulate_grad_batches": 2}, False),
+        ({"train_type": "infctx"}, False),
+        ({"devices": 2}, False),
+    ],
+)
+def test_gradients_stay_in_bfloat16_where_that_loses_nothing(flags, small):
+    options = {"optim": "adamw8bit", "precision": "bf16", "accumulate_grad_batches": 1}
+    options |= {"train_type": "none", "devices": 1, "num_nodes": 1} | flags
+    gradients = []
+    for kept in (False, True):
+        torch.manual_seed(0)
+        model = add_bone(rwkv6.init_model(2, 128, 100), 32)
+        for name, p in model.named_parameters():
+            p.requires_grad_("bone" in name or "time" in name)
+        if kept:
+            build.keep_small_gradients(model, types.SimpleNamespace(**options))
+        idx = torch.randint(100, (2, 20))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = loss_fn(model, idx, idx, torch.ones(2, 20))
+        loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[1].items():
+        matrix = "bone" in name or name.endswith(("_w1", "_w2"))
+        assert gradient.dtype == (torch.bfloat16 if small and matrix else torch.float32), name
+        assert gradient.float().equal(gradients[0][name]), name
 
 
 # ---- memory ------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import host_embedding
 import loss
 import memory
 import rwkv6
+import savings
 import train
 from conftest import exhaustive
 from plan import resolve_options
@@ -153,7 +154,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded_with_the_fla
     assert not os.path.exists("out")
     assert "free on cpu: too little" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no flag helps: take a smaller model"):
-        train.train(arguments("--ctx_len 1 --micro_bsz 1 --quant nf4"))
+        train.train(arguments("--ctx_len 1 --micro_bsz 1 --quant nf4 --optim adamw8bit"))
 
 
 def test_freed_memory_is_given_back_where_less_than_twice_the_need_is_free(monkeypatch):
@@ -161,10 +162,10 @@ def test_freed_memory_is_given_back_where_less_than_twice_the_need_is_free(monke
     calls = []
     monkeypatch.setattr(memory, "give_back_freed", lambda: calls.append("given back"))
     check = estimate.MemoryCheck(expected, free=2.1 * expected.total)
-    estimate.check_memory(arguments(), check, CPU)
+    savings.check_memory(arguments(), check, CPU)
     assert calls == []
     check = estimate.MemoryCheck(expected, free=1.9 * expected.total)
-    estimate.check_memory(arguments(), check, CPU)
+    savings.check_memory(arguments(), check, CPU)
     assert calls == ["given back"]
 
 
@@ -278,3 +279,51 @@ def test_a_gpu_leaves_the_embedding_to_its_host(flags, stays):
         names = {name for name, _ in built.model.named_parameters()}
         assert ("emb.weight" in names) == (not on_host)
     assert counts[0] == counts[1]
+
+
+# ---- what saves memory -------------------------------------------------------------------------
+
+
+def test_a_dry_run_says_what_saves_memory_in_the_order_of_what_it_costs(capsys):
+    line = "--grad_cp 0 --compile 0 --micro_bsz 4 --ctx_len 512 --dry_run --proj_dir none"
+    train.train(arguments(line))
+    table = capsys.readouterr().out.split("what saves memory")[1].splitlines()[1:-1]
+    rows = [re.fullmatch(r"(.*?) +(\d+\.\d\d)   6 GB", row).groups() for row in table]
+    assert [flags for flags, _ in rows] == [
+        "as it is",
+        "and --grad_cp 1",
+        "and --micro_bsz 1 --accumulate_grad_batches 4",
+        "and --optim adamw8bit",
+        "and --quant int8",
+        "and --quant nf4",
+        "and --train_type infctx --chunk_ctx 256",
+    ]
+    sizes = [float(size) for _, size in rows]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_each_line_is_what_a_run_with_all_flags_so_far_would_take():
+    options = arguments("--micro_bsz 4 --ctx_len 512")
+    before = estimate.expected_memory(options, CPU)
+    for alone, together in savings.savings(options, before, CPU):
+        assert alone.flags.items() <= together.flags.items()
+        assert together.estimate.total < before.total
+        again = estimate.expected_memory(arguments(f"--micro_bsz 4 --ctx_len 512 {together}"), CPU)
+        assert again.total == together.estimate.total
+        before = together.estimate
+
+
+@pytest.mark.parametrize(
+    ("size", "card"), [(4.5e9, "6 GB"), (5.5e9, "8 GB"), (9e9, "12 GB"), (40e9, "more than 24 GB")]
+)
+def test_a_card_has_room_for_a_desktop_and_cuda_too(size, card):
+    options = arguments()
+    built = build.build_model(options, torch.device("meta"))
+    on_gpu = estimate.MemoryEstimate(built, {"weights": size})
+    assert savings.smallest_card(options, on_gpu, torch.device("cuda")) == card
+    # On a CPU the embedding is among the weights, and the program is another.
+    parts = {"weights": size + built.model.emb.weight.nbytes, "program": 1e9, "compiler": 2e9}
+    beside = memory.beside_tensors({"weights": size, "optimizer": 0}, torch.device("cuda"))
+    on_cpu = estimate.MemoryEstimate(built, parts | {"optimizer": 0})
+    need = savings.bytes_on_gpu(options, on_cpu, CPU)
+    assert need == pytest.approx(size + sum(beside.values()))

@@ -31,7 +31,6 @@ import run_folder
 import sharding
 from build import build_for_training, make_passes
 from checkpointer import Checkpointer
-from estimate import check_memory
 from evaluate import evaluate, evaluate_on_the_way, measure
 from from_python import by_keywords
 from loss import loss_fn  # noqa: F401 (for those who import it from here)
@@ -42,6 +41,7 @@ from report import describe, describe_resumed, dry_run, final_report, report_com
 from run_log import Log
 from run_parts import Run
 from run_state import Progress
+from savings import check_memory
 from settle import same_on_all_ranks, settle
 from stop_signals import StopSignals
 
