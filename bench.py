@@ -8,6 +8,7 @@ One need not read this to understand Bone. Parts alone: `python bench.py layer`,
     python bench.py compile     compare eager and compiled blocks (bench_compile.py)
     python bench.py launches    count what a step asks of a GPU (launches.py)
     python bench.py gpu         measure on a GPU, and write a report (bench_gpu.py)
+    python bench.py optim       moments in 8 bits beside AdamW: speed and quality (bench_optim.py)
 
 A figure of speed is a ratio. What is compared runs in turn, round after round, in one process. The
 ratio of each round is taken, and their median printed: a shared machine, or one that slows down,
@@ -422,7 +423,7 @@ def speed(only: Sequence[str]) -> None:
     """Print the tables of speed, or `only` those."""
     for name in only:
         if name not in SPEED:
-            known = ", ".join([*SPEED, "compile", "launches", "gpu", "memory"])
+            known = ", ".join([*SPEED, "compile", "launches", "gpu", "memory", "optim"])
             raise ValueError(f"{name} is not a part of the benchmark; its parts are {known}")
     print(f"PyTorch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}")
     print(f"{torch.get_num_threads()} threads, memory from {memory.allocator()}")
@@ -432,7 +433,7 @@ def speed(only: Sequence[str]) -> None:
 
 def main() -> None:
     command, *rest = sys.argv[1:] or [""]
-    if command in ("compile", "gpu", "launches", "memory"):
+    if command in ("compile", "gpu", "launches", "memory", "optim"):
         name = command if command == "launches" else f"bench_{command}"
         importlib.import_module(name).main(rest)
     elif {"-h", "--help"} & {*sys.argv[1:]}:

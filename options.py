@@ -13,6 +13,7 @@ from flags import CHANGEABLE, FIXED, Flag, flag, json_object, number
 SWITCH = (0, 1)
 RWKV_PEFT = "RWKV-PEFT (github.com/JL-er/RWKV-PEFT) has it"
 ANOTHER_METHOD = f"is another method than Bone; {RWKV_PEFT}"
+ONLY_ADAM = "is not there; adamw is the usual one, adamw8bit takes less memory"
 ONLY_NF4 = "is not there; nf4 takes as little memory, and is closer to the weights"
 
 
@@ -308,6 +309,7 @@ class Options:
         "adamw8bit: AdamW with moments in 8 bits, which take a quarter of the memory; steps take a "
         "little longer",
         choices=("adamw", "adamw8bit"),
+        refused={"none": ONLY_ADAM, "adam_mini": ONLY_ADAM, "muon": ONLY_ADAM},
         resume=FIXED,
     )
     beta1: float = flag(

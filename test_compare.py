@@ -2,14 +2,17 @@
 
 import pytest
 
+import bench_optim
 import compare
 
 pytest.importorskip("peft")
 pytest.importorskip("matplotlib")
 
 
-def test_all_methods_at_a_tiny_size(monkeypatch, tmp_path, capsys):
-    tiny = {
+@pytest.fixture
+def tiny(monkeypatch):
+    """Make the models, texts and trainings tiny."""
+    sizes = {
         "N_LAYER": 1,
         "N_EMBD": 64,
         "CTX_LEN": 32,
@@ -21,7 +24,7 @@ def test_all_methods_at_a_tiny_size(monkeypatch, tmp_path, capsys):
         "TIMED_STEPS": 2,
         "SEEDS": 2,
     }
-    for name, value in tiny.items():
+    for name, value in sizes.items():
         monkeypatch.setattr(compare, name, value)
     read_texts = compare.read_texts
 
@@ -31,6 +34,10 @@ def test_all_methods_at_a_tiny_size(monkeypatch, tmp_path, capsys):
         return texts
 
     monkeypatch.setattr(compare, "read_texts", short_texts)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_all_methods_at_a_tiny_size(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     compare.main(seed=0)
     assert (tmp_path / "compare.png").stat().st_size > 10_000
@@ -42,6 +49,16 @@ def test_all_methods_at_a_tiny_size(monkeypatch, tmp_path, capsys):
     numbers = {name: int(text.replace(",", "")) for name, text in trained.items()}
     assert numbers["time and ln alone"] < numbers["LoRA"] < numbers["all weights"]
     assert {row[1].strip(): row[6].strip() for row in rows}["LoRA"] == "+0.000, +0.000"
+
+
+@pytest.mark.usefixtures("tiny")
+def test_the_optimizers_are_compared_on_it_too(monkeypatch, capsys):
+    monkeypatch.setattr(bench_optim, "STEPS", 3)
+    monkeypatch.setattr(bench_optim, "SEEDS", 1)
+    bench_optim.main(["quality"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line[:2] == "0."]
+    assert [row[0] for row in rows] == ["0.001", "0.003"]
+    assert all(row[-1] == "met" for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ MEANS = {
     "lr_init": "lr learning_rate base_lr max_lr peak_lr lr_max",
     "lr_final": "min_lr lr_min lr_end final_lr learning_rate_final",
     "warmup_steps": "warmup num_warmup_steps warmup_iters lr_warmup_steps",
+    "optim": "optimizer optimizer_type",
     "beta1": "adam_beta1",
     "beta2": "adam_beta2",
     "adam_eps": "eps epsilon adam_epsilon",
@@ -119,7 +120,6 @@ NOT_HERE = {
     "logging_steps log_every log_interval logging_strategy": (
         "is not needed: loss.csv has every step"
     ),
-    "optim optimizer optimizer_type": "is not there: the optimizer is Adam; leave it out",
     "lr_schedule lr_scheduler lr_scheduler_type scheduler lr_decay_style": (
         "is not there: the rate goes from --lr_init to --lr_final, exponentially, after "
         "--warmup_steps"
