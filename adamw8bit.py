@@ -10,8 +10,8 @@ The 256 values lie closely around 0: 64 of them (128 without a sign) between 0.1
 in the decade below, and so on for 7 decades. ("Dynamic" quantization.) In each step the moments are
 made float32, updated and used as AdamW does, and coded again.
 
-Tensors of fewer than 4,096 numbers, and those whose rows have no blocks of 32 or more, are left to
-PyTorch's AdamW in float32.
+Vectors, tensors of fewer than 4,096 numbers, and those whose rows have no blocks of 32 or more, are
+left to PyTorch's AdamW in float32.
 
 Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861). Two
 things differ. A code is looked up by the number rounded to bfloat16, in a table, which on a CPU is
@@ -34,8 +34,8 @@ MIN_NUMEL = 4096
 
 # Numbers that are updated at once. On a CPU they then stay in its cache. On a GPU the parts of many
 # tensors are updated together, since a launch costs more than a cache saves.
-CHUNK_NUMEL = 1 << 18
-GPU_CHUNK_NUMEL = 1 << 23
+CHUNK_NUMEL = 1 << 17
+GPU_CHUNK_NUMEL = 1 << 22
 # What is temporary meanwhile, for each number.
 UPDATE_BYTES = 30
 
@@ -101,7 +101,8 @@ def block_size(shape: Sequence[int]) -> int:
     A block lies within one entry of the first dimension, along which ranks share out tensors.
     """
     numel = math.prod(shape)
-    if numel < MIN_NUMEL:
+    is_vector = max(shape, default=1) == numel
+    if is_vector or numel < MIN_NUMEL:
         return 0
     block = math.gcd(numel // shape[0], LARGEST_BLOCK)
     return block if block >= SMALLEST_BLOCK else 0
@@ -146,6 +147,11 @@ def on_this_rank(tensor: Tensor) -> Tensor:
 # ---- the optimizer ------------------------------------------------------------------------------
 
 
+def is_known(found_inf: Tensor) -> bool:
+    """Return whether its value can be had without waiting for a device."""
+    return found_inf.device.type == "cpu"
+
+
 class Part(NamedTuple):
     """Some numbers of a parameter, and what belongs to them: views, flat."""
 
@@ -184,11 +190,22 @@ class AdamW8bit(torch.optim.Optimizer):
         for device in {p.device for group in self.param_groups for p in group["params"]}:
             tables(device, signed=True), tables(device, signed=False)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned."""
+        super().load_state_dict(state_dict)  # which makes codes float32, as the parameters are
+        for state in self.state.values():
+            for key in ("exp_avg", "exp_avg_sq"):
+                if f"{key}_scale" in state:
+                    state[key] = state[key].to(torch.uint8)
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        if self._is_known_to_be_skipped():
-            return
+        found_inf = self.found_inf
+        if found_inf is not None and is_known(found_inf):
+            if found_inf:
+                return
+            found_inf = None
         for group in self.param_groups:
             by_block: dict[int, list[Tensor]] = {}
             for p in group["params"]:
@@ -198,16 +215,13 @@ class AdamW8bit(torch.optim.Optimizer):
                         self.state[p] = new_moments(p)
             for block, parameters in by_block.items():
                 if block:
-                    self._step_in_8_bits(parameters, group, block)
+                    self._step_in_8_bits(parameters, group, block, found_inf=found_inf)
                 else:
-                    self._step_in_float32(parameters, group)
+                    self._step_in_float32(parameters, group, found_inf)
 
-    def _is_known_to_be_skipped(self) -> bool:
-        """Return whether `found_inf` is 1, where that can be known without waiting: on a CPU."""
-        on_cpu = self.found_inf is not None and self.found_inf.device.type == "cpu"
-        return on_cpu and bool(self.found_inf)
-
-    def _step_in_float32(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def _step_in_float32(
+        self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None
+    ) -> None:
         beta1, beta2 = group["betas"]
         states = [self.state[p] for p in parameters]
         adamw(
@@ -219,7 +233,7 @@ class AdamW8bit(torch.optim.Optimizer):
             [state["step"] for state in states],
             foreach=False,
             fused=True,
-            found_inf=self.found_inf,
+            found_inf=found_inf,
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
@@ -229,15 +243,22 @@ class AdamW8bit(torch.optim.Optimizer):
             maximize=False,
         )
 
-    def _step_in_8_bits(self, parameters: list[Tensor], group: dict[str, Any], block: int) -> None:
+    def _step_in_8_bits(
+        self,
+        parameters: list[Tensor],
+        group: dict[str, Any],
+        block: int,
+        *,
+        found_inf: Tensor | None,
+    ) -> None:
         steps = [self.state[p]["step"] for p in parameters]
-        if self.found_inf is None:
+        if found_inf is None:
             torch._foreach_add_(steps, 1)
         else:
             # A list, since adding one tensor to many would wait for it on some devices.
-            torch._foreach_add_(steps, [1 - self.found_inf] * len(steps))
+            torch._foreach_add_(steps, [1 - found_inf] * len(steps))
         for parts in self._chunks(parameters, block, chunk_numel(parameters[0].device)):
-            update(parts, group, block, found_inf=self.found_inf)
+            update(parts, group, block, found_inf=found_inf)
 
     def _chunks(self, parameters: list[Tensor], block: int, numel: int) -> Iterator[list[Part]]:
         """Deal the numbers of parameters into lists of parts, of `numel` numbers in all."""

@@ -87,30 +87,34 @@ def build_model(
 
 
 def keep_small_gradients(model: rwkv6.RWKV, options: Any) -> None:
-    """Keep the gradients of matrices in bfloat16, as autocast computes them, with adamw8bit.
+    """Keep the gradients in bfloat16, with adamw8bit, that autocast computes in it.
 
-    Not where the gradients of several batches, chunks or ranks are added up, which needs float32.
+    They are those of the bones and the low-rank matrices. Not where the gradients of several
+    batches, chunks or ranks are added up, which needs float32.
     """
     one_batch = options.accumulate_grad_batches == 1 and options.train_type == "none"
     if options.optim != "adamw8bit" or options.precision != "bf16" or not one_batch:
         return
     if sharding.ranks(options) > 1:
         return
-    for p in model.parameters():
-        if p.requires_grad and adamw8bit.block_size(p.shape):
+    for name, p in model.named_parameters():
+        is_product = name.endswith((".bone", "_w1", "_w2"))
+        if p.requires_grad and is_product and adamw8bit.block_size(p.shape):
             p.grad_dtype = torch.bfloat16
 
 
 def keeps_embedding_on_host(built: BuiltModel, options: Any, device: torch.device) -> bool:
     """Return whether the embedding stays in the memory of a GPU's host.
 
-    Not where it is trained, where the ids are needed on the device, too, or where it is shared out
-    among the ranks.
+    Not where it is trained or saved, where the ids are needed on the device, too, or where it is
+    shared out among the ranks. (On Apple's GPU, whose memory is the host's, nothing is gained.)
     """
-    if device.type in ("cpu", "meta") or built.model.config.head_qk:
+    if device.type in ("cpu", "meta", "mps") or built.model.config.head_qk:
+        return False
+    if "emb.weight" in built.saved_names:
         return False
     shared = sharding.Sharding.of(options.strategy, sharding.ranks(options)).frozen
-    return not built.model.emb.weight.requires_grad and not shared
+    return not shared
 
 
 def why_no_fla(options: Any) -> str:

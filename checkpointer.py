@@ -188,7 +188,8 @@ class Checkpointer:
                 if p in adam:
                     moments[f"{key}.{name}"] = adam[p][key]
                 else:
-                    # As large, but without memory of its own.
+                    # As large, but without memory of its own. (Of codes, too: where no rank has
+                    # any, their scale is 0.)
                     zero = torch.zeros((), dtype=like.dtype)
                     moments[f"{key}.{name}"] = zero.expand(like.shape)
         return moments

@@ -29,6 +29,7 @@ class Saving(NamedTuple):
     """What a run takes with some flags more."""
 
     flags: dict[str, Any]
+    options: Options
     estimate: MemoryEstimate
 
     def __str__(self) -> str:
@@ -52,7 +53,8 @@ def check_memory(options: Options, check: MemoryCheck, device: torch.device) -> 
 def steps(options: Options, longest: int) -> Iterator[dict[str, Any]]:
     """Yield flags that may save memory, those first that cost least.
 
-    All but the last cost nothing but time, and some precision: --ctx_len cuts documents.
+    Most cost nothing but time, and some precision. infctx does not cut documents; --ctx_len cuts
+    more of them.
     longest: tokens in the longest row.
     """
     if options.grad_cp < 1:
@@ -83,38 +85,37 @@ def savings(
 
     options: settled; estimate: of these.
     """
-    longest = longest_row(options)
-    so_far = Saving({}, estimate)
-    for flags in steps(options, longest):
+    so_far = Saving({}, options, estimate)
+    for flags in steps(options, longest_row(options)):
         if "ctx_len" in flags and "chunk_ctx" in so_far.flags:
             continue  # chunks of documents that are not cut
         together = so_far.flags | flags
         with contextlib.suppress(ValueError):  # of a flag that this run cannot take
             changed = resolve_options(dataclasses.replace(options, **together))
-            rows = min(longest, changed.ctx_len) if "ctx_len" in flags else longest
-            found = Saving(together, expected_memory(changed, device, rows))
+            found = Saving(together, changed, expected_memory(changed, device))
             if found.estimate.total < so_far.estimate.total:
                 so_far = found
-                yield Saving(flags, found.estimate), so_far
+                yield found._replace(flags=flags), so_far
 
 
-def smallest_card(options: Options, estimate: MemoryEstimate, device: torch.device) -> str:
-    """Name the smallest card that a run fits."""
-    need = bytes_on_gpu(options, estimate, device)
+def smallest_card(run: Saving, device: torch.device) -> str:
+    """Name the smallest card that a run fits. device: the estimate's."""
+    need = bytes_on_gpu(run, device)
     for card in CARDS:
         if need <= card * 2**30 - DESKTOP - CONTEXT:
             return f"{card} GB"
     return f"more than {CARDS[-1]} GB"
 
 
-def bytes_on_gpu(options: Options, estimate: MemoryEstimate, device: torch.device) -> float:
-    """Return what a run takes on a GPU. device: the estimate's."""
+def bytes_on_gpu(run: Saving, device: torch.device) -> float:
+    """Return what a run takes on a GPU, by an estimate for `device`."""
+    estimate = run.estimate
     if device.type != "cpu":
         return estimate.total
     gpu = torch.device("cuda")
     beside = memory.beside_tensors(estimate.parts, device).keys() | {"compiler"}
     parts = {part: size for part, size in estimate.parts.items() if part not in beside}
-    if keeps_embedding_on_host(estimate.built, options, gpu):
+    if keeps_embedding_on_host(estimate.built, run.options, gpu):
         parts["weights"] -= estimate.built.model.emb.weight.nbytes
     return sum((parts | memory.beside_tensors(parts, gpu)).values())
 
@@ -122,21 +123,20 @@ def bytes_on_gpu(options: Options, estimate: MemoryEstimate, device: torch.devic
 def print_savings(options: Options, estimate: MemoryEstimate, device: torch.device) -> None:
     """Print a table of what saves memory, line by line as it is found."""
     print(f"\n{'what saves memory, line by line':<42}{'GB':>7}   fits a card of")
-    found = Saving({}, estimate)
-    print_saving("as it is", found, options, device=device)
-    for alone, found in savings(options, estimate, device):
-        print_saving(f"and {alone}", found, options, device=device)
+    print_saving("as it is", Saving({}, options, estimate), device)
+    for alone, _ in savings(options, estimate, device):
+        print_saving(f"and {alone}", alone, device)
     print(f"(of a card {CONTEXT / 1e9:.2f} GB are CUDA's, and {DESKTOP / 1e9:.1f} a desktop's)")
 
 
-def print_saving(text: str, found: Saving, options: Options, *, device: torch.device) -> None:
-    card = smallest_card(options, found.estimate, device)
+def print_saving(text: str, found: Saving, device: torch.device) -> None:
+    card = smallest_card(found, device)
     print(f"{text:<42}{found.estimate.total / 1e9:7.2f}   {card}", flush=True)
 
 
 def advice(options: Options, estimate: MemoryEstimate, free: float, *, device: torch.device) -> str:
     """Say with which flags a run that does not fit would fit."""
-    best = Saving({}, estimate)
+    best = Saving({}, options, estimate)
     for _, best in savings(options, estimate, device):
         if best.estimate.total <= free:
             return f"with {best} it would take {best.estimate.total / 1e9:.2f} GB"

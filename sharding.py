@@ -266,7 +266,10 @@ def clip_gradients(optimizer: torch.optim.Optimizer) -> Tensor:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None]
     # clip_grad_norm_ would compute the norm of a bfloat16 gradient in bfloat16.
-    norms = torch._foreach_norm(gradients, 2, torch.float32)
+    norms: list[Tensor] = []
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+        of_dtype = [gradient for gradient in gradients if gradient.dtype == dtype]
+        norms += torch._foreach_norm(of_dtype, 2, torch.float32)
     norm = torch.linalg.vector_norm(torch.stack(norms))
     nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
     return full_tensor(norm)

@@ -428,7 +428,10 @@ def check_run(proj_dir, whole):
             assert (found[key].shape, found[key].dtype) == (tensor.shape, tensor.dtype) or (
                 key == "about"
             )
-            if key not in ("about", "rng") and tensor.dtype != torch.uint8:
+            if key.startswith("exp_avg") and tensor.dtype == torch.uint8:
+                neighbours = (found[key].int() - tensor.int()).abs() <= 1
+                assert neighbours.float().mean() >= 0.98, (name, key)
+            elif key not in ("about", "rng"):
                 assert (found[key] - tensor).norm() <= 2e-4 * tensor.norm(), (name, key)
     assert {*os.listdir(proj_dir)} == {*os.listdir(whole)}
 

@@ -266,9 +266,13 @@ def test_the_peak_of_a_whole_run_is_the_expected_one(tmp_path, quant):
         ("--strategy deepspeed_stage_2 --devices 2", True),
         ("--strategy deepspeed_stage_3 --devices 2", False),
         ("--train_parts time ln emb", False),
+        # What the checkpoint has trained is saved again.
+        ("--bone_load with_emb.pth", False),
     ],
 )
 def test_a_gpu_leaves_the_embedding_to_its_host(flags, stays):
+    with_emb = torch.load("ckpt.pth") | {"emb.weight": torch.load("base.pth")["emb.weight"]}
+    torch.save(with_emb, "with_emb.pth")
     options = arguments(flags)
     counts = []
     for device in ("cpu", "cuda"):
@@ -303,12 +307,14 @@ def test_a_dry_run_says_what_saves_memory_in_the_order_of_what_it_costs(capsys):
 
 
 def test_each_line_is_what_a_run_with_all_flags_so_far_would_take():
+    binidx.write_binidx("x", [[5] * 3000, [6] * 97])  # infctx would not cut it
     options = arguments("--micro_bsz 4 --ctx_len 512")
     before = estimate.expected_memory(options, CPU)
     for alone, together in savings.savings(options, before, CPU):
         assert alone.flags.items() <= together.flags.items()
         assert together.estimate.total < before.total
         again = estimate.expected_memory(arguments(f"--micro_bsz 4 --ctx_len 512 {together}"), CPU)
+        assert together.flags.items() <= vars(together.options).items()
         assert again.total == together.estimate.total
         before = together.estimate
 
@@ -320,10 +326,11 @@ def test_a_card_has_room_for_a_desktop_and_cuda_too(size, card):
     options = arguments()
     built = build.build_model(options, torch.device("meta"))
     on_gpu = estimate.MemoryEstimate(built, {"weights": size})
-    assert savings.smallest_card(options, on_gpu, torch.device("cuda")) == card
+    run = savings.Saving({}, options, on_gpu)
+    assert savings.smallest_card(run, torch.device("cuda")) == card
     # On a CPU the embedding is among the weights, and the program is another.
     parts = {"weights": size + built.model.emb.weight.nbytes, "program": 1e9, "compiler": 2e9}
     beside = memory.beside_tensors({"weights": size, "optimizer": 0}, torch.device("cuda"))
     on_cpu = estimate.MemoryEstimate(built, parts | {"optimizer": 0})
-    need = savings.bytes_on_gpu(options, on_cpu, CPU)
+    need = savings.bytes_on_gpu(savings.Saving({}, options, on_cpu), CPU)
     assert need == pytest.approx(size + sum(beside.values()))

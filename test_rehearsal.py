@@ -322,7 +322,6 @@ NOT_COMPILED = (
     "emb and head, fp32",
     "Bone alone, grad_cp 0",
     "accumulation",
-    "moments in 8 bits",
     "fla, which is not there",
 )
 COMPILED = [

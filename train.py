@@ -159,8 +159,8 @@ def train_epoch(run: Run, epoch: int, stop: StopSignals) -> None:
                     run.model, step_data.micro_batches, run.passes, counts=step_data.counts
                 )
 
-            # While a GPU is still at work, prepare the next step. (An error there costs this step,
-            # too: the state that is saved then is the one before it.)
+            # While a GPU is still at work, read the next step's data. (An error there costs this
+            # step, too: the state that is saved then is the one before it.)
             next_data = plan.load_step(step + 1) if step + 1 < end else None
 
             # Update, and report.
@@ -251,6 +251,7 @@ def set_up(plan: RunPlan, log: Log, device: torch.device) -> Run:
 
         fused.try_to_compile(model, passes, plan, device=device)
     weights = {name: p for name, p in model.named_parameters() if name in saved_names}
+    assert weights.keys() == {*saved_names}
     progress = Progress(plan.first_step)
     if plan.state:
         progress = plan.state.restore(weights, optimizer, passes.scaler)
