@@ -188,7 +188,8 @@ class AdamW8bit(torch.optim.Optimizer):
         super().__init__(params, options | {"fused": fused})
         # Copied to a GPU now, lest the first step wait for it.
         for device in {p.device for group in self.param_groups for p in group["params"]}:
-            tables(device, signed=True), tables(device, signed=False)
+            tables(device, signed=True)
+            tables(device, signed=False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned."""
