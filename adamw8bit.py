@@ -167,9 +167,8 @@ class Part(NamedTuple):
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW with moments in 8 bits, for parameters in float32.
 
-    `fused` is taken for the sake of those who pass it to AdamW. As in PyTorch's fused AdamW, a step
-    leaves everything as it was where the attribute `found_inf`, a tensor (), is 1; nothing waits
-    for the device to find out.
+    As in PyTorch's fused AdamW, a step leaves everything as it was where the attribute `found_inf`,
+    a tensor (), is 1; nothing waits for the device to find out.
     """
 
     found_inf: Tensor | None = None
@@ -182,10 +181,9 @@ class AdamW8bit(torch.optim.Optimizer):
         *,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        fused: bool | None = True,
     ) -> None:
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, options | {"fused": fused})
+        super().__init__(params, options)
         # Copied to a GPU now, lest the first step wait for it.
         for device in {p.device for group in self.param_groups for p in group["params"]}:
             tables(device, signed=True)

@@ -1,4 +1,4 @@
-"""AdamW with moments in 8 bits beside AdamW in float32: `python bench.py optim`, about 12 minutes.
+"""AdamW with moments in 8 bits beside AdamW in float32: `python bench.py optim`.
 
 One need not read this to understand Bone. Two tables: the time of a training step, measured in
 turn, and the held-out loss after 200 steps of fine-tuning (as in compare.py), from three seeds.

@@ -254,6 +254,8 @@ def adamw(
     """
     shared = Sharding.of(strategy)
     kind = AdamW8bit if in_8_bits else torch.optim.AdamW
+    if not in_8_bits:
+        options["fused"] = True
     if shared.optimizer_state and not shared.trained:
         from torch.distributed.optim import ZeroRedundancyOptimizer
 

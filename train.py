@@ -79,8 +79,7 @@ def make_optimizer(
         groups.setdefault((lr_scale, decay), new_group)["params"].append(p)
     adam = {"betas": (0.9, 0.99), "eps": 1e-8} | adam
     in_8_bits = optim == "adamw8bit"
-    adam |= {"lr": lr, "fused": True}
-    return sharding.adamw(list(groups.values()), strategy, in_8_bits=in_8_bits, **adam)
+    return sharding.adamw(list(groups.values()), strategy, in_8_bits=in_8_bits, lr=lr, **adam)
 
 
 def learning_rate(step: int, plan: RunPlan) -> float:
