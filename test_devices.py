@@ -596,10 +596,11 @@ def test_what_torchrun_starts_says_things_once(inputs, flags, says):
 @pytest.mark.exhaustive
 def test_a_run_that_is_complete_says_so_once(on_two, monkeypatch):
     monkeypatch.chdir(on_two[0])
-    line = f"{train.__file__} --load_model base.pth {FLAGS} {SAVING} --proj_dir ddp --resume"
+    proj_dir = folder_of("ddp", "adamw")
+    line = f"{train.__file__} --load_model base.pth {FLAGS} {SAVING} --proj_dir {proj_dir} --resume"
     end = start(2, line)
     assert end.returncode == 0, end.stderr
-    assert end.stdout.count("ddp: this run is complete, 6 steps") == 1
+    assert end.stdout.count(f"{proj_dir}: this run is complete, 6 steps") == 1
 
 
 def begin(strategy, program=train.__file__):
