@@ -20,7 +20,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from bone import BoneLinear
+from bone import BoneLinear, check_bone
 from quant import Quantized
 
 # The last part of the name of an output head: head, head_q, lm_head, embed_out.
@@ -105,12 +105,7 @@ def add_bone(model: nn.Module, r: int, mode: str = "bat", *, names: str | None =
     DistributedDataParallel, which would not see them, and where r does not divide a layer (mode
     `bat` needs it to); the model is unchanged then.
     """
-    if mode not in ("bat", "bone"):
-        raise ValueError(
-            f"bone mode {mode!r} is unknown: use bat (block affine) or bone (shard sharing)"
-        )
-    if r < 1:
-        raise ValueError(f"bone_r {r} must be at least 1; 64 is the usual choice")
+    check_bone(r, mode)
     if bone_layers(model):
         raise ValueError("the model has bones already; merge_bone puts them into its weights")
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):

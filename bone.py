@@ -1,25 +1,23 @@
 """Bone (Block Affine): fine-tune a frozen linear layer, one small square block per block column.
 
 A frozen layer y = W x, W of shape (out, in), is cut into r x r blocks W_ab (a: block row, b: block
-column). There are two modes.
+column). learn_bone.ipynb shows what follows step by step.
 
-`bat`, block affine, is the default. It has one trainable tensor `bone` of shape (in/r, r, r), zero
-at the start. Its block B_b belongs to block column b and is shared by all block rows (blocks are
-square, since W_ab B_b and B_b are added up):
+`bat`, block affine, is the default mode. One trainable tensor `bone` of shape (in/r, r, r), zero at
+the start, has a block B_b for each block column, which all its blocks share:
 
     W'_ab = W_ab + W_ab B_b + B_b              what merging writes
 
-The straightforward way builds W' (out x in) in every step, and its gradient (out x in) in every
-backward pass. Neither is needed. Cut x into segments x_b of length r, and multiply out W' x:
+Training builds neither W' nor its gradient. With the segments x_b of x, of length r:
 
-    z_b = B_b x_b                              r x r per segment: small
-    s   = sum_b z_b                            a vector of length r
-    y   = W (x + z) + tile(s)                  the frozen product, once; tile repeats s out/r times
+    z_b = B_b x_b
+    s   = sum_b z_b
+    y   = W (x + z) + tile(s)                  tile repeats s out/r times
 
-Backward, with gy = dL/dy:
+Backward, with gy = dL/dy and u = x + z:
 
-    gs   = fold(gy)                            the transpose of tile: gy's segments, added up
-    gu   = W^T gy    (of u = x + z)            the frozen product, once: no gradient of W's shape
+    gs   = fold(gy)                            the sum of gy's segments
+    gu   = W^T gy
     gz_b = gu_b + gs
     gB_b = gz_b x_b^T                          summed over tokens
     gx_b = gu_b + B_b^T gz_b
@@ -39,15 +37,13 @@ Now x = (1 1, 1 2), with and without W':
     z = (B_0 x_0, B_1 x_1) = (1 0, 1 0)    s = z_0 + z_1 = (2 0)
     W (x + z) = W (2 1, 2 2) = (8 3, 3 6)    + (2 0, 2 0)      = (10 3, 5 6)
 
-`bone`, shard sharing, has one trainable tensor `bone` of shape (r, out):
+`bone`, shard sharing, is the other mode. One trainable tensor `bone` of shape (r, out):
 
     y = W x + bone^T (sum_b x_b)               x is padded with zeros to a multiple of r
 
-Later papers and PEFT call this mode Bone, and nowadays MiSS.
-
-Source: Jiale Kang, "Bone: Block-Affine Adaptation of Large Language Models" (arXiv 2409.15371), and
-RWKV-PEFT, whose names and shapes are kept. The rearrangement is exact but for rounding, as
-test_bone.py checks.
+Source: Jiale Kang, arXiv 2409.15371. Its versions 2 and 3 call `bat` Bone; later ones and PEFT call
+it Bat, and `bone` Bone, now MiSS. Names and shapes are those of RWKV-PEFT. The rearrangement is
+exact but for rounding, as test_bone.py checks.
 """
 
 from typing import Any
@@ -77,42 +73,37 @@ def tile(s: Tensor, out_features: int) -> Tensor:
 def block_affine_matmul(x: Tensor, x_b: Tensor, weight: Tensor | Quantized, *, B: Tensor) -> Tensor:
     """Compute y = W' x of mode `bat` without W': (tokens, in) -> (tokens, out).
 
-    x_b: the segments of x, (in/r, tokens, r). B: the blocks, (in/r, r, r). Both have the dtype to
-    compute in, which is that of y; x still has its own.
+    x_b: the segments of x, (in/r, tokens, r), in the dtype of B (in/r, r, r) and of y. x keeps its
+    own dtype.
     """
     dtype = B.dtype
     r = B.shape[1]
 
-    # z_b = B_b x_b for every segment b; s = sum_b z_b.
     z = torch.bmm(x_b, B.mT)
     s = z.sum(0)
 
-    # y = W (x + z) + tile(s)
-    #
-    # z is added to x before x is rounded, and s inside the product's float32 sums: a change smaller
-    # than one bfloat16 step of x or y then still counts on average. Added to rounded numbers it
-    # would be lost.
+    # y = W (x + z) + tile(s), where x + z, and the product with s, are each rounded once: changes
+    # smaller than one bfloat16 step then still count on average.
     u = torch.empty(x.shape, dtype=dtype, device=x.device)
     torch.add(x.unflatten(1, (-1, r)), z.transpose(0, 1), out=u.unflatten(1, (-1, r)))
     y = tile(s, out_features=weight.shape[0])
     y.addmm_(u, to_dense(weight, dtype).t())
-    return y.view_as(y)  # torch.compile in PyTorch 2.11 loses the gradient of y itself
+    return y.view_as(y)  # of y itself, torch.compile in PyTorch 2.11 loses the gradient
 
 
 class BlockAffine(torch.autograd.Function):
-    """y = W' x of mode `bat` with its gradients, by the formulas at the head of this file.
+    """y = W' x of mode `bat` with its gradients, by the formulas above.
 
     x: (tokens, in). weight: (out, in), frozen. B: (in/r, r, r), in the dtype to compute in.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | Quantized, B: Tensor) -> Tensor:
-        # Where x has another dtype, the copy that casts it also regroups it into segments.
         x_b = segments(x, B.shape[1]).to(B.dtype, memory_format=torch.contiguous_format)
         ctx.save_for_backward(x_b, B)
         ctx.weight = weight  # not saved as a tensor, since it may be Quantized
         ctx.x_dtype = x.dtype
-        # block_affine_matmul(x, x_b, weight, B=B); with grad_cp, its result can be kept (quant.py).
+        # This calls block_affine_matmul, unless its result was kept (quant.py).
         return cached_matmul(block_affine_matmul, x, x_b, weight, B=B)
 
     @staticmethod
@@ -122,11 +113,11 @@ class BlockAffine(torch.autograd.Function):
         gs = fold(gy, r)
         gu = gy @ to_dense(ctx.weight, gy.dtype)
 
-        # gz_b = gu_b + gs, and gB_b = gz_b x_b^T.
+        # gz_b = gu_b + gs
         gz = torch.add(segments(gu, r), gs, out=gu.new_empty(x_b.shape))
         gB = torch.bmm(gz.mT, x_b)
 
-        # gx_b = gu_b + B_b^T gz_b. One copy puts the segments together and casts them.
+        # gx_b = gu_b + B_b^T gz_b
         gx_b = torch.baddbmm(segments(gu, r), gz, B)
         gx = gx_b.transpose(0, 1).to(ctx.x_dtype, memory_format=torch.contiguous_format)
         return gx.reshape(gu.shape), None, gB
@@ -139,11 +130,22 @@ def shard_sharing(x: Tensor, weight: Tensor | Quantized, bone: Tensor) -> Tensor
     return FrozenLinear.apply(x, weight) + x_b.sum(-2) @ bone
 
 
+def check_bone(r: int, mode: str) -> None:
+    """Raise ValueError where no layer can have such a bone."""
+    if mode not in ("bat", "bone"):
+        raise ValueError(
+            f"bone mode {mode!r} is unknown: use bat (block affine) or bone (shard sharing)"
+        )
+    if r < 1:
+        raise ValueError(f"bone_r {r} must be at least 1; 64 is the usual choice")
+
+
 def bone_shape(weight_shape: tuple[int, ...], r: int, mode: str) -> tuple[int, ...]:
     """Return the shape of the trainable tensor for a weight of shape (out, in).
 
-    ValueError where r does not divide both, which mode `bat` needs.
+    ValueError as of check_bone, and where r does not divide both, which mode `bat` needs.
     """
+    check_bone(r, mode)
     out_features, in_features = weight_shape
     if mode == "bat" and (in_features % r or out_features % r):
         raise ValueError(
@@ -155,9 +157,10 @@ def bone_shape(weight_shape: tuple[int, ...], r: int, mode: str) -> tuple[int, .
 class BoneLinear(nn.Module):
     """A frozen linear layer with its trainable `bone`: (..., in) -> (..., out).
 
-    weight: (out, in), of any floating dtype or Quantized. bias: (out), or None. Both are frozen and
-    kept as they are. r: the side of a block (`bat`), or the rows of the shard (`bone`).
-    The output is in the autocast dtype where autocast is on, else in the weight's.
+    weight: (out, in), of any floating dtype or Quantized. bias: (out), or None. Both are frozen.
+    r: the side of a block (`bat`), or the rows of the shard (`bone`). ValueError as of bone_shape.
+    The trainable tensor is float32 (float64 beside a weight in float64). The output is in the
+    autocast dtype where autocast is on, else in the weight's.
     """
 
     weight: Quantized | nn.Parameter
@@ -209,10 +212,11 @@ class BoneLinear(nn.Module):
 
 @torch.no_grad()
 def merge_weight(weight: Tensor, bone: Tensor) -> Tensor:
-    """Compute the merged weight W' (out, in), in the dtype of W, from W and its bone.
+    """Compute the merged weight W' (out, in), in the dtype of W.
 
-    Computes in float32 (float64 for float64) and rounds once; a few rows at a time, so that
-    nothing else of the size of W is made. The mode is read off the shape of the bone.
+    Computes in float32 (float64 for float64), a few rows at a time, so that nothing else of the
+    size of W is made, and rounds once. The shape of the bone tells the mode; RuntimeError where
+    it does not fit.
     """
     merged = torch.empty_like(weight)
     dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -220,8 +224,7 @@ def merge_weight(weight: Tensor, bone: Tensor) -> Tensor:
     if bone.ndim == 3:
         r = bone.shape[1]
         for row, merged_row in zip(weight.split(r), merged.split(r), strict=True):
-            # W'_ab = W_ab + W_ab B_b + B_b for all b of one block row a: (in/r, r, r). `segments`
-            # cuts its columns; what it calls tokens are the r rows of W here.
+            # The blocks W_ab of one block row a, (in/r, r, r).
             W = segments(row.to(dtype), r)
             segments(merged_row, r).copy_(torch.baddbmm(W + bone, W, bone))
         return merged

@@ -164,6 +164,8 @@ def test_a_rank_or_mode_that_cannot_be_is_refused(r, mode, words):
     with pytest.raises(ValueError, match=words):
         add_bone(model, r, mode)
     assert isinstance(model.blocks[0]["key"], nn.Linear)
+    with pytest.raises(ValueError, match=words.removesuffix(" blocks.0.key")):
+        BoneLinear(model.blocks[0]["key"].weight, r, mode)
 
 
 def test_a_checkpoint_brings_its_rank_mode_and_trained_parts(tmp_path):
