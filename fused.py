@@ -41,6 +41,7 @@ from passes import Passes, accumulate_gradients, chunk_losses
 from plan import RunPlan
 from rwkv6 import RWKV, Block, BlockState
 from training_data import longest_row
+from wkv6 import why_no_kernel
 
 # A budget is a share of the activations that the compiler would like to keep. This one holds the
 # results of all matrix products. Whatever else the backward pass needs follows from these in a few
@@ -185,12 +186,31 @@ def with_whole_state(eager: Branches, compiled: Branches, model: RWKV) -> Branch
 def try_to_compile(model: RWKV, passes: Passes, plan: RunPlan, *, device: torch.device) -> None:
     """Compile the blocks of a run, before its first step; where that fails, say why, and do not.
 
-    What may run is run once: a step on the longest rows, and the held-out loss. The gradients of
-    that step are compared with those of eager blocks, since wrong ones would stay unseen.
+    WKV-6 has to have its kernel: other forms would be compiled again for each length of rows.
     """
     options = plan.options
-    print("compiling the blocks: a minute or two the first time, seconds afterwards")
     start = time.monotonic()
+    problem = why_no_kernel(device.type, model.config.head_size)
+    problem = problem or try_compiled(model, passes, plan, device=device)
+    # Where one rank cannot, none does.
+    failed_somewhere = devices.max_over_ranks([float(problem != "")])[0]
+    if failed_somewhere:
+        # args.json, the log and the states are to say it, so that a resumed run is the same.
+        options.compile, options.grad_cp = 0, 0.5 if options.grad_cp == 0 else 1
+        run_eager(model, options.grad_cp)
+        print(f"note: the blocks run without being compiled: {problem or 'another rank cannot'}")
+    else:
+        print(f"compiled in {time.monotonic() - start:.0f} s")
+
+
+def try_compiled(model: RWKV, passes: Passes, plan: RunPlan, *, device: torch.device) -> str:
+    """Compile the blocks, and run once what may run: a step on the longest rows, held-out loss.
+
+    The gradients of that step are compared with those of eager blocks, since wrong ones would stay
+    unseen. Returns "", or what went wrong.
+    """
+    print("compiling the blocks: a minute or two the first time, seconds afterwards")
+    options = plan.options
     batch = longest_batch(model, passes, plan)
     passes_of_trial = dataclasses.replace(
         passes,
@@ -210,6 +230,8 @@ def try_to_compile(model: RWKV, passes: Passes, plan: RunPlan, *, device: torch.
         compile_blocks(model, options.grad_cp)
         with two_blocks(model):
             problem = difference(block_gradients(model, batch, passes_of_trial), expected)
+            if problem:
+                return problem
             if plan.data.held_out:
                 # The last batch of held-out rows may be smaller, down to one row.
                 for rows in {1, options.micro_bsz}:
@@ -218,17 +240,8 @@ def try_to_compile(model: RWKV, passes: Passes, plan: RunPlan, *, device: torch.
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler's faults have no common class
-        problem = first_line(getattr(error, "inner_exception", error))
-    # Where one rank cannot, none does.
-    failed_somewhere = devices.max_over_ranks([float(problem != "")])[0]
-    if failed_somewhere:
-        # args.json, the log and the states are to say it, so that a resumed run is the same.
-        options.compile, options.grad_cp = 0, 0.5 if options.grad_cp == 0 else 1
-        run_eager(model, options.grad_cp)
-        problem = problem or "on another rank"
-        print(f"note: PyTorch's compiler failed, so the blocks run without: {problem}")
-    else:
-        print(f"compiled in {time.monotonic() - start:.0f} s")
+        return f"PyTorch's compiler failed: {first_line(getattr(error, 'inner_exception', error))}"
+    return ""
 
 
 def run_eager(model: RWKV, grad_cp: float) -> None:
@@ -262,7 +275,7 @@ def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
         # Rounding in 16 bits was seen to change a gradient by up to 6 percent.
         tolerance = 0.2 * gradient.norm() + 1e-6 * total
         if name not in found or not (found[name] - gradient).norm() <= tolerance:
-            return f"the gradient of blocks.{name} was not that of eager blocks"
+            return f"PyTorch's compiler failed: the gradient of blocks.{name} is wrong"
     return ""
 
 

@@ -176,7 +176,7 @@ def test_where_the_compiler_fails_one_line_says_why_and_the_blocks_run_eager(
     compile_blocks = functools.partial(fused.compile_blocks, compiler=compiler)
     monkeypatch.setattr(fused, "compile_blocks", compile_blocks)
     run("--compile 1 --grad_cp 1 --proj_dir failed")
-    [note] = [line for line in capsys.readouterr().out.splitlines() if "compiler failed" in line]
+    [note] = [line for line in capsys.readouterr().out.splitlines() if "without being" in line]
     assert words in note
     with open("failed/args.json", encoding="utf-8") as f:
         args = json.load(f)
@@ -184,6 +184,16 @@ def test_where_the_compiler_fails_one_line_says_why_and_the_blocks_run_eager(
     run("--compile 0 --grad_cp 1 --proj_dir eager")
     failed, eager = read("failed/rwkv-0.pth"), read("eager/rwkv-0.pth")
     assert all(failed[name].equal(eager[name]) for name in eager)
+
+
+def test_without_a_kernel_for_wkv6_nothing_is_compiled(capsys):
+    """Its other forms unroll a row's chunks, so that each length would be compiled again."""
+    model = rwkv6.init_model(2, 96, 300, head_size=48)
+    torch.save({name: p.detach() for name, p in model.named_parameters()}, "heads_of_48.pth")
+    run("--compile 1 --load_model heads_of_48.pth")
+    said = capsys.readouterr().out
+    assert "run without being compiled: the WKV-6 kernel is not made for heads of 48\n" in said
+    assert "compiled in" not in said
 
 
 def test_where_one_rank_cannot_compile_none_does(monkeypatch, capsys):
@@ -199,7 +209,7 @@ def test_where_one_rank_cannot_compile_none_does(monkeypatch, capsys):
         )
         fused.try_to_compile(model, Passes(), plan, device=CPU)
         assert all(("branches" in vars(block)) == compiled for block in model.blocks)
-        assert ("on another rank" in capsys.readouterr().out) == (not compiled)
+        assert ("another rank cannot" in capsys.readouterr().out) == (not compiled)
         fused.run_eager(model, grad_cp=0.5)
 
 

@@ -218,6 +218,12 @@ def emulated(tmp_path_factory):
         yield executor
 
 
+@pytest.fixture(scope="module")
+def with_kernels(request):
+    """A process in which there is a GPU that has our kernels: a real one, or `emulated`."""
+    return request.getfixturevalue("standin" if REAL else "emulated")
+
+
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     """A folder with the data sets x and held, in which the test stands."""
@@ -332,13 +338,13 @@ COMPILED = [
 
 
 @pytest.mark.parametrize("base, flags, near", COMPILED)
-def test_a_compiled_run_on_a_gpu_is_the_eager_one(standin, folder, base, flags, near):
+def test_a_compiled_run_on_a_gpu_is_the_eager_one(with_kernels, folder, base, flags, near):
     if base is not None:
         write_base(**base)
     line = f"{FLAGS} {flags} --val_file held --accelerator gpu"
-    standin.submit(train_here, folder, f"{line} --proj_dir eager").result(timeout=300)
+    with_kernels.submit(train_here, folder, f"{line} --proj_dir eager").result(timeout=300)
     compiled = f"{line} --grad_cp 0.5 --proj_dir compiled"
-    said, counts = standin.submit(train_compiled_here, folder, compiled).result(timeout=600)
+    said, counts = with_kernels.submit(train_compiled_here, folder, compiled).result(timeout=600)
     assert "compiled in" in said and "failed" not in said
     check_counts(counts, flags)
     check_same("compiled", "eager", near)

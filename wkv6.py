@@ -64,7 +64,8 @@ def wkv6(  # noqa: PLR0913 (the operands of the formula)
         dtype = torch.promote_types(r.dtype, torch.float32)
         state = torch.zeros(B, H, N, N, device=r.device, dtype=dtype)
     if impl == "auto":
-        impl = "compiled" if _kernel_fits(r) and not kernel_problem(device) else "chunked"
+        has_kernel = r.dtype != torch.float64 and not why_no_kernel(device, N)
+        impl = "compiled" if has_kernel else "chunked"
     if impl == "compiled":
         return _compiled(r, k, v, w, u, state)
     if impl == "fla":
@@ -234,9 +235,11 @@ def _compiled(
     return y.to(y_dtype), state
 
 
-def _kernel_fits(r: Tensor) -> bool:
-    sizes = CPU_HEAD_SIZES if r.device.type == "cpu" else GPU_HEAD_SIZES
-    return r.shape[-1] in sizes and r.dtype != torch.float64
+def why_no_kernel(device: str, head_size: int) -> str:
+    """Return why heads of a size run without the compiled kernel; "" where it is there for them."""
+    if head_size not in (CPU_HEAD_SIZES if device == "cpu" else GPU_HEAD_SIZES):
+        return f"the WKV-6 kernel is not made for heads of {head_size}"
+    return kernel_problem(device)
 
 
 def kernel_problem(device: str = "cpu") -> str:
