@@ -139,6 +139,14 @@ def moments_like(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tenso
     return {"step": p.new_empty(()), "exp_avg": p, "exp_avg_sq": p}
 
 
+def bytes_of_moments(shape: Sequence[int], optim: str) -> int:
+    """Return the bytes of the moments that AdamW, or AdamW8bit, keeps of a float32 parameter."""
+    if optim == "adamw":
+        return 8 * math.prod(shape)
+    state = new_moments(torch.empty(shape, device="meta"))
+    return sum(x.nbytes for key, x in state.items() if key != "step")
+
+
 def on_this_rank(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor that ranks share out; any other as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -168,7 +176,7 @@ class AdamW8bit(torch.optim.Optimizer):
     """AdamW with moments in 8 bits, for parameters in float32.
 
     As in PyTorch's fused AdamW, a step leaves everything as it was where the attribute `found_inf`,
-    a tensor (), is 1; nothing waits for the device to find out.
+    a tensor (), is 1; nothing waits for the device to find out. ValueError for other dtypes.
     """
 
     found_inf: Tensor | None = None
@@ -184,21 +192,27 @@ class AdamW8bit(torch.optim.Optimizer):
     ) -> None:
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, options)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for p in parameters:
+            if p.dtype != torch.float32:
+                raise ValueError(f"a parameter is {p.dtype}; adamw8bit updates float32")
         # Copied to a GPU now, lest the first step wait for it.
-        for device in {p.device for group in self.param_groups for p in group["params"]}:
+        for device in {p.device for p in parameters}:
             tables(device, signed=True)
             tables(device, signed=False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned."""
-        super().load_state_dict(state_dict)  # which makes codes float32, as the parameters are
-        for state in self.state.values():
+        # That makes codes float32, as the parameters are, and leaves `step` where it is.
+        super().load_state_dict(state_dict)
+        for p, state in self.state.items():
+            state["step"] = state["step"].to(p.device)
             for key in ("exp_avg", "exp_avg_sq"):
                 if f"{key}_scale" in state:
                     state[key] = state[key].to(torch.uint8)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         found_inf = self.found_inf
         if found_inf is not None and is_known(found_inf):
@@ -302,16 +316,15 @@ def update(
         return torch.cat([getattr(part, name) for part in parts])
 
     gradient = together("gradient").float().view(-1, block)
-    old = {}
-    for key in ("exp_avg", "exp_avg_sq"):
-        old[key] = together(key).view(-1, block), together(f"{key}_scale")[:, None]
+    old_m = together("exp_avg").view(-1, block), together("exp_avg_scale")[:, None]
+    old_v = together("exp_avg_sq").view(-1, block), together("exp_avg_sq_scale")[:, None]
     step = torch.cat([part.step.expand(len(part.exp_avg_scale)) for part in parts])[:, None]
 
     # m = beta1 m + (1 - beta1) g, and v = beta2 v + (1 - beta2) g^2.
-    m = dequantize(*old["exp_avg"], signed=True).lerp_(gradient, 1 - beta1)
-    v = dequantize(*old["exp_avg_sq"], signed=False).mul_(beta2)
+    m = dequantize(*old_m, signed=True).lerp_(gradient, 1 - beta1)
+    v = dequantize(*old_v, signed=False).mul_(beta2)
     v.addcmul_(gradient, gradient, value=1 - beta2)
-    new = {"exp_avg": quantize(m, signed=True), "exp_avg_sq": quantize(v, signed=False)}
+    new_m, new_v = quantize(m, signed=True), quantize(v, signed=False)
 
     # p = p - lr * weight_decay * p - lr * m_hat / (sqrt(v_hat) + eps), where the hats stand for
     # division by 1 - beta^step: the moments begin at 0, and are too small at first.
@@ -322,14 +335,20 @@ def update(
     if found_inf is not None:
         skip = found_inf.bool()
         change.masked_fill_(skip, 0.0)
-        for key, (codes, scale) in new.items():
-            old_codes, old_scale = old[key]
-            new[key] = torch.where(skip, old_codes, codes), torch.where(skip, old_scale, scale)
+        new_m, new_v = keep_where(skip, old_m, new_m), keep_where(skip, old_v, new_v)
     numbers = [part.numbers for part in parts]
     sizes = [len(part.numbers) for part in parts]
     torch._foreach_sub_(numbers, change.flatten().split(sizes))
-    for key, (codes, scale) in new.items():
+    for key, (codes, scale) in (("exp_avg", new_m), ("exp_avg_sq", new_v)):
         torch._foreach_copy_([getattr(part, key) for part in parts], codes.flatten().split(sizes))
         blocks = [size // block for size in sizes]
         of_blocks = [getattr(part, f"{key}_scale") for part in parts]
         torch._foreach_copy_(of_blocks, scale.flatten().split(blocks))
+
+
+def keep_where(
+    skip: Tensor, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the old codes and scales where skip, a tensor (), is true, else the new ones."""
+    (old_codes, old_scale), (codes, scale) = old, new
+    return torch.where(skip, old_codes, codes), torch.where(skip, old_scale, scale)

@@ -23,18 +23,12 @@ OPTIMIZERS = ("adamw", "adamw8bit")
 STEPS, SEEDS = 200, 3
 LEARNING_RATES = (1e-3, 3e-3)
 # What decides whether gradients stay in bfloat16.
-ONE_BATCH = {
-    "precision": "bf16",
-    "accumulate_grad_batches": 1,
-    "train_type": "none",
-    "devices": 1,
-    "num_nodes": 1,
-}
+ONE_RANK = {"precision": "bf16", "train_type": "none", "devices": 1, "num_nodes": 1}
 
 
 def make_optimizer(model: rwkv6.RWKV, optim: str, lr: float) -> torch.optim.Optimizer:
     """Return an optimizer of the model, as train.py would make it."""
-    build.keep_small_gradients(model, types.SimpleNamespace(optim=optim, **ONE_BATCH))
+    build.keep_small_gradients(model, types.SimpleNamespace(optim=optim, **ONE_RANK), 1)
     return train.make_optimizer(model, lr, optim=optim)
 
 

@@ -42,8 +42,7 @@ Now x = (1 1, 1 2), with and without W':
     y = W x + bone^T (sum_b x_b)               x is padded with zeros to a multiple of r
 
 Source: Jiale Kang, arXiv 2409.15371. Its versions 2 and 3 call `bat` Bone; later ones and PEFT call
-it Bat, and `bone` Bone, now MiSS. Names and shapes are those of RWKV-PEFT. The rearrangement is
-exact but for rounding, as test_bone.py checks.
+it Bat, and `bone` Bone, now MiSS. Names and shapes are RWKV-PEFT's. Tests: test_bone.py.
 """
 
 from typing import Any
@@ -133,9 +132,7 @@ def shard_sharing(x: Tensor, weight: Tensor | Quantized, bone: Tensor) -> Tensor
 def check_bone(r: int, mode: str) -> None:
     """Raise ValueError where no layer can have such a bone."""
     if mode not in ("bat", "bone"):
-        raise ValueError(
-            f"bone mode {mode!r} is unknown: use bat (block affine) or bone (shard sharing)"
-        )
+        raise ValueError(f"bone mode {mode!r} is unknown: use bat or bone (shard sharing)")
     if r < 1:
         raise ValueError(f"bone_r {r} must be at least 1; 64 is the usual choice")
 
@@ -148,9 +145,7 @@ def bone_shape(weight_shape: tuple[int, ...], r: int, mode: str) -> tuple[int, .
     check_bone(r, mode)
     out_features, in_features = weight_shape
     if mode == "bat" and (in_features % r or out_features % r):
-        raise ValueError(
-            f"r = {r} does not divide both sides of a weight {out_features, in_features}"
-        )
+        raise ValueError(f"r = {r} does not divide both sides of {out_features, in_features}")
     return (in_features // r, r, r) if mode == "bat" else (r, out_features)
 
 

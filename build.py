@@ -50,10 +50,10 @@ class BuiltModel(NamedTuple):
 
 def build_for_training(options: Any, device: torch.device) -> BuiltModel:
     """Build the model of resolved options, shared out among the ranks if --strategy says so."""
-    shares = sharding.Sharding.of(options.strategy)
-    if device.type == "cpu" and shares.frozen:
+    shared = sharding.Sharding.of(options.strategy)
+    if device.type == "cpu" and shared.frozen:
         memory.give_back_freed()
-    if shares.trained:
+    if shared.trained:
         return build_sharded_model(options, device)
     return build_model(options, device)
 
@@ -78,7 +78,6 @@ def build_model(
             "--train_type infctx: head_qk looks at every earlier token, so that no state can stand "
             "for them; leave infctx out"
         )
-    keep_small_gradients(model, options)
     if options.fla and not why_no_fla(options):
         for module in model.modules():
             if isinstance(module, rwkv6.TimeMix):
@@ -86,13 +85,14 @@ def build_model(
     return built
 
 
-def keep_small_gradients(model: rwkv6.RWKV, options: Any) -> None:
+def keep_small_gradients(model: rwkv6.RWKV, options: Any, micro_batches: int) -> None:
     """Keep the gradients in bfloat16, with adamw8bit, that autocast computes in it.
 
-    They are those of the bones and the low-rank matrices. Not where the gradients of several
+    They are those of the bones and the low-rank matrices. Not where the gradients of several micro
     batches, chunks or ranks are added up, which needs float32.
+    micro_batches: of a step, on this rank.
     """
-    one_batch = options.accumulate_grad_batches == 1 and options.train_type == "none"
+    one_batch = micro_batches == 1 and options.train_type == "none"
     if options.optim != "adamw8bit" or options.precision != "bf16" or not one_batch:
         return
     if sharding.ranks(options) > 1:

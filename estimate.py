@@ -27,6 +27,7 @@ from host_embedding import HostEmbedding
 from loss import LOGITS, Counts, loss_fn
 from options import Options
 from passes import detach_state, state_tensors
+from run_state import micro_batches_of_rank
 from training_data import longest_row
 
 META = torch.device("meta")
@@ -132,8 +133,11 @@ def parts_of(
     autocast, _ = precision(options, device)
     dtype = DTYPES[options.precision]
 
+    micro_batches = micro_batches_of_rank(options)
+
     def outputs() -> list[Tensor]:
-        keep_small_gradients(model, options)  # moving the model has made new parameters
+        # Here, since moving the model to fake tensors has made new parameters.
+        keep_small_gradients(model, options, micro_batches)
         idx = torch.zeros(options.micro_bsz, tokens, dtype=torch.int64, device=device)
         mask = torch.ones(idx.shape, device=device)
         counts = Counts(1, idx.numel())
@@ -153,7 +157,7 @@ def parts_of(
     shares_gradients = sharding.Sharding.of(options.strategy, n).trained
     # DDP keeps the place of the gradients from step to step.
     keeps_gradients = n > 1 and not shares_gradients
-    earlier = options.accumulate_grad_batches > 1 or in_chunks or keeps_gradients
+    earlier = micro_batches > 1 or in_chunks or keeps_gradients
     return memory.expected(
         model,
         outputs,

@@ -159,10 +159,9 @@ def expected(
 def optimizer_bytes(model: RWKV, optim: str, device: torch.device) -> tuple[float, float]:
     """Return the bytes of Adam's moments, and of what is temporary in the optimizer's step."""
     trained = [p for p in model.parameters() if p.requires_grad]
+    moments = sum(adamw8bit.bytes_of_moments(p.shape, optim) for p in trained)
     if optim == "adamw":
-        return 8 * sum(p.numel() for p in trained), 0
-    meta = (torch.empty(p.shape, device="meta") for p in trained)
-    moments = sum(x.nbytes for p in meta for x in adamw8bit.new_moments(p).values())
+        return moments, 0
     together = min(adamw8bit.chunk_numel(device), sum(p.numel() for p in trained))
     return moments, adamw8bit.UPDATE_BYTES * together
 

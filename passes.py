@@ -192,7 +192,7 @@ def chunk_losses(model: RWKV, batch: Batch, passes: Passes) -> list[Tensor]:
     losses = []
     for chunk in chunks:
         with passes.autocast:
-            batch = passes.to_device(chunk)
-            loss, state = loss_fn(model, *batch, counts=Counts(1, 1), state=state)
+            on_device = passes.to_device(chunk)
+            loss, state = loss_fn(model, *on_device, counts=Counts(1, 1), state=state)
         losses.append(loss)
     return losses

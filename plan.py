@@ -17,6 +17,7 @@ import resume_flags
 import run_folder
 import run_state
 import sharding
+from adamw8bit import bytes_of_moments
 from archive import fingerprint, read_checkpoint
 from bone_record import check_base, trained_quant
 from build import BuiltModel
@@ -59,7 +60,9 @@ def resolve_options(options: Options) -> Options:
     for path, found in ((options.bone_load, of_bone), (options.load_model, of_base)):
         for flag, value in found.items():
             check_flag(options, flag, value, path=path)
-    return dataclasses.replace(options, quant=quant, **of_bone, **of_base)
+    resolved = dataclasses.replace(options, quant=quant, **of_bone, **of_base)
+    sharding.check_quant(resolved)
+    return resolved
 
 
 def check_flag(options: Options, flag: str, value: Any, *, path: str) -> None:
@@ -145,6 +148,11 @@ class RunPlan:
         """The number of steps, from epoch 0, over which the learning rate changes."""
         return self.options.epoch_count * self.steps_per_epoch
 
+    @property
+    def micro_batches_of_rank(self) -> int:
+        """The number of micro batches in a step, on each rank."""
+        return -(-self.micro_batches_per_step // devices.size())
+
     def open_epochs(self, progress: run_state.Progress) -> range:
         """Return the epochs from the one that `progress` is in to the last."""
         end = self.options.epoch_begin + self.options.epoch_count
@@ -179,7 +187,7 @@ class RunPlan:
             paths = paths | {end + 1: best, end + 2: f"{best}.tmp"}
         return run_folder.room(
             self.options.proj_dir,
-            built,
+            sizes_of_files(built, self.options.optim),
             paths,
             keep=self.options.keep,
             first=self.first_step,
@@ -192,6 +200,18 @@ class RunPlan:
         return check_data.describe_bad_rows(
             self.data.documents, losses, first, config=self.data.batches
         )
+
+
+def sizes_of_files(built: BuiltModel, optim: str) -> tuple[int, int]:
+    """Return the bytes of a checkpoint, and of a state, which holds the optimizer's moments too."""
+    checkpoint_size = state_size = 0
+    for name, p in built.model.named_parameters():
+        if name in built.saved_names:
+            checkpoint_size += p.numel() * built.save_dtype[name].itemsize
+            state_size += p.nbytes
+        if p.requires_grad:
+            state_size += bytes_of_moments(p.shape, optim)
+    return checkpoint_size, state_size
 
 
 def plan_run(options: Options, built: BuiltModel) -> RunPlan:

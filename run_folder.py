@@ -10,12 +10,10 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import filelock
-import torch
-from torch import nn
 
 from atomic import remove_leftovers
 from bone_record import check_quant_beside
@@ -125,7 +123,7 @@ class Room(NamedTuple):
 
 def room(
     folder: str,
-    built: tuple[nn.Module, Container[str], Mapping[str, torch.dtype]],
+    sizes: tuple[int, int],
     checkpoint_paths: dict[int, str],
     *,
     keep: int,
@@ -134,12 +132,9 @@ def room(
 ) -> Room:
     """Return what a run writes after `step`, and the room for it.
 
-    built: the model, the names of its parameters that a checkpoint holds, and their dtypes there;
-    checkpoint_paths and first: see check_folder.
+    sizes: of a checkpoint, and of a state; checkpoint_paths and first: see check_folder.
     """
-    model, names, dtype = built
-    saved = {name: p.numel() for name, p in model.named_parameters() if name in names}
-    checkpoint_size = sum(numel * dtype[name].itemsize for name, numel in saved.items())
+    checkpoint_size, state_size = sizes
     checkpoints = 0
     for at, path in checkpoint_paths.items():
         if at >= step and not os.path.exists(path):
@@ -149,8 +144,7 @@ def room(
         checkpoint_size=checkpoint_size,
         # A new state is there before an old one goes.
         states=max(0, keep + 1 - len(states(folder, first))),
-        # Weights and Adam's two moments, in float32.
-        state_size=12 * sum(saved.values()),
+        state_size=state_size,
         free=shutil.disk_usage(existing_part(folder)).free,
     )
 

@@ -176,12 +176,15 @@ def _check_metadata(metadata: dict[str, Any], progress: Progress, path: str) -> 
 
 
 class SavedState:
-    """A state that was saved: its path, metadata, progress and tensors (mapped)."""
+    """A state that was saved: its path, metadata, progress and tensors (mapped).
 
-    def __init__(self, path: str) -> None:
+    verify: verify the checksums of the tensors.
+    """
+
+    def __init__(self, path: str, *, verify: bool = True) -> None:
         self.path = path
         try:
-            self.tensors = read_tensors(path)
+            self.tensors = read_tensors(path, verify)
         except ValueError as error:
             what, _, _ = str(error).rpartition("; ")
             raise ValueError(f"{what}; {ADVICE}") from error
@@ -313,6 +316,21 @@ def load(
             advice = "drop --resume to start again, or give that run's --proj_dir"
         raise ValueError(f"{folder}: holds no resume-N.pth to go on from; {advice}")
     return None, micro_batches, steps_per_epoch(micro_batches)
+
+
+def goes_on(options: Any) -> bool:
+    """Return whether a run has a state to go on from, as far as its folder tells."""
+    return bool(options.resume and states(options.proj_dir))
+
+
+def micro_batches_of_rank(options: Any) -> int:
+    """Return how many micro batches of a step each rank has: of a state's, if there is one."""
+    n = sharding.ranks(options)
+    micro_batches = options.accumulate_grad_batches * n
+    if goes_on(options):
+        found = states(options.proj_dir)
+        micro_batches = SavedState(found[max(found)], verify=False).metadata["micro_batches"]
+    return -(-micro_batches // n)
 
 
 # ---- the same run? ----------------------------------------------------------------------------

@@ -14,8 +14,9 @@ import memory
 import sharding
 from build import chunk_ctx, keeps_embedding_on_host
 from estimate import MemoryCheck, MemoryEstimate, expected_memory, print_parts
-from options import Options
+from options import Options, fixed
 from plan import resolve_options
+from run_state import goes_on
 from training_data import longest_row
 
 # GB that a card is sold with, and the bytes of it that a desktop and CUDA's context take.
@@ -37,7 +38,10 @@ class Saving(NamedTuple):
 
 
 def check_memory(options: Options, check: MemoryCheck, device: torch.device) -> None:
-    """Print what a run takes, and raise ValueError, where it does not fit into memory."""
+    """Print what a run takes, and raise ValueError, where it does not fit into memory.
+
+    Where it only just fits, have the CPU's allocator give back what is freed.
+    """
     estimate, free = check
     if not check.fits:
         print(estimate.built.model.config)
@@ -50,7 +54,7 @@ def check_memory(options: Options, check: MemoryCheck, device: torch.device) -> 
         memory.give_back_freed()
 
 
-def steps(options: Options, longest: int) -> Iterator[dict[str, Any]]:
+def flags_to_try(options: Options, longest: int) -> Iterator[dict[str, Any]]:
     """Yield flags that may save memory, those first that cost least.
 
     Most cost nothing but time, and some precision. infctx does not cut documents; --ctx_len cuts
@@ -81,12 +85,15 @@ def steps(options: Options, longest: int) -> Iterator[dict[str, Any]]:
 def savings(
     options: Options, estimate: MemoryEstimate, device: torch.device
 ) -> Iterator[tuple[Saving, Saving]]:
-    """Yield what each step saves, as (with this step alone, with all so far).
+    """Yield what some flags save, as (with these alone, with all so far).
 
     options: settled; estimate: of these.
     """
     so_far = Saving({}, options, estimate)
-    for flags in steps(options, longest_row(options)):
+    unchangeable = fixed() if goes_on(options) else ()
+    for flags in flags_to_try(options, longest_row(options)):
+        if not flags.keys().isdisjoint(unchangeable):
+            continue  # the state was saved with others
         if "ctx_len" in flags and "chunk_ctx" in so_far.flags:
             continue  # chunks of documents that are not cut
         together = so_far.flags | flags
@@ -122,7 +129,7 @@ def bytes_on_gpu(run: Saving, device: torch.device) -> float:
 
 def print_savings(options: Options, estimate: MemoryEstimate, device: torch.device) -> None:
     """Print a table of what saves memory, line by line as it is found."""
-    print(f"\n{'what saves memory, line by line':<42}{'GB':>7}   fits a card of")
+    print(f"\n{'what saves memory, line by line':<46}{'GB':>7}   fits a card of")
     print_saving("as it is", Saving({}, options, estimate), device)
     for alone, _ in savings(options, estimate, device):
         print_saving(f"and {alone}", alone, device)
@@ -131,7 +138,7 @@ def print_savings(options: Options, estimate: MemoryEstimate, device: torch.devi
 
 def print_saving(text: str, found: Saving, device: torch.device) -> None:
     card = smallest_card(found, device)
-    print(f"{text:<42}{found.estimate.total / 1e9:7.2f}   {card}", flush=True)
+    print(f"{text:<46}{found.estimate.total / 1e9:7.2f}   {card}", flush=True)
 
 
 def advice(options: Options, estimate: MemoryEstimate, free: float, *, device: torch.device) -> str:
@@ -140,8 +147,11 @@ def advice(options: Options, estimate: MemoryEstimate, free: float, *, device: t
     for _, best in savings(options, estimate, device):
         if best.estimate.total <= free:
             return f"with {best} it would take {best.estimate.total / 1e9:.2f} GB"
+    smaller = "take a smaller model"
+    if options.load_model and not options.bone_load:
+        smaller = "take a smaller --bone_r, a shorter --ctx_len or a smaller model"
+    if goes_on(options):
+        smaller = "to go on, this run needs more memory"
     if not best.flags:
-        return "no flag helps: take a smaller model"
-    return (
-        f"even with {best} it would take {best.estimate.total / 1e9:.2f} GB: take a smaller model"
-    )
+        return f"no flag helps: {smaller}"
+    return f"even with {best} it would take {best.estimate.total / 1e9:.2f} GB: {smaller}"

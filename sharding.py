@@ -154,6 +154,17 @@ def shares_out_integers() -> bool:
     return (int(major), int(minor)) >= (2, 12)
 
 
+def check_quant(options: Any) -> None:
+    """Raise ValueError where a quantized base is to be shared out, and PyTorch is too old."""
+    shared = Sharding.of(options.strategy, ranks(options)).frozen
+    if shared and options.quant != "none" and not shares_out_integers():
+        raise ValueError(
+            f"--strategy {options.strategy} shares out a quantized base with PyTorch 2.12 or "
+            f"newer, and this is {torch.__version__}; "
+            "use deepspeed_stage_2, or --quant none, or install a newer one"
+        )
+
+
 def shard(model: RWKV, strategy: str, device: torch.device) -> None:
     """Share out the weights of the model, or those that are trained, by FSDP2.
 
@@ -170,7 +181,7 @@ def shard(model: RWKV, strategy: str, device: torch.device) -> None:
     all_weights = Sharding.of(strategy).frozen
     ignored: set[nn.Parameter] = set()
     if all_weights:
-        quantized_to_parameters(model, strategy)
+        quantized_to_parameters(model)
     else:
         ignored = {p for p in model.parameters() if not p.requires_grad}
     offload = OffloadPolicy()
@@ -189,19 +200,12 @@ def shard(model: RWKV, strategy: str, device: torch.device) -> None:
     register_fsdp_forward_method(model, "hidden")
 
 
-def quantized_to_parameters(model: RWKV, strategy: str) -> None:
+def quantized_to_parameters(model: RWKV) -> None:
     """Make parameters of the buffers of quantized layers: FSDP2 shares out only parameters.
 
-    CollectiveError where PyTorch is too old for that.
+    check_quant has refused it where PyTorch is too old.
     """
-    layers = [module for module in model.modules() if isinstance(module, Quantized)]
-    if layers and not shares_out_integers():
-        raise devices.CollectiveError(
-            f"--strategy {strategy} shares out a quantized base with PyTorch 2.12 or newer, "
-            f"and this is {torch.__version__}; "
-            "use deepspeed_stage_2, or --quant none, or install a newer one"
-        )
-    for layer in layers:
+    for layer in [module for module in model.modules() if isinstance(module, Quantized)]:
         for name, buffer in list(layer.named_buffers(recurse=False)):
             delattr(layer, name)
             layer.register_parameter(name, nn.Parameter(buffer, requires_grad=False))

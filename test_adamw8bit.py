@@ -141,14 +141,15 @@ def test_a_step_that_is_not_finite_changes_nothing(monkeypatch, without_looking)
         ({}, True),
         ({"optim": "adamw"}, False),
         ({"precision": "fp16"}, False),
-        ({"accumulate_grad_batches": 2}, False),
+        ({"micro_batches": 2}, False),
         ({"train_type": "infctx"}, False),
         ({"devices": 2}, False),
     ],
 )
 def test_gradients_stay_in_bfloat16_where_that_loses_nothing(flags, small):
-    options = {"optim": "adamw8bit", "precision": "bf16", "accumulate_grad_batches": 1}
+    options = {"optim": "adamw8bit", "precision": "bf16", "micro_batches": 1}
     options |= {"train_type": "none", "devices": 1, "num_nodes": 1} | flags
+    micro_batches = options.pop("micro_batches")
     gradients = []
     for kept in (False, True):
         torch.manual_seed(0)
@@ -156,7 +157,7 @@ def test_gradients_stay_in_bfloat16_where_that_loses_nothing(flags, small):
         for name, p in model.named_parameters():
             p.requires_grad_("bone" in name or "time" in name or "head" in name)
         if kept:
-            build.keep_small_gradients(model, types.SimpleNamespace(**options))
+            build.keep_small_gradients(model, types.SimpleNamespace(**options), micro_batches)
         idx = torch.randint(100, (2, 20))
         with torch.autocast("cpu", torch.bfloat16):
             loss, _ = loss_fn(model, idx, idx, torch.ones(2, 20))
@@ -180,6 +181,11 @@ def test_a_state_dict_is_loaded_as_it_was():
     train(second, 1)
     assert all(p.equal(expected) for p, expected in zip(parts, whole, strict=True))
     assert [x.dtype for x in bits(second)] == [x.dtype for x in bits(optimizer)]
+
+
+def test_parameters_are_float32():
+    with pytest.raises(ValueError, match=r"a parameter is torch\.bfloat16"):
+        AdamW8bit([torch.nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16))])
 
 
 # ---- memory ------------------------------------------------------------------------------------

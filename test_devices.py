@@ -215,9 +215,8 @@ def gradients():
     for strategy, (flags, chunks) in itertools.product(strategies, GRADIENT_CASES):
         integers = strategy == "deepspeed_stage_3" and "--quant" in flags
         if integers and not sharding.shares_out_integers():
-            model, *_ = build.build_model(resolve_options(parse(flags)), CPU)
             with pytest.raises(ValueError, match=r"2\.12 or newer, and this is 2\.11"):
-                sharding.shard(model, strategy, CPU)
+                resolve_options(parse(f"--strategy {strategy} {flags}"))
             continue
         difference = compare(f"--strategy {strategy} {flags}", documents, **chunks)
         if devices.rank() == 0:
@@ -444,12 +443,26 @@ def test_the_gradient_is_that_of_one_process_with_all_micro_batches(ranks, reque
         assert difference <= 1e-5, (strategy, flags)
 
 
+def test_a_dry_run_refuses_what_this_pytorch_cannot_share_out(inputs, monkeypatch):
+    monkeypatch.setattr(sharding, "shares_out_integers", lambda: False)
+    flags = f"--load_model base.pth {FLAGS} --quant nf4 --devices 2 --dry_run"
+    with pytest.raises(ValueError, match=r"quantized base with PyTorch 2\.12 or newer"):
+        train.train(train.parse_args(f"{flags} --strategy deepspeed_stage_3".split()))
+    train.train(train.parse_args(f"{flags} --strategy deepspeed_stage_2".split()))
+
+
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_run_on_two_is_that_of_one_process_which_can_go_on_with_it(
-    on_two, on_one, strategy, optim
+    on_two, on_one, strategy, optim, monkeypatch
 ):
     folder = on_two[0] / folder_of(strategy, optim)  # noqa: F811
+    together = []  # micro batches whose gradients one rank adds up, expected and in training
+
+    def keep_small_gradients(model, options, micro_batches):
+        together.extend([run_state.micro_batches_of_rank(options), micro_batches])
+
+    monkeypatch.setattr(train, "keep_small_gradients", keep_small_gradients)
     check_run(folder, on_one / optim)
     copy = f"{strategy}_on_1"
     killed_in_step_2(folder, copy)
@@ -459,6 +472,7 @@ def test_a_run_on_two_is_that_of_one_process_which_can_go_on_with_it(
         f"--proj_dir {copy} --optim {optim} --resume"
     )
     check_run(copy, on_one / optim)
+    assert together == [2, 2]
     log = pathlib.Path(copy, "train_log.txt").read_text()
     assert "; a step still has 2 micro batches, shared out among 1\n" in log
 

@@ -153,7 +153,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded_with_the_fla
     assert {*devices} == {"meta"}
     assert not os.path.exists("out")
     assert "free on cpu: too little" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no flag helps: take a smaller model"):
+    with pytest.raises(ValueError, match="no flag helps: take a smaller --bone_r, a shorter"):
         train.train(arguments("--ctx_len 1 --micro_bsz 1 --quant nf4 --optim adamw8bit"))
 
 
@@ -304,6 +304,17 @@ def test_a_dry_run_says_what_saves_memory_in_the_order_of_what_it_costs(capsys):
     ]
     sizes = [float(size) for _, size in rows]
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_run_that_goes_on_is_not_advised_what_it_cannot_change(capsys, monkeypatch):
+    flags = "--grad_cp 0 --compile 0 --micro_bsz 4 --epoch_steps 1"
+    train.train(arguments(flags))
+    train.train(arguments(f"{flags} --epoch_count 2 --resume --dry_run"))
+    table = capsys.readouterr().out.split("what saves memory")[1]
+    assert "and --grad_cp 1 " in table and table.count("\nand ") == 1
+    monkeypatch.setattr(memory, "available", lambda _: 1e7)
+    with pytest.raises(ValueError, match=r"even with --grad_cp 1 .* this run needs more memory"):
+        train.train(arguments(f"{flags} --epoch_count 2 --resume"))
 
 
 def test_each_line_is_what_a_run_with_all_flags_so_far_would_take():

@@ -24,6 +24,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 import binidx
 import memory
@@ -452,6 +453,28 @@ def mix_devices():
 def test_a_gpu_refuses_tensors_of_the_cpu(standin):
     with pytest.raises(RuntimeError, match=FOREIGN):
         standin.submit(mix_devices).result(timeout=60)
+
+
+def goes_on_with_a_state_dict():
+    """Load a state dict that lies on the CPU, as torch.load(..., map_location="cpu") has it."""
+    from adamw8bit import AdamW8bit
+
+    device = torch.device("cuda" if REAL else "gpu")
+    parameters = [torch.nn.Parameter(torch.ones(s, device=device)) for s in ((64, 64), (64,))]
+    state_dict = None
+    for _ in range(2):
+        optimizer = AdamW8bit(parameters)
+        if state_dict:
+            optimizer.load_state_dict(tree_map_only(torch.Tensor, torch.Tensor.cpu, state_dict))
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        state_dict = optimizer.state_dict()
+    return [state["step"].item() for state in state_dict["state"].values()]
+
+
+def test_a_state_dict_of_the_cpu_is_loaded(standin):
+    assert standin.submit(goes_on_with_a_state_dict).result(timeout=60) == [2, 2]
 
 
 def hidden_waits():

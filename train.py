@@ -29,7 +29,7 @@ import devices
 import memory
 import run_folder
 import sharding
-from build import build_for_training, make_passes
+from build import build_for_training, keep_small_gradients, make_passes
 from checkpointer import Checkpointer
 from evaluate import evaluate, evaluate_on_the_way, measure
 from from_python import by_keywords
@@ -234,6 +234,7 @@ def set_up(plan: RunPlan, log: Log, device: torch.device) -> Run:
     """Build what the loop works with, and put the saved state, if there is one, into place."""
     options = plan.options
     model, saved_names, save_dtype = build_for_training(options, device)
+    keep_small_gradients(model, options, plan.micro_batches_of_rank)
     optimizer = make_optimizer(
         model,
         options.lr_init,
