@@ -3,6 +3,7 @@
 One need not read this to understand Bone.
 """
 
+import copy
 import dataclasses
 import functools
 import os
@@ -28,6 +29,7 @@ from loss import LOGITS, Counts, loss_fn
 from options import Options
 from passes import detach_state, state_tensors
 from run_state import micro_batches_of_rank
+from rwkv6 import RWKV
 from training_data import longest_row
 
 META = torch.device("meta")
@@ -76,10 +78,10 @@ def expected_memory(
     rows_of_head = LOGITS // built.model.config.vocab_size
     enough = max(4096, rows_of_head) // options.micro_bsz + 1
     if at_once <= 2 * enough:
-        parts = parts_of(options, device, at_once, in_chunks=in_chunks)
+        parts = parts_of(built.model, options, device, tokens=at_once, in_chunks=in_chunks)
     else:
-        few = parts_of(options, device, enough, in_chunks=in_chunks)
-        many = parts_of(options, device, 2 * enough, in_chunks=in_chunks)
+        few = parts_of(built.model, options, device, tokens=enough, in_chunks=in_chunks)
+        many = parts_of(built.model, options, device, tokens=2 * enough, in_chunks=in_chunks)
         parts = {}
         for part, size in few.items():
             per_token = (many[part] - size) / enough
@@ -123,13 +125,13 @@ def memory_of_compiled(
 
 
 def parts_of(
-    options: Options, device: torch.device, tokens: int, *, in_chunks: bool
+    model: RWKV, options: Options, device: torch.device, *, tokens: int, in_chunks: bool
 ) -> dict[str, float]:
     """Return what a step on rows of so many tokens takes, {part: bytes}: it runs without data.
 
     in_chunks: whether that is a chunk of a longer row, with states before and after it.
     """
-    model = build_model(options, META, for_device=device).model  # it has other tensors afterwards
+    model = copy.deepcopy(model)  # it has other tensors afterwards
     autocast, _ = precision(options, device)
     dtype = DTYPES[options.precision]
 

@@ -19,7 +19,8 @@ import pathlib
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from unittest import mock
 
 import psutil
 import torch
@@ -29,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import adamw8bit
+import quant
 from rwkv6 import RWKV
 
 # Bytes of a process beyond importing PyTorch and its tensors: libraries, the interpreter, all that
@@ -168,7 +170,7 @@ def optimizer_bytes(model: RWKV, optim: str, device: torch.device) -> tuple[floa
 
 def _run_step(model: RWKV, outputs: Callable[[], list[Tensor]], *, accumulate: bool) -> StepBytes:
     """Run forward and backward pass on fake tensors, and count."""
-    with LiveBytes(tensors(model)) as live:
+    with LiveBytes(tensors(model)) as live, one_chunk_of_each_weight():
         if accumulate:
             _backward(outputs())
             live.peak = live.now
@@ -181,6 +183,24 @@ def _run_step(model: RWKV, outputs: Callable[[], list[Tensor]], *, accumulate: b
         step = StepBytes(forward_peak, activations, live.peak, live.now)
     model.zero_grad()
     return step
+
+
+@contextlib.contextmanager
+def one_chunk_of_each_weight() -> Iterator[None]:
+    """Have only the first chunk of a weight in nf4 dequantized.
+
+    The others take the same memory after it, and thousands of them take seconds.
+    """
+
+    quantize_nf4, dequantize_nf4 = quant.FORMATS["nf4"]
+
+    def first_chunk(codes: Tensor, scale: Tensor, out: Tensor) -> None:
+        numel = quant.CHUNK_NUMEL if out.device.type == "cpu" else quant.GPU_CHUNK_NUMEL
+        blocks = numel // quant.BLOCK
+        dequantize_nf4(codes[:blocks], scale[:blocks], out[:blocks])
+
+    with mock.patch.dict(quant.FORMATS, nf4=(quantize_nf4, first_chunk)):
+        yield
 
 
 def _backward(outputs: list[Tensor]) -> None:
