@@ -231,6 +231,7 @@ def test_what_infctx_cannot_do_is_refused():
 
 @pytest.mark.usefixtures("true_memory")
 def test_what_is_too_large_is_advised_infctx(monkeypatch):
+    binidx.write_binidx("x", [[5] * 20_001])
     monkeypatch.setattr(memory, "available", lambda device: 0.05e9)
     advice = r"with --.* --train_type infctx --chunk_ctx 256.* it would take 0.\d\d GB"
     with pytest.raises(ValueError, match=advice):

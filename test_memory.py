@@ -92,7 +92,7 @@ def test_the_expected_peak_is_what_the_tensors_of_a_real_step_take(flags):
     "flags", ["--grad_cp 0 --micro_bsz 1", exhaustive("--accumulate_grad_batches 2 --bone_r 64")]
 )
 def test_of_long_rows_two_lengths_are_run_and_say_what_the_longer_one_takes(monkeypatch, flags):
-    args = arguments(f"{flags} --ctx_len 9000")
+    args = arguments(f"{flags} --ctx_len 9000 --loss_mask none")
     lengths = []
 
     def noted_loss(model, idx, *rest, **options):
@@ -108,6 +108,23 @@ def test_of_long_rows_two_lengths_are_run_and_say_what_the_longer_one_takes(monk
     monkeypatch.setattr(estimate, "LOGITS", 0)
     assert estimate.expected_memory(args, CPU)[1] == pytest.approx(exact, rel=0.01)
     assert max(lengths) == 2 * (4096 // args.micro_bsz + 1)
+
+
+def test_rows_are_expected_as_long_as_the_longest_document():
+    """Of training or held out; and no longer than ctx_len."""
+    binidx.write_binidx("held", [[5] * 200])
+    peak = {}
+    for flags in (
+        "--ctx_len 96",
+        "--ctx_len 4096",
+        "--ctx_len 4096 --loss_mask none",
+        "--ctx_len 4096 --val_file held",
+        "--ctx_len 199 --loss_mask none",
+    ):
+        peak[flags] = estimate.expected_memory(arguments(flags), CPU).total
+    assert peak["--ctx_len 4096"] == peak["--ctx_len 96"]
+    assert peak["--ctx_len 4096 --val_file held"] == peak["--ctx_len 199 --loss_mask none"]
+    assert peak["--ctx_len 4096 --loss_mask none"] > peak["--ctx_len 4096 --val_file held"]
 
 
 def test_live_bytes_counts_a_storage_once_from_its_making_to_its_end():
@@ -289,6 +306,7 @@ def test_a_gpu_leaves_the_embedding_to_its_host(flags, stays):
 
 
 def test_a_dry_run_says_what_saves_memory_in_the_order_of_what_it_costs(capsys):
+    binidx.write_binidx("x", [[5] * 600, [6] * 97])
     line = "--grad_cp 0 --compile 0 --micro_bsz 4 --ctx_len 512 --dry_run --proj_dir none"
     train.train(arguments(line))
     table = capsys.readouterr().out.split("what saves memory")[1].splitlines()[1:-1]

@@ -74,15 +74,15 @@ def open_documents(options: Options, vocab_size: int | None = None) -> tuple[Any
 def longest_row(options: Options, documents: Any = None) -> int:
     """Return how many tokens the longest row has that the model will see.
 
-    With infctx the data says it, since no document is cut.
+    documents: those in question; without, all for training and all that are held out.
     """
-    if options.train_type == "none" or options.dataload == "get" or not options.data_file:
+    if options.dataload == "get" or not options.data_file:
         return options.ctx_len
-    if documents is None:
-        documents, _ = open_documents(options)
-    longest = int(documents.sizes.max()) - 1
-    least = options.ctx_len if options.loss_mask == "none" else 1
-    return max(longest, least)
+    opened = [documents] if documents is not None else open_documents(options)
+    longest = max(int(found.sizes.max()) - 1 for found in opened if found is not None)
+    padded_to = options.ctx_len if options.loss_mask == "none" else 1
+    longest = max(longest, padded_to)
+    return longest if options.train_type == "infctx" else min(longest, options.ctx_len)
 
 
 class StepData(NamedTuple):
